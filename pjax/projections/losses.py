@@ -1,0 +1,206 @@
+"""Losses of rows, and their proximal operators in deviation form.
+
+The last axis is the row. A proximal operator takes the point as a reference plus a deviation, and a
+`step`: one number per row (or one for all), `λ` in `argmin ½|x − v|² + λ·loss(x)`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+# Newton steps of `cross_entropy`: on each class at a fixed normaliser, and at most so many on it.
+_OMEGA_STEPS = 3
+_NORMALISER_STEPS = 10
+_NormaliserState = tuple[Array, Array, Array, Array, Array]
+
+
+def cross_entropy_value(
+    logits: Float[Array, "*batch n"], labels: Float[Array, "*batch n"]
+) -> Float[Array, "*batch"]:
+    """`−Σ_c y_c log softmax(x)_c` of every row.
+
+    **Arguments:**
+
+    - `logits`: `x`.
+    - `labels`: `y`, one-hot or soft.
+    """
+    terms = labels * jax.nn.log_softmax(logits, axis=-1)
+    # A class that is ruled out by a logit of −∞ and not asked for costs nothing.
+    return -jnp.sum(jnp.where(labels == 0, 0, terms), axis=-1)
+
+
+def margin_value(
+    logits: Float[Array, "*batch n"], labels: Float[Array, "*batch n"], margin: float
+) -> Float[Array, "*batch"]:
+    """`½ Σ_c max(margin − s_c x_c, 0)²` of every row, with `s = 2·labels − 1`.
+
+    **Arguments:**
+
+    - `logits`: `x`.
+    - `labels`: 0 or 1.
+    - `margin`: the value of `s x` from which on an entry costs nothing.
+    """
+    gap = jnp.maximum(margin - (2 * labels - 1) * logits, 0)
+    return 0.5 * jnp.sum(jnp.square(gap), axis=-1)
+
+
+def squared_error_value(
+    values: Float[Array, "*batch n"], targets: Float[Array, "*batch n"]
+) -> Float[Array, "*batch"]:
+    """`½ Σ_i (x_i − t_i)²` of every row.
+
+    **Arguments:**
+
+    - `values`: `x`.
+    - `targets`: `t`.
+    """
+    return 0.5 * jnp.sum(jnp.square(values - targets), axis=-1)
+
+
+def cross_entropy(
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    labels: Float[Array, "*batch n"],
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`argmin_x ½|x − v|² + λ·CE(x, y)` at `v = reference + deviation`, as a deviation.
+
+    With `r = v − x`, and `a = λ y`, stationarity reads `r + log(a + r) = v − L` for one number `L`
+    per row. `Σ r(L) = 0` is solved for `L` by Newton steps, monotone from a bound; no number of the
+    size of `λ` is subtracted from another.
+
+    **Arguments:**
+
+    - `reference`, `deviation`: their sum is `v`.
+    - `labels`: `y ≥ 0`, rows that sum to 1, one-hot or soft. A row that sums to `m` counts `m`
+        times its normalised row; a row of zeros stays where it is.
+    - `step`: `λ ≥ 0`; 0 leaves the row where it is.
+
+    **Returns:** the new deviation.
+
+    **Source:** the Wright omega function `w + log w = z`; see Corless and Jeffrey (2002).
+    """
+    dtype = deviation.dtype
+    labels = jnp.asarray(labels, dtype)
+    mass = jnp.sum(labels, axis=-1)
+    step = jnp.asarray(step, dtype) * mass
+    active = (step > 0)[..., None]
+    y = labels / jnp.where(mass > 0, mass, 1)[..., None]
+    step = jnp.where(step > 0, step, 1)[..., None]
+    classes = deviation.shape[-1]
+
+    # Everything is counted from the class with the largest w = a + r, so b = v − L = above + ζ.
+    a = step * y
+    top = jnp.argmax(reference + deviation + a, axis=-1, keepdims=True)
+    is_top = jnp.arange(classes) == top
+    above = reference - jnp.take_along_axis(reference, top, axis=-1)
+    above = above + (deviation - jnp.take_along_axis(deviation, top, axis=-1))
+    rest = step * (1 - jnp.take_along_axis(y, top, axis=-1))
+
+    # Three upper bounds on ζ, by the softmax q of v + a. Where one class has nearly everything the
+    # sums over the others are what matters, and are not differences.
+    total = jnp.sum(jnp.where(is_top, 0, jnp.exp(above + a + rest - step)), axis=-1, keepdims=True)
+    q = jnp.exp(above + a + rest - step) / (1 + total)
+    impurity = jnp.sum(jnp.where(is_top, 0, q * (1 - q)), axis=-1, keepdims=True)
+    impurity = impurity + total / jnp.square(1 + total)
+    mean = jnp.sum(jnp.where(is_top, 0, above + a + rest), axis=-1, keepdims=True) / classes
+    bound = jnp.minimum(-jnp.log1p(total) - step * impurity, -jnp.log(float(classes)) - mean)
+    zeta = jnp.log(step) + rest + jnp.minimum(0, bound)
+
+    def newton(state: _NormaliserState) -> _NormaliserState:
+        """A step for `L`, then one for `r` in each class; at first only the latter."""
+        count, _, zeta, w, r = state
+        warm = count >= _OMEGA_STEPS
+        slope = jnp.sum(w / (1 + w), axis=-1, keepdims=True)
+        change = jnp.where(warm, jnp.sum(r, axis=-1, keepdims=True) / slope, 0)
+        zeta = zeta - change
+        b = above + zeta
+        z = a + b
+        # w falls at least as fast as its slope says; and it is below z, or exp(z).
+        exp = jnp.exp(jnp.minimum(z, 1))
+        fallen = jnp.minimum(w * jnp.exp(-change / (1 + w)), jnp.where(z > 1, z, exp))
+        r = r + (fallen - w)
+        # A step for r + log w = b; where w is exp(z) to rounding, log w may not be finite.
+        far = z < -60
+        w = jnp.where(far, 1, fallen)
+        share = w / (1 + w) * (b - r - jnp.log(w))
+        w, r = jnp.where(far, exp, w + share), jnp.where(far, exp - a, r + share)
+        size = jnp.max(jnp.abs(change), initial=0)
+        return count + 1, jnp.where(warm, size, jnp.inf), zeta, w, r
+
+    # Newton's method squares the error: what follows a change this small is rounding.
+    small = 0.1 * jnp.finfo(dtype).eps ** 0.5
+    z = a + above + zeta
+    exp = jnp.exp(jnp.minimum(z, 1))
+    w = jnp.where(z > 0.6, z - jnp.log(jnp.maximum(z, 0.6)), exp / (1 + exp))
+    start = (jnp.zeros((), int), jnp.full((), jnp.inf, dtype), zeta, w, w - a)
+    _, _, _, _, r = jax.lax.while_loop(
+        lambda state: (state[0] < _OMEGA_STEPS + _NORMALISER_STEPS) & (state[1] > small),
+        newton,
+        start,
+    )
+
+    # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
+    others = jnp.sum(jnp.where(is_top, 0, r), axis=-1, keepdims=True)
+    move = jnp.where(is_top, others, -r)
+    return deviation + jnp.where(active, move, 0)
+
+
+def _per_row(step: ArrayLike, dtype: jnp.dtype) -> Array:
+    step = jnp.asarray(step, dtype)
+    return step[..., None] if step.ndim else step
+
+
+def margin(
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    labels: Float[Array, "*batch n"],
+    margin: float,
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`argmin_x ½|x − v|² + λ/2 Σ max(margin − s x, 0)²`, `v = reference + deviation`.
+
+    **Arguments:**
+
+    - `reference`, `deviation`: their sum is `v`.
+    - `labels`: 0 or 1; `s = 2·labels − 1`.
+    - `margin`: the value of `s x` from which on an entry costs nothing.
+    - `step`: `λ ≥ 0`; infinite for the projection onto `{s x ≥ margin}`.
+
+    **Returns:** the new deviation.
+    """
+    sign = 2 * jnp.asarray(labels, deviation.dtype) - 1
+    # References first: at a reference on the margin the gap is the deviation, exactly.
+    gap = (margin - sign * reference) - sign * deviation
+    return deviation + sign * _fraction(step, deviation.dtype) * jnp.maximum(gap, 0)
+
+
+def squared_error(
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    targets: Float[Array, "*batch n"],
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`argmin_x ½|x − v|² + λ/2 |x − t|²` at `v = reference + deviation`, as a deviation.
+
+    **Arguments:**
+
+    - `reference`, `deviation`: their sum is `v`.
+    - `targets`: `t`.
+    - `step`: `λ ≥ 0`; infinite for `x = t`.
+
+    **Returns:** the new deviation.
+    """
+    gap = (jnp.asarray(targets, deviation.dtype) - reference) - deviation
+    return deviation + _fraction(step, deviation.dtype) * gap
+
+
+def _fraction(step: ArrayLike, dtype: jnp.dtype) -> Array:
+    """`λ/(1 + λ)`, 1 for an infinite `λ`; with an axis for the row."""
+    step = _per_row(step, dtype)
+    finite = jnp.where(jnp.isinf(step), 1, step)
+    return jnp.where(jnp.isinf(step), 1, finite / (1 + finite))
