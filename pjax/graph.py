@@ -1,0 +1,619 @@
+"""A flat program becomes a graph: nodes with rules, slots that they read, wiring between them.
+
+Nodes are parameters, operations, losses, and the identities that the bipartition inserts. Each
+operand of a node that depends on a parameter is a *slot*: it holds an edge variable, and a route
+tells which producers it reads. Operands that do not are data, and belong to the node.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjax import _compat, fusion
+from pjax._compat import P
+from pjax.colouring import two_colour
+from pjax.fusion import Cone, SumTerm
+from pjax.rules import IDENTITY, LOSSES, Affine, NodeSpec, Rule, Term, find_builder
+from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, read, run
+from pjax.wiring import (
+    Route,
+    data_operands,
+    find_route,
+    is_wiring,
+    structure_depends_on_parameters,
+)
+
+Kind = Literal["parameter", "operation", "loss", "identity"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One operand of one node.
+
+    **Attributes:**
+
+    - `index`: its place in `graph.slots`.
+    - `node`: the index of the node that reads it.
+    - `route`: how its entries are read from producers' outputs.
+    - `producers`: for each source of the route the node that provides it (the producer itself, or
+        its identity).
+    - `kind`: `"weight"` if it depends on parameters only, else `"activation"`.
+    """
+
+    index: int
+    node: int
+    route: Route
+    producers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: Literal["weight", "activation"]
+
+    @property
+    def variable(self) -> int:
+        return self.route.target
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A parameter, an operation, a loss or an identity.
+
+    **Attributes:**
+
+    - `rule`: the specification; equal nodes share one. None for a parameter.
+    - `slots`: indices of its slots.
+    - `knowns`: its operands that are data.
+    - `output`: the variable that it defines; None for a loss.
+    - `inner`: `(u, offset)` for a piecewise linear node `y = f(u − offset)`: the reference of `f`.
+    - `colour`: `"A"` or `"B"`; A holds the (first) loss.
+    - `source`: the user's source line.
+    """
+
+    index: int
+    kind: Kind
+    name: str
+    rule: Rule | None
+    slots: tuple[int, ...]
+    knowns: tuple[Atom, ...]
+    output: int | None
+    inner: tuple[int, Atom | None] | None = None
+    colour: Literal["A", "B"] = "A"
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes, slots and wiring of a program; built once per program, and free of data."""
+
+    program: Program
+    nodes: tuple[Node, ...]
+    slots: tuple[Slot, ...]
+
+    def edges(self) -> list[tuple[int, int]]:
+        """All pairs `(producer, reader)` of node indices, without repetition, sorted."""
+        return sorted({(p, slot.node) for slot in self.slots for p in slot.producers})
+
+    def readers(self) -> dict[int, list[int]]:
+        """For each node, the indices of the slots that read it."""
+        found: dict[int, list[int]] = {node.index: [] for node in self.nodes}
+        for slot in self.slots:
+            for producer in dict.fromkeys(slot.producers):
+                found[producer].append(slot.index)
+        return found
+
+    @property
+    def losses(self) -> list[Node]:
+        return [node for node in self.nodes if node.kind == "loss"]
+
+    @property
+    def parameters(self) -> list[Node]:
+        return [node for node in self.nodes if node.kind == "parameter"]
+
+    def colour_groups(self) -> list[list[int]]:
+        """The nodes of colour A and those of colour B."""
+        return [[n.index for n in self.nodes if n.colour == colour] for colour in ("A", "B")]
+
+    def level_groups(self) -> list[list[int]]:
+        """Reverse topological levels from the losses, the parameters last.
+
+        The level of a node is its longest way to a loss, so no node reads another of its group.
+        """
+        level = [0] * len(self.nodes)
+        # Readers before what they read: nodes are in topological order, but for identities, which
+        # come last and are read from anywhere.
+        place = {node.index: float(node.index) for node in self.nodes}
+        for node in self.nodes:
+            if node.kind == "identity":
+                (slot,) = node.slots
+                place[node.index] = self.slots[slot].producers[0] + 0.5
+        for producer, reader in sorted(self.edges(), key=lambda edge: -place[edge[1]]):
+            level[producer] = max(level[producer], level[reader] + 1)
+        groups: dict[int, list[int]] = {}
+        for node in self.nodes:
+            if node.kind != "parameter":
+                groups.setdefault(level[node.index], []).append(node.index)
+        ordered = [groups[key] for key in sorted(groups)]
+        parameters = [node.index for node in self.parameters]
+        return [*ordered, parameters] if parameters else ordered
+
+    def loss_coefficients(self, values: Mapping[int, Any]) -> list[Any]:
+        """How much each row of each loss counts in the function's result: 1 if it is the result.
+
+        What follows the losses (a mean, a weighted sum) is linear in them: its transpose, of ones.
+        """
+        program = self.program
+        outputs = [node.output for node in self.losses if node.output is not None]
+        tail = _descendants(program, outputs)
+        after = [e for e in program.equations if tail.issuperset(e.outputs)]
+        after = [e for e in after if not set(outputs).intersection(e.outputs)]
+
+        def result(*rows: Any) -> Any:
+            known = {**values, **dict(zip(outputs, rows, strict=True))}
+            run(after, known)
+            return jnp.sum(read(known, program.outputs[0]))
+
+        # Linear: any point will do, also one where the losses overflow.
+        points = [jnp.zeros(program.shape(var), program.dtype(var)) for var in outputs]
+        return list(jax.grad(result, argnums=tuple(range(len(points))))(*points))
+
+
+class UnusedParameterWarning(UserWarning):
+    """A parameter that the loss does not depend on; it stays as it is."""
+
+
+def build_graph(program: Program) -> Graph:
+    """The graph of a program: nodes for the operations, slots for their operands, routes between.
+
+    **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
+    parameters, and for a function that does not end in a loss.
+    """
+    return _Builder(program).build()
+
+
+def warn_unused(graph: Graph) -> None:
+    """Warns of each parameter that the function does not read at all (one at rest is meant to)."""
+    used = {atom for equation in graph.program.equations for atom in equation.inputs}
+    used |= {
+        graph.nodes[p].output
+        for slot in graph.slots
+        for p in slot.producers
+        if graph.nodes[p].kind == "parameter"
+    }
+    for number, leaf in enumerate(graph.program.leaves):
+        if leaf.trainable and number not in used:
+            warnings.warn(
+                f"`params{leaf.path}` {leaf.shape} is not used by the loss; it stays as it is.",
+                UnusedParameterWarning,
+                stacklevel=_levels_to_caller(),
+            )
+
+
+def _levels_to_caller() -> int:
+    """The `stacklevel` with which the caller of this function names the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _compat.is_library_file(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def bipartite(graph: Graph) -> Graph:
+    """The same graph with two colours such that no node reads one of its own colour.
+
+    Identity nodes are inserted where that needs them, one per producer and as few as can be found.
+    """
+    colours, producers = two_colour(len(graph.nodes), graph.edges())
+    flip = colours[graph.losses[0].index]
+    letters = ["A" if colour == flip else "B" for colour in colours]
+    nodes = [replace(n, colour=letter) for n, letter in zip(graph.nodes, letters, strict=True)]
+    slots = list(graph.slots)
+    for producer in producers:
+        node = nodes[producer]
+        assert node.output is not None
+        identity, slot_index = len(nodes), len(slots)
+        opposite: Any = "B" if node.colour == "A" else "A"
+        var = node.output
+        program = graph.program
+        for index, slot in enumerate(slots):
+            if producer in slot.producers and nodes[slot.node].colour == node.colour:
+                through = tuple(identity if p == producer else p for p in slot.producers)
+                slots[index] = replace(slot, producers=through)
+        kinds = {slots[i].kind for i in range(slot_index) if identity in slots[i].producers}
+        slots.append(
+            Slot(
+                index=slot_index,
+                node=identity,
+                route=Route(program, (var,), (), var),
+                producers=(producer,),
+                shape=program.shape(var),
+                dtype=program.dtype(var),
+                kind="weight" if kinds == {"weight"} else "activation",
+            )
+        )
+        nodes.append(
+            Node(
+                index=identity,
+                kind="identity",
+                name="identity",
+                rule=IDENTITY,
+                slots=(slot_index,),
+                knowns=(),
+                output=var,
+                colour=opposite,
+                source=node.source,
+            )
+        )
+    return Graph(graph.program, tuple(nodes), tuple(slots))
+
+
+def _descendants(program: Program, variables: Iterable[int]) -> set[int]:
+    """The variables that depend on `variables`, themselves included."""
+    found = set(variables)
+    for equation in program.equations:
+        if any(atom in found for atom in equation.inputs if isinstance(atom, int)):
+            found.update(equation.outputs)
+    return found
+
+
+@dataclass
+class _Unit:
+    """What one producer will be: its rule, the variables of its slots, and the rest of a node."""
+
+    name: str
+    spec: NodeSpec
+    inner: tuple[int, Atom | None] | None
+    source: str
+
+
+class _Builder:
+    def __init__(self, program: Program):
+        self.program = program
+        self.definitions = {out: e for e in program.equations for out in e.outputs}
+        # A loss of data alone is a number that nothing can move.
+        self.loss_equations = [
+            e
+            for e in program.equations
+            if e.primitive in LOSSES and program.is_variable(e.outputs[0])
+        ]
+        self.registered = frozenset(
+            out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
+        )
+        self._check_ends_in_loss()
+        self._check_signs()
+        self.predictions = [e.inputs[0] for e in self.loss_equations]
+        self.cones = fusion.find_cones(
+            program,
+            frozenset(self.predictions),  # pyright: ignore[reportArgumentType]
+            self.registered,
+        )
+        self.reads = self._count_reads()
+        self.pure = self._find_pure()
+        self.specs: dict[Rule, Rule] = {}
+
+    # What a loss is, and what may follow it.
+
+    def _check_ends_in_loss(self) -> None:
+        program = self.program
+        what_to_do = (
+            "End it in `pjax.cross_entropy(logits, labels)`, `pjax.margin_loss` or "
+            "`pjax.squared_error`, or in a mean or a weighted sum of them."
+        )
+        if len(program.outputs) != 1:
+            raise TraceError(
+                f"The function returns {len(program.outputs)} arrays; it must return one, the "
+                f"loss. {what_to_do}"
+            )
+        (output,) = program.outputs
+        if not program.is_variable(output):
+            raise TraceError(
+                "The function's result does not depend on any parameter that can move. "
+                + what_to_do
+            )
+        losses = [out for e in self.loss_equations for out in e.outputs]
+        tail = _descendants(program, losses)
+        if output not in tail:
+            equation = self.definitions.get(output)  # pyright: ignore[reportArgumentType]
+            made = f"It ends in `{equation.name}` ({equation.source}). " if equation else ""
+            raise TraceError("The function does not end in a loss. " + made + what_to_do)
+        for equation in self.loss_equations:
+            prediction, labels = equation.inputs
+            if program.is_variable(labels):
+                raise TraceError(
+                    f"The labels of `{equation.name}` ({equation.source}) depend on the "
+                    "parameters; they must be data. Use `jax.lax.stop_gradient` on them if they "
+                    "are meant to rest."
+                )
+            if prediction in tail:
+                raise TraceError(
+                    f"`{equation.name}` ({equation.source}) reads the result of another loss."
+                )
+        for equation in program.equations:
+            if not tail.issuperset(equation.outputs) or equation.primitive in LOSSES:
+                continue
+            of_loss = [isinstance(a, int) and a in tail for a in equation.inputs]
+            others = [a for a, loss in zip(equation.inputs, of_loss, strict=True) if not loss]
+            if any(program.is_variable(a) for a in others):
+                raise TraceError(
+                    f"`{equation.name}` ({equation.source}) joins a loss with a value of the "
+                    "parameters that is no loss (a weight penalty, say): the function must end in "
+                    "a weighted sum of losses alone."
+                )
+            if not self._is_linear_in_losses(equation, sum(of_loss)):
+                raise TraceError(
+                    f"After the loss comes `{equation.name}` ({equation.source}), which is not a "
+                    "sum, a mean or a scaling by data: the function must end in a weighted sum of "
+                    "losses."
+                )
+
+    def _is_linear_in_losses(self, equation: Equation, losses: int) -> bool:
+        """Whether an equation of data and of so many losses is linear in the losses."""
+        program = self.program
+        if is_wiring(program, equation):
+            return True
+        if equation.primitive in (P.dot_general_p, P.cumsum_p, P.scatter_add_p):
+            return losses == 1
+        term = SumTerm(equation.outputs[0])
+        return fusion.sum_step(program, equation, term) is not None
+
+    def _check_signs(self) -> None:
+        """Refuses a loss that is maximised, where the program itself fixes that."""
+        program = self.program
+        # With which signs each value counts in the result, over all ways there; 0: data says it.
+        signs: dict[Atom, set[int]] = {program.outputs[0]: {1}}
+        for equation in reversed(program.equations):
+            found = set().union(*(signs.get(out, ()) for out in equation.outputs))
+            if equation.primitive in LOSSES:
+                if found == {-1}:
+                    raise TraceError(
+                        f"`{equation.name}` ({equation.source}) counts negatively in the "
+                        "function's result: a loss that is to be maximised has no projection. "
+                        "Losses are minimised; return the loss itself."
+                    )
+                continue
+            for position, atom in enumerate(equation.inputs):
+                if isinstance(atom, int):
+                    factor = self._sign(equation, position)
+                    signs.setdefault(atom, set()).update(factor * sign for sign in found)
+
+    def _sign(self, equation: Equation, position: int) -> int:
+        """The sign with which an operand enters a linear operation; 0 if data says it."""
+        primitive = equation.primitive
+        if primitive is P.neg_p or (primitive is P.sub_p and position == 1):
+            return -1
+        if primitive in (P.mul_p, P.div_p):
+            number = self.program.uniform_value(equation.inputs[1 - position])
+            return 0 if number is None or np.isnan(number) else int(np.sign(number))
+        return 0 if primitive is P.dot_general_p else 1
+
+    # What is read how often, and what depends on parameters alone.
+
+    def _operands(self, var: int) -> list[int]:
+        cone = self.cones[var]
+        if cone.base != var:
+            return [cone.base]
+        equation = self.definitions.get(var)
+        if equation is None:
+            return []
+        return [a for a in equation.inputs if isinstance(a, int) and self.program.is_variable(a)]
+
+    def _count_reads(self) -> dict[int, int]:
+        reads = dict.fromkeys(self.predictions, 0)
+        for prediction in self.predictions:
+            reads[prediction] += 1
+        # Operands have smaller numbers than what they define: from the greatest down.
+        for var in range(len(self.program.avals) - 1, -1, -1):
+            if var in reads:
+                for operand in self._operands(var):
+                    reads[operand] = reads.get(operand, 0) + 1
+        return reads  # pyright: ignore[reportReturnType]
+
+    def _find_pure(self) -> set[int]:
+        program = self.program
+        pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
+        for equation in program.equations:
+            if all(isinstance(a, Scalar) or a in pure for a in data_operands(equation)):
+                pure.update(equation.outputs)
+        return pure
+
+    # Units.
+
+    def _is_wire(self, var: int) -> bool:
+        equation = self.definitions.get(var)
+        return (
+            equation is not None
+            and var not in self.registered
+            and self.cones[var].base == var
+            and is_wiring(self.program, equation)
+        )
+
+    def _expand(self, start: SumTerm, own: bool) -> list[SumTerm]:
+        """`start` as a sum over variables that have nodes; `own`: the first step is free."""
+        done, pending = [], [(start, own)]
+        while pending:
+            term, free = pending.pop(0)
+            parts = None
+            if free or self.reads[term.variable] == 1:
+                parts = self._open(term)
+            if parts is None:
+                done.append(term)
+            else:
+                pending[:0] = [(part, False) for part in parts]
+        return done
+
+    def _open(self, term: SumTerm) -> list[SumTerm] | None:
+        cone = self.cones[term.variable]
+        if cone.base != term.variable:
+            pieces = cone.function.pieces
+            if len(pieces) != 1:
+                return None
+            return [term.of(cone.base).scaled(pieces[0].slope)]
+        equation = self.definitions.get(term.variable)
+        if equation is None or term.variable in self.registered:
+            return None
+        return fusion.sum_step(self.program, equation, term)
+
+    def _unit(self, var: int) -> _Unit:
+        cone = self.cones[var]
+        equation = self.definitions[var]
+        if cone.base != var:
+            return self._cone_unit(var, cone, equation)
+        if var in self.registered:
+            return self._rule_unit(equation)
+        kink = fusion.known_kink(self.program, equation)
+        if kink is not None:
+            base, offset, function = kink
+            terms = self._expand(SumTerm(base), own=False)
+            return self._affine_unit(equation.name, terms, function, (base, offset), equation)
+        terms = fusion.sum_step(self.program, equation, SumTerm(var))
+        if terms is not None:
+            terms = self._expand(SumTerm(var), own=True)
+            return self._affine_unit(equation.name, terms, None, None, equation)
+        return self._rule_unit(equation)
+
+    def _rule_unit(self, equation: Equation) -> _Unit:
+        builder = find_builder(equation.primitive)
+        if builder is None or len(equation.outputs) != 1:
+            raise TraceError(_no_rule(self.program, equation))
+        spec = builder(self.program, equation)
+        return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
+
+    def _cone_unit(self, var: int, cone: Cone, equation: Equation) -> _Unit:
+        if len(cone.function.pieces) == 1:
+            terms = self._expand(SumTerm(var), own=True)
+            return self._affine_unit(equation.name, terms, None, None, equation)
+        if not jnp.issubdtype(self.program.dtype(var), jnp.floating):
+            raise TraceError(
+                f"A comparison of values that depend on parameters is used as data "
+                f"({equation.source}); convert it to a floating-point array first."
+            )
+        terms = self._expand(SumTerm(cone.base), own=False)
+        name = "relu" if cone.function == fusion.RELU else equation.name
+        return self._affine_unit(name, terms, cone.function, (cone.base, None), equation)
+
+    def _affine_unit(
+        self,
+        name: str,
+        terms: Sequence[SumTerm],
+        function: Any,
+        inner: tuple[int, Atom | None] | None,
+        equation: Equation,
+    ) -> _Unit:
+        rule = Affine(
+            tuple(Term(t.scale, tuple((d, s) for _, d, s in t.factors), t.axes) for t in terms),
+            function,
+            f"sum_{name}" if function is not None and len(terms) > 1 else name,
+        )
+        knowns = tuple(atom for t in terms for atom, _, _ in t.factors)
+        spec = NodeSpec(rule, tuple(t.variable for t in terms), knowns)
+        return _Unit(rule.name, spec, inner, equation.source)
+
+    # The graph.
+
+    def build(self) -> Graph:
+        program = self.program
+        units: dict[int, _Unit] = {}
+        leaves: dict[int, None] = {}
+        seen: set[int] = set()
+        pending: list[Any] = list(self.predictions)
+        while pending:
+            var = pending.pop()
+            if var in seen:
+                continue
+            seen.add(var)
+            if var < len(program.leaves):
+                leaves[var] = None
+            elif self._is_wire(var):
+                pending += self._operands(var)
+            else:
+                units[var] = self._unit(var)
+                pending += [a for a in units[var].spec.slots if isinstance(a, int)]
+        producers = {*leaves, *units}
+        # Parameters in the order of the pytree, operations in the order of the program, losses.
+        nodes: list[Node] = []
+        index_of: dict[int, int] = {}
+        for var in sorted(leaves):
+            index_of[var] = len(nodes)
+            name = program.leaves[var].path or "params"
+            nodes.append(Node(len(nodes), "parameter", name, None, (), (), var))
+        self.slots: list[Slot] = []
+        for var in sorted(units):
+            index_of[var] = len(nodes)
+            unit = units[var]
+            nodes.append(self._node(len(nodes), "operation", unit, var, producers, index_of))
+        for equation in self.loss_equations:
+            builder = find_builder(equation.primitive)
+            assert builder is not None
+            spec = builder(program, equation)
+            unit = _Unit(spec.rule.name, spec, None, equation.source)
+            out = equation.outputs[0]
+            nodes.append(self._node(len(nodes), "loss", unit, out, producers, index_of))
+        return Graph(program, tuple(nodes), tuple(self.slots))
+
+    def _node(
+        self,
+        index: int,
+        kind: Kind,
+        unit: _Unit,
+        output: int,
+        producers: set[int],
+        index_of: Mapping[int, int],
+    ) -> Node:
+        program = self.program
+        first = len(self.slots)
+        for atom in unit.spec.slots:
+            assert isinstance(atom, int)
+            route = find_route(program, self.definitions, producers, atom)
+            self.slots.append(
+                Slot(
+                    index=len(self.slots),
+                    node=index,
+                    route=route,
+                    producers=tuple(index_of[source] for source in route.sources),
+                    shape=program.shape(atom),
+                    dtype=program.dtype(atom),
+                    kind="weight" if atom in self.pure else "activation",
+                )
+            )
+        return Node(
+            index=index,
+            kind=kind,
+            name=unit.name,
+            rule=self.specs.setdefault(unit.spec.rule, unit.spec.rule),
+            slots=tuple(range(first, len(self.slots))),
+            knowns=unit.spec.knowns,
+            output=output,
+            inner=unit.inner,
+            source=unit.source,
+        )
+
+
+def _no_rule(program: Program, equation: Equation) -> str:
+    name = equation.name
+    where = f" at {equation.source}" if equation.source else ""
+    message = f"There is no projection for the operation `{name}`{where}."
+    if structure_depends_on_parameters(program, equation):
+        message += (
+            " Its indices (or its condition) depend on the parameters; as data, by "
+            "`jax.lax.stop_gradient`, it would need none."
+        )
+    if name in ("scan", "while", "cond"):
+        return (
+            f"{message} Control flow over parameters is not supported: unroll the loop in Python, "
+            "or select with `jnp.where`."
+        )
+    if len(equation.outputs) != 1:
+        return f"{message} It has several outputs, and a node has one: none can be registered."
+    path = _compat.primitive_path(name.replace("-", "_")) or "the_primitive"
+    return (
+        f"{message} Register one:\n"
+        f"    @pjax.register_projection({path})\n"
+        "    def project(inputs, target, input_weights, target_weight, **params): ...\n"
+        "It returns the inputs nearest to `inputs` whose output is nearest to `target`; see "
+        "`help(pjax.register_projection)`."
+    )

@@ -1,0 +1,511 @@
+"""A JAX function becomes a flat program: calls inlined, variables renamed, dead code dropped.
+
+A [`Program`][] is a list of equations over integer variables. Its first variables are the leaves
+of the parameters, then the arrays that the function closes over, so the program itself holds no
+data: two closures over two batches give equal programs, and everything compiled for one serves
+the other.
+
+Every variable is one of
+
+- *variable*: it depends on a parameter that can move;
+- *known*: it does not; it may be a tracer of an outer `jit`, and is evaluated in each solve;
+- *uniform*: known, and all its entries are one number that is fixed by the program (`0.0` in
+  `max(x, 0.0)`), whatever the data are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjax import _compat
+from pjax._compat import P
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A literal operand: one number of one dtype."""
+
+    value: Any
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def array(self) -> np.ndarray:
+        return np.asarray(self.value, dtype=self.dtype)
+
+
+#: An operand: a variable's number, or a literal.
+Atom = int | Scalar
+
+#: How often users registered a rule for a primitive: with another rule it is another program.
+REGISTRATIONS: Counter[Any] = Counter()
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """`outputs = primitive(*inputs, **params)`, with the user's source line."""
+
+    primitive: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    params: Mapping[str, Any]
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name.removeprefix("pjax_")
+
+    def bind(self, *args: Any) -> list[Any]:
+        """The values of the outputs."""
+        out = self.primitive.bind(*args, **self.params)
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the parameter pytree."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    trainable: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A flat program. `key` is equal for two programs of the same equations and the same rules.
+
+    Variables are numbered: first `leaves`, then `num_consts` captured arrays, then results.
+    """
+
+    leaves: tuple[Leaf, ...]
+    num_consts: int
+    equations: tuple[Equation, ...]
+    outputs: tuple[Atom, ...]
+    avals: tuple[Any, ...]
+    variable: frozenset[int]
+    uniform: Mapping[int, Any]
+    key: Any
+
+    def shape(self, atom: Atom) -> tuple[int, ...]:
+        return atom.shape if isinstance(atom, Scalar) else tuple(self.avals[atom].shape)
+
+    def dtype(self, atom: Atom) -> Any:
+        return atom.dtype if isinstance(atom, Scalar) else self.avals[atom].dtype
+
+    def is_variable(self, atom: Atom) -> bool:
+        return isinstance(atom, int) and atom in self.variable
+
+    def uniform_value(self, atom: Atom) -> Any | None:
+        """The number that every entry of `atom` equals, if the program fixes it."""
+        return atom.value if isinstance(atom, Scalar) else self.uniform.get(atom)
+
+    def evaluate(self, leaves: Sequence[Any], consts: Sequence[Any]) -> dict[int, Any]:
+        """The value of every variable: the forward pass."""
+        values: dict[int, Any] = dict(enumerate((*leaves, *consts)))
+        run(self.equations, values)
+        return values
+
+
+def read(values: Mapping[int, Any], atom: Atom) -> Any:
+    """The value of an operand."""
+    return atom.array() if isinstance(atom, Scalar) else values[atom]
+
+
+def run(equations: Sequence[Equation], values: dict[int, Any]) -> None:
+    """Evaluates `equations` in order, adding what they define to `values`."""
+    for equation in equations:
+        out = equation.bind(*(read(values, atom) for atom in equation.inputs))
+        values.update(zip(equation.outputs, out, strict=True))
+
+
+class TraceError(ValueError):
+    """The function cannot become a graph of constraints; the message says why and what to do."""
+
+
+def trace(fn: Callable[[Any], Any], params: Any) -> tuple[Program, list[Any], list[Any], Any]:
+    """Traces `fn(params)` into a flat program.
+
+    **Arguments:**
+
+    - `fn`: a JAX function of the parameters; what it closes over is data.
+    - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
+      leaves are known values, and stay as they are.
+
+    **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
+    the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result.
+
+    **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
+    needs, or is an integer that the function uses as a number.
+    """
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not _is_array_like(leaf):
+            raise TypeError(
+                f"`params{path}` is a {type(leaf).__name__}, not an array. Pass only the arrays: "
+                "for Equinox `params, static = eqx.partition(model, eqx.is_inexact_array)`, for "
+                "Flax NNX `graphdef, params, rest = nnx.split(model, nnx.Param, ...)`."
+            )
+    # Python numbers and NumPy arrays take the types that the program gives them.
+    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+    for path, leaf in zip(paths, leaves, strict=True):
+        _check_leaf_type(path, leaf.dtype)
+    tree_out: list[Any] = []
+
+    def flat(*flat_leaves: Any) -> Any:
+        out = fn(jax.tree_util.tree_unflatten(treedef, flat_leaves))
+        out_leaves, structure = jax.tree_util.tree_flatten(out)
+        tree_out.append(structure)
+        return out_leaves
+
+    closed = jax.make_jaxpr(flat)(*leaves)
+    program, consts = _Flattener().flatten(closed, paths)
+    return program, leaves, consts, tree_out[0]
+
+
+def _is_array_like(leaf: Any) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return False
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype.kind in "OSUMm":
+        return False
+    return (hasattr(leaf, "shape") and dtype is not None) or isinstance(
+        leaf, (bool, int, float, complex)
+    )
+
+
+def _check_leaf_type(path: str, dtype: Any) -> None:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`params{path}` is complex ({dtype}); projections are of real numbers. Keep the real "
+            "and the imaginary part as two arrays."
+        )
+    if _compat.is_narrow(dtype):
+        raise TypeError(
+            f"`params{path}` is {dtype}, whose range is too narrow for deviations from a forward "
+            "pass. Use float32 or bfloat16."
+        )
+
+
+#: Elementwise primitives that keep a uniform value uniform.
+_UNIFORM_ELEMENTWISE = _compat.find_primitives(
+    "add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "integer_pow", "pow", "exp",
+    "log", "convert_element_type", "copy", "abs", "sign",
+)  # fmt: skip
+#: These broadcast scalars, and axes of length 1, without saying so.
+_BINARY = _compat.find_primitives(
+    "add", "add_jaxvals", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem",
+    "eq", "ne", "ge", "gt", "le", "lt",
+)  # fmt: skip
+_UNIFORM_WIRING = _compat.find_primitives(
+    "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "rev", "tile",
+)  # fmt: skip
+#: What turns integers into other integers that are meant as the same kind of number.
+_INTEGER_ARITHMETIC = _UNIFORM_WIRING | _compat.find_primitives(
+    "add", "sub", "mul", "neg", "copy", "convert_element_type", "abs",
+    "concatenate", "stack", "reduce_sum", "reduce_max", "reduce_min", "dot_general",
+)  # fmt: skip
+
+
+class _Flattener:
+    """Inlines and renames: two calls of one jitted function share jaxpr variables, ours do not."""
+
+    def __init__(self) -> None:
+        self.avals: list[Any] = []
+        self.equations: list[Equation] = []
+        self.uniform: dict[int, Any] = {}
+        self.variable: set[int] = set()
+        self.constants: dict[int, Any] = {}
+        self.integer_leaves: dict[int, str] = {}
+
+    def flatten(self, closed: Any, paths: Sequence[str]) -> tuple[Program, list[Any]]:
+        """The program of a closed jaxpr, and the arrays that it captures."""
+        env: dict[Any, Atom] = {}
+        leaves = []
+        for path, var in zip(paths, closed.jaxpr.invars, strict=True):
+            number = self._new(env, var)
+            dtype = var.aval.dtype
+            trainable = bool(jnp.issubdtype(dtype, jnp.floating))
+            leaves.append(Leaf(path, tuple(var.aval.shape), dtype, trainable))
+            if trainable:
+                self.variable.add(number)
+            elif jnp.issubdtype(dtype, jnp.integer):
+                self.integer_leaves[number] = path
+        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            env[var] = self._constant(value, var.aval.dtype)
+        self._inline(closed.jaxpr, env, "")
+        outputs = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
+        equations = _live(self.equations, outputs)
+        for equation in equations:
+            self._check_integer_parameter(equation)
+            self._check_narrow(equation)
+        return self._renumber(leaves, equations, outputs)
+
+    def _renumber(
+        self, leaves: list[Leaf], equations: list[Equation], outputs: tuple[Atom, ...]
+    ) -> tuple[Program, list[Any]]:
+        """Numbers leaves, then captured arrays, then results, leaving out what is not read.
+
+        Arrays that a called function captures (a jitted closure over the batch) become inputs of
+        the program like all others, wherever they were met.
+        """
+        read_atoms = [atom for equation in equations for atom in equation.inputs] + [*outputs]
+        captured = sorted({a for a in read_atoms if isinstance(a, int)} & self.constants.keys())
+        order = [
+            *range(len(leaves)),
+            *captured,
+            *(out for equation in equations for out in equation.outputs),
+        ]
+        number = {old: new for new, old in enumerate(order)}
+
+        def rename(atom: Atom) -> Atom:
+            return number[atom] if isinstance(atom, int) else atom
+
+        renamed = tuple(
+            Equation(
+                e.primitive,
+                tuple(map(rename, e.inputs)),
+                tuple(number[out] for out in e.outputs),
+                e.params,
+                e.source,
+            )
+            for e in equations
+        )
+        outputs = tuple(map(rename, outputs))
+        avals = tuple(self.avals[old] for old in order)
+        key = (
+            tuple(leaves),
+            tuple((tuple(aval.shape), aval.dtype) for aval in avals[: len(leaves) + len(captured)]),
+            tuple(
+                (
+                    (e.primitive, REGISTRATIONS[e.primitive]),
+                    tuple(map(canonical, e.inputs)),
+                    e.outputs,
+                    canonical(e.params),
+                )
+                for e in renamed
+            ),
+            tuple(map(canonical, outputs)),
+        )
+        program = Program(
+            leaves=tuple(leaves),
+            num_consts=len(captured),
+            equations=renamed,
+            outputs=outputs,
+            avals=avals,
+            variable=frozenset(number[old] for old in self.variable if old in number),
+            uniform={number[old]: v for old, v in self.uniform.items() if old in number},
+            key=key,
+        )
+        return program, [self.constants[old] for old in captured]
+
+    def _new(self, env: dict[Any, Atom], var: Any) -> int:
+        number = self._number(var.aval)
+        if not isinstance(var, _compat.DropVar):
+            env[var] = number
+        return number
+
+    def _number(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def _atom(self, env: dict[Any, Atom], var: Any) -> Atom:
+        if isinstance(var, _compat.Literal):
+            if np.ndim(var.val):  # JAX may keep small arrays as literals
+                return self._constant(np.asarray(var.val), var.aval.dtype)
+            return Scalar(np.asarray(var.val).item(), var.aval.dtype)
+        return env[var]
+
+    def _constant(self, value: Any, dtype: Any) -> Atom:
+        """A captured value: a NumPy scalar is a literal, an array an input of the program."""
+        if not isinstance(value, jax.Array):
+            if np.ndim(value) == 0:
+                return Scalar(np.asarray(value).item(), dtype)
+            value = jnp.asarray(value, dtype)
+        number = self._number(_compat.ShapedArray(value.shape, value.dtype))
+        self.constants[number] = value
+        return number
+
+    def _inline(self, jaxpr: Any, env: dict[Any, Atom], caller: str, foreign: bool = False) -> None:
+        for eqn in jaxpr.eqns:
+            inputs = tuple(self._atom(env, var) for var in eqn.invars)
+            source = caller if foreign and caller else _compat.source_line(eqn, caller)
+            body = _compat.call_body(eqn.primitive, eqn.params)
+            if body is not None:
+                inner, consts = body
+                inner_env: dict[Any, Atom] = {}
+                for var, value in zip(inner.constvars, consts, strict=True):
+                    inner_env[var] = self._constant(value, var.aval.dtype)
+                inner_env.update(zip(inner.invars, inputs, strict=True))
+                self._inline(inner, inner_env, source, _compat.is_library_function(inner))
+                for var, out in zip(eqn.outvars, inner.outvars, strict=True):
+                    if not isinstance(var, _compat.DropVar):
+                        env[var] = self._atom(inner_env, out)
+                continue
+            if eqn.primitive in _BINARY:
+                aval = eqn.outvars[0].aval
+                inputs = tuple(self._broadcast(atom, aval, source) for atom in inputs)
+            if eqn.primitive is P.clamp_p and any(map(self._is_variable, inputs)):
+                self._clamp(inputs, self._new(env, eqn.outvars[0]), source)
+                continue
+            outputs = tuple(self._new(env, var) for var in eqn.outvars)
+            self._add(Equation(eqn.primitive, inputs, outputs, eqn.params, source))
+
+    def _is_variable(self, atom: Atom) -> bool:
+        return isinstance(atom, int) and atom in self.variable
+
+    def _add(self, equation: Equation) -> None:
+        self.equations.append(equation)
+        # What a `stop_gradient` returns rests during a solve, like any other data.
+        if equation.primitive is not P.stop_gradient_p and any(
+            map(self._is_variable, equation.inputs)
+        ):
+            self.variable.update(equation.outputs)
+            return
+        self._propagate_uniform(equation)
+        if equation.primitive in _INTEGER_ARITHMETIC:
+            for atom in equation.inputs:
+                if isinstance(atom, int) and atom in self.integer_leaves:
+                    path = self.integer_leaves[atom]
+                    self.integer_leaves.update(dict.fromkeys(equation.outputs, path))
+
+    def _broadcast(self, atom: Atom, aval: Any, source: str) -> Atom:
+        """Binary operations broadcast scalars and axes of length 1: make that a wire of its own."""
+        if isinstance(atom, Scalar) or self.avals[atom].shape == aval.shape:
+            return atom
+        params = _compat.broadcast_params(tuple(self.avals[atom].shape), tuple(aval.shape))
+        number = self._number(_compat.ShapedArray(aval.shape, self.avals[atom].dtype))
+        self._add(Equation(P.broadcast_in_dim_p, (atom,), (number,), params, source))
+        return number
+
+    def _clamp(self, inputs: tuple[Atom, ...], output: int, source: str) -> None:
+        """`clamp(low, x, high)` is `min(max(x, low), high)`: two operations that have rules."""
+        low, x, high = (self._broadcast(atom, self.avals[output], source) for atom in inputs)
+        raised = self._number(self.avals[output])
+        self._add(Equation(P.max_p, (x, low), (raised,), {}, source))
+        self._add(Equation(P.min_p, (raised, high), (output,), {}, source))
+
+    def _propagate_uniform(self, equation: Equation) -> None:
+        values = []
+        for atom in equation.inputs:
+            value = atom.value if isinstance(atom, Scalar) else self.uniform.get(atom)
+            if value is None:
+                return
+            dtype = atom.dtype if isinstance(atom, Scalar) else self.avals[atom].dtype
+            values.append(np.asarray(value, dtype=dtype))
+        if not values:
+            return
+        if equation.primitive in _UNIFORM_WIRING:
+            self.uniform[equation.outputs[0]] = values[0].item()
+        elif equation.primitive in _UNIFORM_ELEMENTWISE:
+            with _compat.compile_time_eval():
+                (out,) = equation.bind(*map(jnp.asarray, values))
+            self.uniform[equation.outputs[0]] = np.asarray(out).item()
+
+    def _check_integer_parameter(self, equation: Equation) -> None:
+        for atom in equation.inputs:
+            if (
+                isinstance(atom, int)
+                and atom in self.integer_leaves
+                and jnp.issubdtype(self.avals[equation.outputs[0]].dtype, jnp.floating)
+                and equation.primitive in _INTEGER_ARITHMETIC
+            ):
+                raise TypeError(
+                    f"`params{self.integer_leaves[atom]}` is an integer array "
+                    f"({self.avals[atom].dtype}) that the function uses as a number "
+                    f"({equation.source}): a projection cannot move it. Convert it to a "
+                    "floating-point array, or keep it outside of `params`."
+                )
+
+    def _check_narrow(self, equation: Equation) -> None:
+        for out in equation.outputs:
+            dtype = self.avals[out].dtype
+            if out in self.variable and _compat.is_narrow(dtype):
+                raise TypeError(
+                    f"`{equation.name}` ({equation.source}) makes a {dtype} value of the "
+                    "parameters, whose range is too narrow for deviations. Use float32 or bfloat16."
+                )
+
+
+def _live(equations: Sequence[Equation], outputs: Sequence[Atom]) -> list[Equation]:
+    needed = {atom for atom in outputs if isinstance(atom, int)}
+    kept = []
+    for equation in reversed(equations):
+        if not needed.isdisjoint(equation.outputs):
+            kept.append(equation)
+            needed.update(atom for atom in equation.inputs if isinstance(atom, int))
+    return kept[::-1]
+
+
+class _Identity:
+    """Wraps an unhashable value: equal to itself only (better a recompile than a wrong reuse)."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+
+def canonical(value: Any) -> Any:
+    """A hashable stand-in, equal for equal meaning only: −0 is not 0, True is not 1."""
+    if isinstance(value, Scalar):
+        return ("literal", value.dtype, value.array().tobytes())
+    if isinstance(value, _compat.ClosedJaxpr):
+        return ("closed", _canonical_jaxpr(value.jaxpr), tuple(map(canonical, value.consts)))
+    if isinstance(value, _compat.Jaxpr):
+        return _canonical_jaxpr(value)
+    if isinstance(value, Mapping):
+        return tuple((name, canonical(value[name])) for name in sorted(value))
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(canonical, value))
+    if isinstance(value, (bool, int, float, complex, np.generic)):
+        return (type(value).__name__, np.asarray(value).tobytes())
+    try:
+        hash(value)
+    except TypeError:
+        return _Identity(value)
+    return value
+
+
+def _canonical_jaxpr(jaxpr: Any) -> Any:
+    """A body of control flow, its variables numbered by appearance (jaxprs hash by identity)."""
+    numbers: dict[Any, int] = {}
+
+    def define(var: Any) -> Any:
+        numbers[var] = len(numbers)
+        return str(var.aval), getattr(var.aval, "weak_type", False)
+
+    def refer(var: Any) -> Any:
+        if isinstance(var, _compat.Literal):
+            return ("literal", var.aval.dtype, np.asarray(var.val).tobytes())
+        return numbers[var]
+
+    return (
+        "jaxpr",
+        tuple(map(define, (*jaxpr.constvars, *jaxpr.invars))),
+        tuple(
+            (
+                eqn.primitive,
+                tuple(map(refer, eqn.invars)),
+                tuple(map(define, eqn.outvars)),
+                canonical(eqn.params),
+            )
+            for eqn in jaxpr.eqns
+        ),
+        tuple(map(refer, jaxpr.outvars)),
+    )

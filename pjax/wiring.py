@@ -1,0 +1,154 @@
+"""Wiring: reshape, transpose, slice, gather ...: which entry of a slot reads which producer.
+
+A wiring operation copies scalars and carries no constraint. The way from the producers to one slot
+is a [`Route`][]: a linear function of deviations whose matrix has one 1 in each row (or none,
+where the slot reads a constant). Its transpose sums what the readers of an entry say, so a
+weighted consensus is `pull(ρ z) / pull(ρ)`, exact for fan-out, repeated indices and overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pjax import _compat
+from pjax._compat import P
+from pjax.trace import Atom, Equation, Program, Scalar, read
+
+#: Wiring primitives, and which of their operands are structure (indices, predicates), not data.
+#: `slice(k, None)`: all operands from the k-th on.
+_STRUCTURE: dict[Any, slice] = {
+    **dict.fromkeys(
+        _compat.find_primitives(
+            "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "concatenate",
+            "slice", "pad", "rev", "split", "copy", "stack", "unstack", "device_put", "name",
+            "optimization_barrier", "sharding_constraint", "tile",
+        ),
+        slice(0, 0),
+    ),
+    **dict.fromkeys(_compat.find_primitives("gather", "scatter"), slice(1, 2)),
+    **dict.fromkeys(_compat.find_primitives("dynamic_slice"), slice(1, None)),
+    **dict.fromkeys(_compat.find_primitives("dynamic_update_slice"), slice(2, None)),
+    **dict.fromkeys(_compat.find_primitives("select_n"), slice(0, 1)),
+}  # fmt: skip
+
+
+def is_wiring(program: Program, equation: Equation) -> bool:
+    """Whether `equation` only copies entries, with known indices and predicates."""
+    if equation.primitive is P.convert_element_type_p:
+        # From one floating-point type to another: the same number, rounded.
+        return all(
+            jnp.issubdtype(program.dtype(atom), jnp.floating)
+            for atom in (equation.inputs[0], equation.outputs[0])
+        )
+    structure = _STRUCTURE.get(equation.primitive)
+    if structure is None or structure_depends_on_parameters(program, equation):
+        return False
+    # Where one entry is written twice, which of the two stays is not determined.
+    return equation.primitive is not P.scatter_p or equation.params["unique_indices"]
+
+
+def data_operands(equation: Equation) -> list[Atom]:
+    """The operands of an equation without indices and predicates of wiring."""
+    structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
+    return [atom for place, atom in enumerate(equation.inputs) if place not in structure]
+
+
+def structure_depends_on_parameters(program: Program, equation: Equation) -> bool:
+    """Whether the indices or the predicate of a wiring operation are computed from parameters."""
+    structure = _STRUCTURE.get(equation.primitive, slice(0, 0))
+    return any(program.is_variable(atom) for atom in equation.inputs[structure])
+
+
+def _linear_part(equation: Equation) -> Equation:
+    """`equation`, with 0 for the constant that a `gather` fills in out of bounds."""
+    if equation.primitive is not P.gather_p or equation.params["fill_value"] == 0:
+        return equation
+    return replace(equation, params={**equation.params, "fill_value": 0})
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How one slot reads its producers: `slot = route(values of the sources)`.
+
+    **Attributes:**
+
+    - `sources`: the variables that it reads, each the output of one producer.
+    - `equations`: the wiring in between, in order.
+    - `target`: the variable that the slot holds.
+    """
+
+    program: Program
+    sources: tuple[int, ...]
+    equations: tuple[Equation, ...]
+    target: int
+
+    @property
+    def direct(self) -> bool:
+        """Whether the slot simply is its one producer's output."""
+        return not self.equations
+
+    def __call__(self, deviations: Sequence[Array], known: Mapping[int, Any]) -> Array:
+        """The slot's deviation; constant entries (padding, masked ones) deviate by 0.
+
+        **Arguments:**
+
+        - `deviations`: one array per source.
+        - `known`: values of the known variables (indices and predicates).
+        """
+        values: dict[int, Any] = dict(zip(self.sources, deviations, strict=True))
+        for equation in self.equations:
+            structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
+            operands = []
+            for position, atom in enumerate(equation.inputs):
+                if isinstance(atom, int) and atom in values:
+                    operands.append(values[atom])
+                elif position in structure:
+                    operands.append(read(known, atom))
+                else:
+                    operands.append(self._zeros(atom))
+            outputs = _linear_part(equation).bind(*operands)
+            values.update(zip(equation.outputs, outputs, strict=True))
+        return values[self.target]
+
+    def _zeros(self, atom: Atom) -> Array:
+        return jnp.zeros(self.program.shape(atom), self.program.dtype(atom))
+
+    def pull(self, slot: Array, known: Mapping[int, Any]) -> tuple[Array, ...]:
+        """The transpose: for each entry of each source, the sum over the entries that read it."""
+        if self.direct:
+            return (slot,)
+        structs = [
+            jax.ShapeDtypeStruct(self.program.shape(var), self.program.dtype(var))
+            for var in self.sources
+        ]
+        transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
+        return tuple(transpose(slot))
+
+
+def find_route(
+    program: Program, definitions: Mapping[int, Equation], producers: set[int], target: int
+) -> Route:
+    """The wiring that leads from `producers` (variables) to the variable `target`."""
+    sources: dict[int, None] = {}
+    equations: dict[Equation, None] = {}
+
+    def visit(var: int) -> None:
+        if var in producers:
+            sources[var] = None
+            return
+        equation = definitions[var]
+        if equation in equations:
+            return
+        for atom in equation.inputs:
+            if not isinstance(atom, Scalar) and program.is_variable(atom):
+                visit(atom)
+        equations[equation] = None
+
+    visit(target)
+    return Route(program, tuple(sources), tuple(equations), target)
