@@ -1,0 +1,253 @@
+"""What every solver is: a step over the projections of a problem, and the history of a solve."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pjax.problem import Grouping, State
+
+
+class Verdict(enum.IntEnum):
+    """What the residual history says of a solve.
+
+    - `CONVERGING`: the distances to the constraints vanish, or still shrink.
+    - `STALLED`: they neither shrink nor settle.
+    - `INFEASIBLE`: the gap vector between the sets is stable and does not vanish: no point
+        satisfies all constraints near here.
+    - `DIVERGED`: the distances have grown far beyond those at the start.
+    - `NON_FINITE`: a distance is NaN or infinite.
+    """
+
+    CONVERGING = 0
+    STALLED = 1
+    INFEASIBLE = 2
+    DIVERGED = 3
+    NON_FINITE = 4
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+class Sets(Protocol):
+    """What a solver needs to know of a problem: the projections onto its sets, and distances.
+
+    [`pjax.Problem`][] is one; a state is any pytree.
+    """
+
+    @property
+    def num_groups(self) -> int:
+        """How many sets there are."""
+        ...
+
+    @property
+    def loss(self) -> Array:
+        """What the history reports as the loss."""
+        ...
+
+    def require(self, grouping: Grouping, reflecting: bool, /) -> None:
+        """Raises `ValueError` if the sets are not such, or states cannot be combined."""
+        ...
+
+    def initial(self) -> Any:
+        """The state to start from: zero in every entry."""
+        ...
+
+    def project(self, group: int, state: Any, /) -> Any:
+        """The nearest point of a set."""
+        ...
+
+    def difference(self, a: Any, b: Any, /) -> Any:
+        """`a − b`."""
+        ...
+
+    def distance(self, a: Any, b: Any, /) -> Float[Array, ""]:
+        """`‖a − b‖`."""
+        ...
+
+
+class Step(NamedTuple):
+    """One step of a solver.
+
+    **Attributes:**
+
+    - `state`: where it leads.
+    - `distances`: for each side the distance to its constraints, in the metric: how far the
+        projection onto it moved its point. Reflecting methods give, for both sides, the distance
+        between a point of the one and a point of the other, which bounds both.
+    - `before`, `after`: two states; their difference is the step's estimate of the gap vector.
+    """
+
+    state: State
+    distances: tuple[Float[Array, ""], ...]
+    before: State
+    after: State
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ResidualHistory:
+    """The residuals of a solve, one row per step.
+
+    **Attributes:**
+
+    - `distances`: `(steps, sides)`: the distance to the constraints of each side (of each level
+        for cyclic solvers), in the metric; slots that stand for copies count all of them. For
+        reflecting methods an upper bound, see [`Step`][].
+    - `step_size`: `(steps,)`: how far the state moved.
+    - `gap`: `(steps,)`: the length of the gap vector between the sets.
+    - `gap_change`: `(steps,)`: how far the gap vector moved since the step before.
+    - `loss`: the function's value in the forward pass that began the solve.
+
+    `float(history)` is the last total distance.
+    """
+
+    distances: Float[Array, "steps sides"]
+    step_size: Float[Array, " steps"]
+    gap: Float[Array, " steps"]
+    gap_change: Float[Array, " steps"]
+    loss: Float[Array, "..."]
+
+    @property
+    def total(self) -> Float[Array, " steps"]:
+        """`(Σ_sides distance²)^½` per step."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.distances), axis=-1))
+
+    @property
+    def verdict_code(self) -> Int[Array, ""]:
+        """The [`Verdict`][] as a number, also inside `jit`."""
+        return _verdict(self.total, self.gap, self.gap_change)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the history says; needs concrete values, so not inside `jit`."""
+        return Verdict(int(self.verdict_code))
+
+    def __len__(self) -> int:
+        return self.distances.shape[0]
+
+    def __float__(self) -> float:
+        return float(self.total[-1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.total[-1], dtype=dtype)
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+
+#: Below this share of the first distance a solve counts as feasible.
+_FEASIBLE = 1e-5
+#: The last quarter of the steps must shrink the distance by this share to count as converging.
+_SHRINKING = 1e-3
+#: The gap vector is stable if the last quarter of the steps moves it by less than this share of
+#: its length.
+_STABLE = 0.01
+_DIVERGED = 10.0
+
+
+def _verdict(total: Array, gap: Array, gap_change: Array) -> Array:
+    steps = total.shape[0]
+    window = max(steps // 4, 1)
+    start = max(steps - 1 - window, 0)
+    scale = jnp.max(total[: max(steps // 4, 1)])
+    last, early = total[-1], total[start]
+    # A cyclic or reflecting method may settle in its gap while single distances still wobble.
+    shrinking = (last < (1 - _SHRINKING) * early) | (steps == 1)
+    vanished = last <= _FEASIBLE * scale
+    stable = jnp.sum(gap_change[-window:]) <= _STABLE * gap[-1]
+    stable &= gap[-1] > _FEASIBLE * scale
+    code = jnp.where(
+        vanished | shrinking,
+        Verdict.CONVERGING,
+        jnp.where(
+            last > _DIVERGED * scale,
+            Verdict.DIVERGED,
+            jnp.where(stable, Verdict.INFEASIBLE, Verdict.STALLED),
+        ),
+    )
+    finite = jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(gap))
+    return jnp.where(finite, code, Verdict.NON_FINITE)
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """An iteration over the projections of a problem; it knows nothing of networks.
+
+    **Attributes:**
+
+    - `steps`: how many steps a solve takes.
+    - `reflecting`: whether copies of an entry may differ between steps, so that they must be
+      stored.
+    - `grouping`: the sets it projects onto: two colours, or levels.
+    """
+
+    steps: int = 50
+
+    # The safe choice: only a method that projects onto each operation at most once between two
+    # consensus steps over its operands may do without the copies.
+    reflecting: ClassVar[bool] = True
+    grouping: ClassVar[Grouping] = "colours"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"`steps` must be a whole number, at least 1, got {self.steps}.")
+
+    @abstractmethod
+    def step(self, problem: Sets, state: State) -> Step:
+        """One step."""
+
+    def solution(self, problem: Sets, state: State) -> State:
+        """The point that the state stands for (the shadow, for reflecting methods)."""
+        return state
+
+    def solve(self, problem: Sets) -> tuple[State, ResidualHistory]:
+        """All steps from the forward pass.
+
+        **Returns:** `(state, history)`; the state is the solution point.
+
+        **Raises:** `ValueError` if the problem was made for another kind of solver.
+        """
+        problem.require(self.grouping, self.reflecting)
+
+        def body(carry: Any, _: None) -> Any:
+            state, last_gap = carry
+            new = self.step(problem, state)
+            gap = problem.difference(new.after, new.before)
+            zero = problem.initial()
+            row = (
+                jnp.stack(new.distances),
+                problem.distance(new.state, state),
+                problem.distance(gap, zero),
+                problem.distance(gap, last_gap),
+            )
+            return (new.state, gap), row
+
+        initial = problem.initial()
+        (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
+        return self.solution(problem, state), ResidualHistory(*rows, loss=problem.loss)
+
+
+def require_two(problem: Sets, order: bool) -> tuple[int, int]:
+    """The two groups in the order of projection: A, which holds the loss, first unless `order`."""
+    assert problem.num_groups == 2
+    return (1, 0) if order else (0, 1)
+
+
+def affine(*terms: tuple[float, State]) -> State:
+    """`Σ c·state`, for states whose copies are stored."""
+    coefficients = [coefficient for coefficient, _ in terms]
+    return jax.tree_util.tree_map(
+        lambda *arrays: sum(
+            (c * a for c, a in zip(coefficients[1:], arrays[1:], strict=True)),
+            start=coefficients[0] * arrays[0],
+        ),
+        *(state for _, state in terms),
+    )

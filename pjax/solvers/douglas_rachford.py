@@ -1,0 +1,92 @@
+"""Douglas–Rachford, between two sets and around a cycle of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pjax.problem import State
+from pjax.solvers.base import Sets, Solver, Step, affine, require_two
+
+
+@dataclass(frozen=True)
+class DouglasRachford(Solver):
+    """`z ← z + γ (P_B(2 P_A(z) − z) − P_A(z))`; the solution is the shadow `P_A(z)`.
+
+    **Arguments:**
+
+    - `steps`: how many.
+    - `relaxation`: γ in (0, 2); 1 is the classical method.
+    - `change_projection_order`: exchange A and B.
+
+    Source: Douglas and Rachford (1956); Lions and Mercier (1979); arXiv 2506.05878, section 3.
+    """
+
+    relaxation: float = 1.0
+    change_projection_order: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.relaxation < 2:
+            raise ValueError(f"`relaxation` must be between 0 and 2, got {self.relaxation}.")
+
+    def step(self, problem, state):
+        first, second = require_two(problem, self.change_projection_order)
+        return reflect(problem, first, second, state, self.relaxation)
+
+    def solution(self, problem, state):
+        return problem.project(require_two(problem, self.change_projection_order)[0], state)
+
+
+@dataclass(frozen=True)
+class CyclicDouglasRachford(Solver):
+    """`z ← T_{m,1} … T_{2,3} T_{1,2} z` with `T_{i,j} z = z + γ (P_j(2 P_i(z) − z) − P_i(z))`.
+
+    The sets are the levels of the graph from the losses to the parameters.
+
+    **Arguments:**
+
+    - `steps`: how many sweeps.
+    - `relaxation`: γ in (0, 2).
+    - `change_projection_order`: sweep from the parameters to the losses.
+
+    Source: Borwein and Tam, *A cyclic Douglas–Rachford iteration scheme* (2014).
+    """
+
+    relaxation: float = 1.0
+    change_projection_order: bool = False
+
+    grouping: ClassVar = "levels"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.relaxation < 2:
+            raise ValueError(f"`relaxation` must be between 0 and 2, got {self.relaxation}.")
+
+    def step(self, problem, state):
+        order = list(range(problem.num_groups))
+        if self.change_projection_order:
+            order.reverse()
+        end, parts = state, []
+        for first, second in zip(order, [*order[1:], order[0]], strict=True):
+            part = reflect(problem, first, second, end, self.relaxation)
+            parts.append(part)
+            end = part.state
+        distances = tuple(part.distances[0] for part in parts)
+        return Step(end, distances, parts[0].before, parts[0].after)
+
+    def solution(self, problem, state):
+        # The fixed points of the whole cycle project onto the intersection from any of the sets.
+        return problem.project(0, state)
+
+
+def reflect(problem: Sets, first: int, second: int, state: State, relaxation: float) -> Step:
+    """`z + γ (P_j(2 P_i(z) − z) − P_i(z))`: the step that all reflecting methods share."""
+    shadow = problem.project(first, state)
+    reflected = affine((2.0, shadow), (-1.0, state))
+    moved = problem.project(second, reflected)
+    end = affine((1.0, state), (relaxation, moved), (-relaxation, shadow))
+    # The shadow satisfies the one set and `moved` the other: their distance bounds how far each is
+    # from the set that is not its own. (The state itself need not approach either.)
+    gap = problem.distance(moved, shadow)
+    return Step(end, (gap, gap), shadow, moved)
