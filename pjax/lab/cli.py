@@ -1,0 +1,344 @@
+"""The command line: `pjax demo` trains and compares, `pjax graph` shows the constraint graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import pjax
+from pjax.lab import baselines, plots
+from pjax.lab.data import DataError, Dataset, load
+from pjax.lab.models import MLP
+from pjax.lab.train import Method, Projection, Record, Run, train
+
+MethodName = Literal["ap", "cp", "dr", "adam", "sgd"]
+
+_OPTIMIZERS = {
+    "ap": pjax.optim.AlternatingProjections,
+    "cp": pjax.optim.CyclicProjections,
+    "dr": pjax.optim.DouglasRachford,
+}
+
+
+class UsageError(ValueError):
+    """A wrong option; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A data set and a multilayer perceptron."""
+
+    dataset: Literal["digits", "mnist"] = "digits"
+    """digits comes with scikit-learn; mnist is read from files."""
+    data_dir: Path | None = None
+    """Folder with MNIST's IDX files, gzip-compressed or not (default: $PJAX_DATA_DIR)."""
+    hidden: tuple[int, ...] = (128,)
+    """Width of each hidden layer."""
+    skip: bool = False
+    """Let the last layer read the outputs of all hidden layers."""
+    batch_size: int = 128
+    """Rows in a batch."""
+    seed: int = 0
+    """Seed of the splits, the initial parameters and the batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo(Network):
+    """Train a network by projection and by tuned gradient methods; print a table, draw plots."""
+
+    method: tuple[MethodName, ...] = ("ap", "cp", "dr", "adam", "sgd")
+    """Which methods, in this order."""
+    steps: int = 200
+    """Batches for each method."""
+    projection_steps: int = 50
+    """Steps of the projection algorithm on each batch."""
+    output_dir: Path = Path("runs/demo")
+    """Folder for results.json and the plots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph(Network):
+    """Print nodes, colours, edge variables and bytes of the training problem; draw its graph."""
+
+    output: Path = Path("graph.png")
+    """The picture."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    **Returns:** the exit status: 0, 1 after an error, 130 after Ctrl-C (as shells have it).
+    """
+    command = tyro.cli(
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Graph, tyro.conf.subcommand("graph")],  # pyright: ignore[reportArgumentType]
+        prog="pjax",
+        description="Train networks by projecting onto constraints.",
+        args=arguments,
+    )
+    console = Console()
+    try:
+        dataset, model = _prepare(command)
+        if isinstance(command, Demo):
+            return demo(command, dataset, model, console)
+        return graph(command, dataset, model, console)
+    except (DataError, UsageError) as error:
+        print(f"pjax: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"pjax: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pjax: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _prepare(options: Network) -> tuple[Dataset, MLP]:
+    if any(width < 1 for width in options.hidden):
+        raise UsageError(f"--hidden takes positive widths, got {options.hidden}.")
+    if options.seed < 0:
+        raise UsageError(f"--seed must not be negative, got {options.seed}.")
+    dataset = load(options.dataset, options.data_dir, options.seed)
+    if not 1 <= options.batch_size <= len(dataset.train):
+        raise UsageError(
+            f"--batch-size must be from 1 to {len(dataset.train)} (training rows), "
+            f"got {options.batch_size}."
+        )
+    model = MLP(dataset.num_features, dataset.num_classes, options.hidden, options.skip)
+    return dataset, model
+
+
+def demo(options: Demo, dataset: Dataset, model: MLP, console: Console) -> int:
+    """Trains with each method in turn, then writes the table, `results.json` and the plots."""
+    if options.steps < 1 or options.projection_steps < 1:
+        raise UsageError("--steps and --projection-steps must be positive.")
+    methods = tuple(dict.fromkeys(options.method))
+    if not methods:
+        raise UsageError("--method needs at least one method.")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    title = _title(dataset, options)
+    console.print(f"[bold]{title}[/bold]")
+    runs: list[Run] = []
+    with _interruptible() as should_stop, _progress(console) as progress:
+        for name in methods:
+            if should_stop():
+                break
+            runs.append(_run(name, options, dataset, model, progress, should_stop))
+        interrupted = should_stop()
+    if runs:
+        console.print(_results_table(runs))
+        _write_results(options, runs)
+        plots.plot_accuracy(runs, options.output_dir / "accuracy.png", title)
+        plots.plot_residual(runs, options.output_dir / "residual.png", title)
+        console.print(f"Wrote results.json, accuracy.png and residual.png to {options.output_dir}.")
+    if interrupted:
+        console.print("Interrupted: the table and the plots show what was there.")
+    return 130 if interrupted else 0
+
+
+def graph(options: Graph, dataset: Dataset, model: MLP, console: Console) -> int:
+    """Prints the nodes of one batch's problem and draws its coloured graph."""
+    x = jnp.asarray(dataset.train.x[: options.batch_size])
+    labels = jax.nn.one_hot(dataset.train.y[: options.batch_size], dataset.num_classes)
+    problem = pjax.feasibility_problem(
+        lambda params: pjax.cross_entropy(model.apply(params, x), labels),
+        model.init(jax.random.key(options.seed)),
+    )
+    console.print(f"[bold]{_title(dataset, options)}[/bold]")
+    console.print(_graph_table(problem))
+    plots.plot_graph(problem.graph.nodes, problem.graph.edges(), options.output)
+    console.print(f"Drew the graph: {options.output}")
+    return 0
+
+
+def _run(
+    name: MethodName,
+    options: Demo,
+    dataset: Dataset,
+    model: MLP,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> Run:
+    task = progress.add_task(name, total=options.steps, status="")
+    settings: dict[str, Any] = {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "measure_every": max(1, options.steps // 20),
+        "should_stop": should_stop,
+    }
+    method: Method
+    if name in _OPTIMIZERS:
+        optimizer = _OPTIMIZERS[name](steps_per_update=options.projection_steps)
+        description = f"{options.projection_steps} steps per batch"
+        method = Projection(name, description, optimizer, dataset.num_classes)
+    else:
+        progress.update(task, status="tuning the rate: 6 rates, constant and cosine")
+        method = baselines.tune(
+            name,  # pyright: ignore[reportArgumentType]
+            model,
+            dataset,
+            on_step=lambda step: progress.update(task, completed=step),
+            **settings,
+        )
+    progress.update(task, completed=0, status="compiling")
+
+    def on_step(step: int, record: Record) -> None:
+        status = f"validation {record.validation_accuracy:.1%}"
+        if math.isfinite(record.residual):
+            status += f", residual {record.residual:.2g}"
+        progress.update(task, completed=step, status=status)
+
+    return train(method, model, dataset, on_step=on_step, **settings)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>5}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it, the first Ctrl-C only asks to stop; the second one is the usual interrupt."""
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _title(dataset: Dataset, options: Network) -> str:
+    widths = [dataset.num_features, *options.hidden, dataset.num_classes]
+    skip = " with skips" if options.skip else ""
+    return (
+        f"{dataset.name}, {'-'.join(map(str, widths))}{skip}, "
+        f"batches of {options.batch_size}, seed {options.seed}"
+    )
+
+
+def _results_table(runs: Sequence[Run]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption="test: accuracy of the parameters with the best validation accuracy",
+        caption_justify="left",
+    )
+    for heading in ("method", "settings"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("test", "batches", "train", "compile", "state"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(
+            run.method,
+            run.description,
+            f"{run.test_accuracy:.2%}",
+            f"{run.steps}",
+            f"{run.seconds:.2f} s",
+            f"{run.compile_seconds:.1f} s",
+            "unknown" if run.state_bytes is None else _bytes(run.state_bytes),
+        )
+    return table
+
+
+def _write_results(options: Demo, runs: Sequence[Run]) -> None:
+    def plain(run: Run) -> dict[str, Any]:
+        fields = {
+            field.name: getattr(run, field.name)
+            for field in dataclasses.fields(run)
+            if field.name not in ("params", "records")
+        }
+        records = [dataclasses.asdict(record) for record in run.records]
+        for record in records:
+            if not math.isfinite(record["residual"]):
+                record["residual"] = None
+        return {**fields, "records": records}
+
+    settings = {
+        name: os.fspath(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+    results = {
+        "pjax": pjax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "settings": settings,
+        "runs": [plain(run) for run in runs],
+    }
+    (options.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _graph_table(problem: pjax.Problem) -> Table:
+    sizes = problem.sizes()
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption="class: of the node's projection; variables: edge variables, every copy counted; "
+        "bytes: what alternating and cyclic projections store",
+        caption_justify="left",
+    )
+    table.add_column("node", justify="right")
+    for heading in ("name", "kind", "set", "class"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("source", no_wrap=True)
+    for heading in ("variables", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    colours = {"A": "[blue]A[/blue]", "B": "[yellow]B[/yellow]"}
+    for node, size in zip(problem.graph.nodes, sizes.nodes, strict=True):
+        table.add_row(
+            str(node.index),
+            plots.label(node.name),
+            node.kind,
+            colours[node.colour],
+            size.exactness,
+            # Of "/long/path/model.py:12:8 (function)" the part that tells the lines apart.
+            escape(":".join(node.source.split(" ")[0].rpartition("/")[2].split(":")[:2])),
+            f"{size.edge_variables:,}",
+            _bytes(size.bytes),
+        )
+    table.add_section()
+    table.add_row(
+        None, "in all", None, None, None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes)
+    )
+    return table
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
