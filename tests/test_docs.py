@@ -1,0 +1,49 @@
+"""Every Python block of the documents runs as it stands, and links between files lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+
+
+def blocks(document: Path) -> list[str]:
+    return BLOCK.findall(document.read_text())
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, id=path.name) for path in DOCUMENTS if blocks(path)],
+)
+def test_python_blocks_run_one_after_the_other(document: Path) -> None:
+    names: dict[str, object] = {"__name__": "document"}
+    text = document.read_text()
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        code = compile("\n" * line + block.group(1), str(document), "exec")
+        exec(code, names)
+
+
+def test_the_documents_show_python() -> None:
+    assert sum(len(blocks(path)) for path in DOCUMENTS) >= 8
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in DOCUMENTS]
+)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in LINK.findall(document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
