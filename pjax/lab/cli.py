@@ -82,6 +82,10 @@ class Graph(Network):
     """The picture."""
 
 
+#: Columns of a table that is not printed on a terminal.
+_FILE_WIDTH = 120
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -95,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
     )
     console = Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width: cut no table short.
+        console = Console(width=max(console.width, _FILE_WIDTH))
     try:
         dataset, model = _prepare(command)
         if isinstance(command, Demo):
@@ -310,9 +317,8 @@ def _graph_table(problem: pjax.Problem) -> Table:
         caption_justify="left",
     )
     table.add_column("node", justify="right")
-    for heading in ("name", "kind", "set", "class"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("source", no_wrap=True)
+    for heading in ("name", "set", "class", "source"):
+        table.add_column(heading, overflow="fold")
     for heading in ("variables", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     colours = {"A": "[blue]A[/blue]", "B": "[yellow]B[/yellow]"}
@@ -320,7 +326,6 @@ def _graph_table(problem: pjax.Problem) -> Table:
         table.add_row(
             str(node.index),
             plots.label(node.name),
-            node.kind,
             colours[node.colour],
             size.exactness,
             # Of "/long/path/model.py:12:8 (function)" the part that tells the lines apart.
@@ -330,7 +335,7 @@ def _graph_table(problem: pjax.Problem) -> Table:
         )
     table.add_section()
     table.add_row(
-        None, "in all", None, None, None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes)
+        None, "in all", None, None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes)
     )
     return table
 
