@@ -127,13 +127,78 @@ def test_damaged_files_give_one_line_that_names_them(folder, name, damage, messa
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def higgs(tmp_path: Path) -> Path:
+    """A small file in the layout of the HIGGS set; its last feature is constant."""
+    random = np.random.default_rng(0)
+    table = random.normal(3, 2, (100, 29))
+    table[:, 0] = np.arange(100) % 2
+    table[:, 28] = 5
+    path = tmp_path / "higgs_sample.csv"
+    np.savetxt(path, table, delimiter=",", fmt="%.9g")
+    return path
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_higgs_is_split_and_standardised_with_training_statistics(higgs: Path, below) -> None:
+    folder = higgs.parent
+    if below:
+        (folder / "higgs").mkdir()
+        (folder / "higgs" / "higgs_sample.csv.gz").write_bytes(gzip.compress(higgs.read_bytes()))
+        higgs.unlink()
+    dataset, other = load("higgs", folder), load("higgs", folder, seed=1)
+    parts = (dataset.train, dataset.validation, dataset.test)
+    assert [len(part) for part in parts] == [70, 15, 15]
+    assert (dataset.num_features, dataset.num_classes) == (28, 2)
+    np.testing.assert_allclose(dataset.train.x.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(dataset.train.x.std(0)[:27], 1, atol=1e-5)
+    assert all(np.all(part.x[:, 27] == 0) for part in parts)
+    assert abs(dataset.test.x.mean(0)).max() > 0.01
+    assert np.concatenate([part.y for part in parts]).sum() == 50
+    np.testing.assert_array_equal(dataset.train.x, load("higgs", folder).train.x)
+    assert not np.array_equal(dataset.train.x, other.train.x)
+
+
+ROW = b"1.0" + 28 * b",0.5" + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "neither higgs_sample.csv.gz nor higgs_sample.csv"),
+        (b"", "holds 0 rows"),
+        (9 * ROW + b"\n\n", "holds 9 rows"),
+        (b"label,lepton_pT\n" + 10 * ROW, "not a table of numbers"),
+        (10 * ROW + ROW[:-5] + b"\n", "not a table of numbers"),
+        (10 * b"1,2,3\n", "3 columns"),
+        (10 * ROW + ROW.replace(b"0.5", b"nan", 1), "row 11 holds"),
+        (10 * ROW + b"2" + ROW[3:], "label 2 found"),
+        (10 * ROW + b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_damaged_higgs_files_give_one_line_that_names_them(tmp_path, content, message) -> None:
+    if content is not None:
+        (tmp_path / "higgs_sample.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load("higgs", tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_higgs_file_that_is_cut_off_cannot_be_read(higgs: Path) -> None:
+    cut = gzip.compress(higgs.read_bytes())[:-100]
+    higgs.with_name("higgs_sample.csv.gz").write_bytes(cut)
+    with pytest.raises(DataError, match="cannot be read"):
+        load("higgs", higgs.parent)
+
+
 def test_missing_folder_variable_and_unknown_name(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
     with pytest.raises(DataError, match="--data-dir"):
         load("mnist")
     with pytest.raises(DataError, match="no such folder"):
         load("mnist", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="there are: digits, mnist"):
+    with pytest.raises(DataError, match="there are: digits, mnist, higgs"):
         load("emnist")
 
 
@@ -150,3 +215,14 @@ def test_the_real_mnist() -> None:
     pixels = dataset.train.x.sum() + dataset.validation.x.sum(dtype=np.float64)
     np.testing.assert_allclose(pixels / (60_000 * 784), 0.1307, atol=1e-4)
     assert dataset.test.y[0] == 7
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get(DATA_DIR_VARIABLE) or "nowhere") / "higgs").is_dir(),
+    reason=f"{DATA_DIR_VARIABLE} names no folder with HIGGS",
+)
+def test_the_real_higgs_sample() -> None:
+    dataset = load("higgs")
+    parts = (dataset.train, dataset.validation, dataset.test)
+    assert [len(part) for part in parts] == [12_933, 2_772, 2_772]
+    assert sum(int(part.y.sum()) for part in parts) == 9_807

@@ -38,7 +38,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A classification task; features are scaled to [0, 1]."""
+    """A classification task; pixels are scaled to [0, 1], other features standardised."""
 
     name: str
     train: Split
@@ -56,8 +56,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 
 
     **Arguments:**
 
-    - `name`: `"digits"` (scikit-learn's 1,797 images of 8 x 8 pixels, no files needed) or
-      `"mnist"` (four IDX files, gzip-compressed or not, in the folder or in its subfolder `mnist`).
+    - `name`: `"digits"` (scikit-learn's 1,797 images of 8 x 8 pixels, no files needed),
+      `"mnist"` (four IDX files, gzip-compressed or not, in the folder or in its subfolder `mnist`)
+      or `"higgs"` (a sample of the HIGGS set, `higgs_sample.csv`, gzip-compressed or not, in the
+      folder or in its subfolder `higgs`).
     - `data_dir`: the folder; by default the environment variable `PJAX_DATA_DIR`.
     - `seed`: of the permutation that makes the splits.
 
@@ -67,7 +69,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 
         return _digits(seed)
     if name == "mnist":
         return _mnist(_find_folder(data_dir, "mnist"), seed)
-    raise DataError(f"no data set is called {name!r}; there are: digits, mnist.")
+    if name == "higgs":
+        return _higgs(_find_folder(data_dir, "higgs"), seed)
+    raise DataError(f"no data set is called {name!r}; there are: digits, mnist, higgs.")
 
 
 def batch_rows(rows: int, batch_size: int, seed: int) -> Iterator[Int32[np.ndarray, " batch"]]:
@@ -127,6 +131,53 @@ def _mnist_split(folder: Path, part: str) -> Split:
     x = images.reshape(len(images), -1).astype(np.float32)
     x /= 255
     return Split(x, labels.astype(np.int32))
+
+
+_HIGGS_FEATURES = 28
+_HIGGS_LEAST_ROWS = 10
+
+
+def _higgs(folder: Path, seed: int) -> Dataset:
+    rows = _read_higgs(_find_file(folder, "higgs_sample.csv"))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    part = round(0.15 * len(rows))
+    test, validation, train = np.split(order, [part, 2 * part])
+    # In float64: the statistics of the training rows, the same for all three parts.
+    mean = rows.x[train].mean(axis=0, dtype=np.float64)
+    deviation = rows.x[train].std(axis=0, dtype=np.float64)
+    x = (rows.x - mean) / np.where(deviation > 0, deviation, 1)
+    rows = Split(x.astype(np.float32), rows.y)
+    return Dataset("higgs", _take(rows, train), _take(rows, validation), _take(rows, test), 2)
+
+
+def _read_higgs(path: Path) -> Split:
+    """The rows of a file in the layout of UCI's `HIGGS.csv`: no header, the label, 28 features."""
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+            lines = [line for line in file if line.strip()]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from error
+    if len(lines) < _HIGGS_LEAST_ROWS:
+        raise DataError(f"{path}: holds {len(lines)} rows, at least {_HIGGS_LEAST_ROWS} needed.")
+    try:
+        table = np.loadtxt(lines, dtype=np.float32, delimiter=",", comments=None, ndmin=2)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not a table of numbers ({str(error).splitlines()[0]})."
+        ) from error
+    if table.shape[1] != _HIGGS_FEATURES + 1:
+        raise DataError(
+            f"{path}: {table.shape[1]} columns, a label and {_HIGGS_FEATURES} features expected."
+        )
+    finite = np.isfinite(table).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"{path}: row {int(np.argmin(finite)) + 1} holds a value that is not finite."
+        )
+    known = np.isin(table[:, 0], (0, 1))
+    if not known.all():
+        raise DataError(f"{path}: label {table[np.argmin(known), 0]:g} found, 0 or 1 expected.")
+    return Split(np.ascontiguousarray(table[:, 1:]), table[:, 0].astype(np.int32))
 
 
 def _take(rows: Split, indices: np.ndarray) -> Split:
