@@ -1,0 +1,132 @@
+"""The methods that `benchmarks.accuracy` compares; `register` adds one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+import pjax
+from benchmarks.accuracy_tasks import Kind, Loss, Params
+
+#: Numbers by name; they are traced, so one compiled program serves all of a grid.
+Settings = Mapping[str, Any]
+Init = Callable[[Loss, Params, tuple[Array, Array]], Any]
+Step = Callable[[Loss, Params, Any, Array, Array, Array, Settings], tuple[Params, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    **Arguments:**
+
+    - `name`: for the table and the cache.
+    - `kind`: `"gradient"` and `"optax"` methods read the settings `rate` and `cosine` and are tuned
+      on every row; a `"pure"` one has the same `settings` on every row. It also says which loss
+      they get, see `Task.loss`.
+    - `init`: `init(loss_fn, params, (x, one_hot))`, what is carried from batch to batch, a pytree
+      of arrays; the batch is the first.
+    - `step`: `step(loss_fn, params, state, x, one_hot, progress, settings)`, the new parameters and
+      state; `progress` goes from 0 to (just below) 1 over the run. Compiled.
+    - `description`: all that is fixed in `step`. Cached runs are found by name, description and
+      settings, so a change of any of them trains anew.
+    - `settings`: of a pure method.
+    - `reflecting`: it takes part in the rows for methods that reflect.
+    - `requires`: a name that `pjax` must have; without it the method is left out.
+    - `rows`: names of rows; empty: all.
+    """
+
+    name: str
+    kind: Kind
+    init: Init
+    step: Step
+    description: str = ""
+    settings: Settings = dataclasses.field(default_factory=dict)
+    reflecting: bool = False
+    requires: str = ""
+    rows: tuple[str, ...] = ()
+
+    @property
+    def tuned(self) -> bool:
+        return self.kind != "pure"
+
+    @property
+    def available(self) -> bool:
+        return not self.requires or hasattr(pjax, self.requires)
+
+
+#: Every method, by name, in the order of the table.
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Adds a method to the table."""
+    if method.name in METHODS:
+        raise ValueError(f"there is a method called {method.name!r} already.")
+    METHODS[method.name] = method
+    return method
+
+
+def rate_at(progress: Array, settings: Settings) -> Array:
+    """The learning rate, constant or on a cosine to zero at the end of the run."""
+    decayed = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return settings["rate"] * jnp.where(settings["cosine"] > 0, decayed, 1.0)
+
+
+def descend(
+    name: str,
+    kind: Kind,
+    direction: Callable[[Loss], Callable[[Params, tuple[Array, Array]], tuple[Array, Params]]],
+    *,
+    scale: Callable[[], optax.GradientTransformation] = optax.scale_by_adam,
+    description: str = "",
+    requires: str = "",
+    rows: tuple[str, ...] = (),
+) -> Method:
+    """`params − rate · scale(direction)`, Adam's scale unless told otherwise.
+
+    `direction(loss_fn)` is `jax.value_and_grad(loss_fn)` or stands where it does: from
+    `(params, batch)` to the loss and what takes the gradient's place.
+    """
+
+    def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
+        return scale().init(params)  # pyright: ignore[reportArgumentType]
+
+    def step(
+        loss_fn: Loss,
+        params: Params,
+        state: Any,
+        x: Array,
+        y: Array,
+        progress: Array,
+        settings: Settings,
+    ) -> tuple[Params, Any]:
+        _, found = direction(loss_fn)(params, (x, y))
+        updates, state = scale().update(found, state, params)  # pyright: ignore[reportArgumentType]
+        rate = rate_at(progress, settings)
+        return jax.tree.map(lambda leaf, move: leaf - rate * move, params, updates), state
+
+    return Method(name, kind, init, step, description=description, requires=requires, rows=rows)
+
+
+def displacement(name: str, **options: Any) -> Method:
+    """Adam on the displacement of a projection, `pjax.value_and_displacement(loss_fn, **options)`.
+
+    The displacement takes the gradient's place: Adam moves against it.
+    """
+    text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+    def direction(loss_fn: Loss) -> Any:
+        return getattr(pjax, "value_and_displacement")(loss_fn, **options)  # noqa: B009
+
+    return descend(name, "optax", direction, description=text, requires="value_and_displacement")
+
+
+ADAM = register(descend("adam", "gradient", jax.value_and_grad))
+register(displacement("displacement-adam"))
