@@ -4,6 +4,8 @@ from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
 from pjax import solvers as solvers
+from pjax.displacement import displacement as displacement
+from pjax.displacement import value_and_displacement as value_and_displacement
 from pjax.graph import Graph as Graph
 from pjax.graph import UnusedParameterWarning as UnusedParameterWarning
 from pjax.numpy import add as add

@@ -21,10 +21,22 @@ from pjax import _compat, fusion
 from pjax._compat import P
 from pjax.colouring import two_colour
 from pjax.fusion import Cone, SumTerm
-from pjax.rules import IDENTITY, LOSSES, Affine, NodeSpec, Rule, Term, find_builder
+from pjax.layer import Addend, LayerSum, Product
+from pjax.rules import (
+    BILINEAR,
+    IDENTITY,
+    LOSSES,
+    Affine,
+    NodeSpec,
+    Rule,
+    Term,
+    bilinear_operands,
+    find_builder,
+)
 from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, read, run
 from pjax.wiring import (
     Route,
+    broadcast_step,
     data_operands,
     find_route,
     is_wiring,
@@ -32,6 +44,8 @@ from pjax.wiring import (
 )
 
 Kind = Literal["parameter", "operation", "loss", "identity"]
+#: How finely a bilinear operation is cut: a constraint for each scalar product, or for the array.
+Splitting = Literal["neuron", "layer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +157,10 @@ class Graph:
         parameters = [node.index for node in self.parameters]
         return [*ordered, parameters] if parameters else ordered
 
+    def backward_order(self) -> list[int]:
+        """All nodes, readers before what they read, the parameters last."""
+        return [index for group in self.level_groups() for index in group]
+
     def loss_coefficients(self, values: Mapping[int, Any]) -> list[Any]:
         """How much each row of each loss counts in the function's result: 1 if it is the result.
 
@@ -159,22 +177,35 @@ class Graph:
             run(after, known)
             return jnp.sum(read(known, program.outputs[0]))
 
-        # Linear: any point will do, also one where the losses overflow.
-        points = [jnp.zeros(program.shape(var), program.dtype(var)) for var in outputs]
-        return list(jax.grad(result, argnums=tuple(range(len(points))))(*points))
+        gradient = jax.grad(result, argnums=tuple(range(len(outputs))))
+        data = {a for e in after for a in e.inputs if isinstance(a, int) and a not in tail}
+        made = {out for e in after for out in e.outputs}
+        if data <= made:  # the program alone fixes them, whatever the data: known numbers
+            with _compat.compile_time_eval():
+                # Linear: any point will do, also one where the losses overflow.
+                points = [jnp.zeros(program.shape(v), program.dtype(v)) for v in outputs]
+                found = [np.asarray(c) for c in gradient(*points)]
+            return [c.flat[0] if np.all(c == c.flat[0]) else c for c in found]
+        points = [jnp.zeros(program.shape(v), program.dtype(v)) for v in outputs]
+        return list(gradient(*points))
 
 
 class UnusedParameterWarning(UserWarning):
     """A parameter that the loss does not depend on; it stays as it is."""
 
 
-def build_graph(program: Program) -> Graph:
+def build_graph(program: Program, splitting: Splitting = "neuron") -> Graph:
     """The graph of a program: nodes for the operations, slots for their operands, routes between.
+
+    **Arguments:**
+
+    - `splitting`: `"neuron"` fuses sums with the piecewise linear function behind them; `"layer"`
+        fuses them with the products before them.
 
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
     """
-    return _Builder(program).build()
+    return _Builder(program, splitting).build()
 
 
 def warn_unused(graph: Graph) -> None:
@@ -272,8 +303,9 @@ class _Unit:
 
 
 class _Builder:
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, splitting: Splitting):
         self.program = program
+        self.layers = splitting == "layer"
         self.definitions = {out: e for e in program.equations for out in e.outputs}
         # A loss of data alone is a number that nothing can move.
         self.loss_equations = [
@@ -434,6 +466,8 @@ class _Builder:
 
     def _expand(self, start: SumTerm, own: bool) -> list[SumTerm]:
         """`start` as a sum over variables that have nodes; `own`: the first step is free."""
+        if self.layers and not own:  # a sum joins the products before it instead
+            return [start]
         done, pending = [], [(start, own)]
         while pending:
             term, free = pending.pop(0)
@@ -465,6 +499,10 @@ class _Builder:
             return self._cone_unit(var, cone, equation)
         if var in self.registered:
             return self._rule_unit(equation)
+        if self.layers:
+            unit = self._layer_unit(var, equation)
+            if unit is not None:
+                return unit
         kink = fusion.known_kink(self.program, equation)
         if kink is not None:
             base, offset, function = kink
@@ -476,6 +514,92 @@ class _Builder:
             return self._affine_unit(equation.name, terms, None, None, equation)
         return self._rule_unit(equation)
 
+    # Layer splitting: products and what is added to them.
+
+    def _product(self, var: int) -> Equation | None:
+        """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
+        equation = self.definitions.get(var)
+        if equation is None or var in self.registered or self.cones[var].base != var:
+            return None
+        builder = find_builder(equation.primitive)
+        if builder is None or equation.primitive not in BILINEAR:
+            return None
+        # A product with a known number or array entry by entry is a scaling: a linear term.
+        variable = [self.program.is_variable(atom) for atom in equation.inputs]
+        scaling = equation.primitive is P.mul_p and sum(variable) == 1
+        return None if scaling else equation
+
+    def _layer_unit(self, var: int, equation: Equation) -> _Unit | None:
+        """`var` as a sum of products and addends; None if no product is among them."""
+        own = self._product(var)
+        terms = [SumTerm(var)] if own is not None else self._layer_terms(var)
+        found: list[Product | Addend] = []
+        slots: list[Atom] = []
+        knowns: list[Atom] = []
+        has_product = False
+        for term in terms or []:
+            product = None
+            if not term.factors and not term.axes:
+                if term.variable == var or self.reads[term.variable] == 1:
+                    product = self._product(term.variable)
+            if product is not None:
+                spec = bilinear_operands(self.program, product)
+                found.append(Product(spec.operation, *spec.free, scale=term.scale))
+                slots += [a for a, free in zip(product.inputs, spec.free, strict=True) if free]
+                knowns += [a for a, free in zip(product.inputs, spec.free, strict=True) if not free]
+                has_product = True
+            else:
+                addend, source = self._addend(term)
+                found.append(addend)
+                slots.append(source)
+                knowns += [atom for atom, _, _ in term.factors]
+        if not has_product:
+            return None
+        name = "dot" if len(found) == 1 and own is None else (own or equation).name
+        if len(found) > 1:
+            name = "layer"
+        elif own is not None:
+            name = "mul" if own.primitive is P.mul_p else "dot"
+        rule = LayerSum(tuple(found), name)
+        return _Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
+
+    def _layer_terms(self, var: int) -> list[SumTerm] | None:
+        equation = self.definitions[var]
+        if fusion.sum_step(self.program, equation, SumTerm(var)) is None:
+            return None
+        return self._open_sums(SumTerm(var))
+
+    def _open_sums(self, start: SumTerm) -> list[SumTerm]:
+        """`start` as a sum, down to products, values that are read elsewhere, and other nodes."""
+        done, pending = [], [(start, True)]
+        while pending:
+            term, own = pending.pop(0)
+            parts = None
+            if own or (self.reads[term.variable] == 1 and self._product(term.variable) is None):
+                parts = self._open(term)
+            if parts is None:
+                done.append(term)
+            else:
+                pending[:0] = [(part, False) for part in parts]
+        return done
+
+    def _addend(self, term: SumTerm) -> tuple[Addend, Atom]:
+        """An addend and the variable that it reads: what is broadcast is read before that."""
+        spec = Term(term.scale, tuple((d, s) for _, d, s in term.factors), term.axes)
+        if term.factors or term.axes:
+            return Addend(spec), term.variable
+        shape = self.program.shape(term.variable)
+        source, dimensions = term.variable, tuple(range(len(shape)))
+        while self._is_wire(source):
+            step = broadcast_step(self.program, self.definitions[source])
+            if step is None:
+                break
+            source, inner = step
+            dimensions = tuple(dimensions[axis] for axis in inner)
+        if source == term.variable:
+            return Addend(spec), source
+        return Addend(spec, shape, dimensions), source
+
     def _rule_unit(self, equation: Equation) -> _Unit:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
@@ -485,6 +609,9 @@ class _Builder:
 
     def _cone_unit(self, var: int, cone: Cone, equation: Equation) -> _Unit:
         if len(cone.function.pieces) == 1:
+            unit = self._layer_unit(var, equation) if self.layers else None
+            if unit is not None:
+                return unit
             terms = self._expand(SumTerm(var), own=True)
             return self._affine_unit(equation.name, terms, None, None, equation)
         if not jnp.issubdtype(self.program.dtype(var), jnp.floating):

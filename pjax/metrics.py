@@ -4,11 +4,66 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
-from pjax.graph import Graph
+import jax
+import jax.numpy as jnp
+
+from pjax.graph import Graph, Node
+
+RowWeights = Literal["relative", "absolute"]
+
+
+class Weight(NamedTuple):
+    """The weight of a slot or of a node's readers, `ρ = mantissa · 2**exponent`.
+
+    The mantissa is a number, or an array that broadcasts to the slot; the exponent is an integer,
+    and may be far out of the range of floating-point exponents.
+    """
+
+    mantissa: Any
+    exponent: Any = 0
+
+
+#: The exponent of an infinite weight. Weights in ratio to each other may be infinite together.
+INFINITE = 2**20
+
+
+class Measures(Protocol):
+    """What a metric can ask of a problem; [`pjax.Problem`][] is one."""
+
+    graph: Graph
+    #: For each slot what the forward pass before returned in its place, or None.
+    vectors: Sequence[Any]
+    #: For each slot the row weights of the loss that reads it, relative to the largest; or None.
+    loss_weights: Mapping[int, Any]
+
+    def reader_weight(self, node: int, weights: Mapping[int, Weight], /) -> Weight:
+        """`W_v`: the sum of the weights of all entries that read a node's output."""
+        ...
+
+    def gains(
+        self, node: Node, vectors: Sequence[Any], iterations: int, /
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
+        ...
+
+
+class Weighing(NamedTuple):
+    """What a metric finds on a problem.
+
+    **Attributes:**
+
+    - `weights`: ρ of each slot; one that stands for copies: of each copy.
+    - `gains`: for each slot the bound on its squared gain.
+    - `vectors`: for each slot where a power iteration may begin next time, or None.
+    """
+
+    weights: list[Weight]
+    gains: list[Any]
+    vectors: list[Any]
 
 
 class Metric(ABC):
@@ -19,11 +74,27 @@ class Metric(ABC):
     #: What `c` is for a row: `"relative"`, its coefficient in the function's result over the
     #: largest one (a mean and a sum are the same problem, a masked row has none); `"absolute"`,
     #: the coefficient.
-    row_weights: Literal["relative", "absolute"]
+    row_weights: RowWeights
+    #: Steps of conjugate gradients for the projection onto a layer.
+    iterations: int = 8
 
-    @abstractmethod
     def slot_weights(self, graph: Graph) -> Sequence[float]:
-        """ρ for each slot of `graph`; a slot that stands for copies: for each copy."""
+        """ρ for each slot of `graph`, if that is all there is to the metric."""
+        raise NotImplementedError(f"`{type(self).__name__}` must define `slot_weights` or `weigh`.")
+
+    def resting(self, graph: Graph) -> Sequence[bool]:
+        """For each slot whether its weight is infinite: its entries rest, and gather forces."""
+        return [False] * len(graph.slots)
+
+    def curved(self, graph: Graph) -> Sequence[bool]:
+        """For each slot of a layer whether its response is solved for (else it is bounded)."""
+        return [True] * len(graph.slots)
+
+    def weigh(self, measures: Measures) -> Weighing:
+        """The weights on one problem; they may depend on its values."""
+        weights = [Weight(float(w)) for w in self.slot_weights(measures.graph)]
+        nothing = [None] * len(weights)
+        return Weighing(weights, nothing, nothing)
 
 
 @dataclass(frozen=True)
@@ -32,30 +103,233 @@ class Uniform(Metric):
 
     **Arguments:**
 
-    - `weight`: ρ of slots that depend on parameters only (weights, biases, functions of them).
+    - `weight`: ρ of slots that depend on parameters only (weights, biases, functions of them). A
+        number, or a prefix of the parameter pytree with numbers as leaves.
     - `activation`: ρ of all other slots.
     - `prox_step`: λ of the losses, in units of a squared deviation per loss.
     - `row_weights`: `"relative"` or `"absolute"`, see [`Metric`][].
+    - `iterations`: conjugate gradient steps for a layer (`splitting="layer"`).
 
     **Raises:** `ValueError` for a number that is not positive and finite.
 
     Source: arXiv 2506.05878, which has all weights 1 and λ = 5.
     """
 
-    weight: float = 1.0
+    weight: Any = 1.0
     activation: float = 1.0
     prox_step: float = 5.0
-    row_weights: Literal["relative", "absolute"] = "relative"
+    row_weights: RowWeights = "relative"
+    iterations: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("weight", "activation", "prox_step"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        object.__setattr__(self, "weight", _by_path("weight", self.weight, _check_positive))
+        _check_positive("activation", self.activation)
+        _check_positive("prox_step", self.prox_step)
+        _check_iterations("iterations", self.iterations)
         if self.row_weights not in ("relative", "absolute"):
             raise ValueError(
                 f'`row_weights` must be "relative" or "absolute", got {self.row_weights!r}.'
             )
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:
-        return [self.weight if slot.kind == "weight" else self.activation for slot in graph.slots]
+        found = _by_parameter("weight", self.weight, graph)
+        return [
+            max(values) if slot.kind == "weight" else self.activation
+            for slot, values in zip(graph.slots, found, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Spectral(Metric):
+    """`ρ_s = c λ_s W_v`, from the losses backwards: each slot is stiffer than what reads its node
+    can bend.
+
+    `W_v` is the weight of the readers of the slot's node, and `λ_s ≥ ‖J_s‖²` a bound on how much
+    the node's output moves with the slot (1 for a relu; by the power iteration for a product of
+    arrays). Then a node hands on at least the share `1/(1 + k/c)` of a request to its `k` operands
+    in the direction `Jᵀ`, whatever the singular values of `J`, and a parallel step is a
+    contraction. With `c = activations · levels` the share that reaches a parameter is about
+    `exp(−1/activations)` at any depth, so that paths of different lengths stay commensurate.
+
+    The losses' slots weigh what each row counts in the result: a request is the same for each row,
+    in units of the predictions, and the batch size, a mean or a sum, and masks change nothing.
+
+    **Arguments:**
+
+    - `activations`: the stiffness of activations, per level of the graph.
+    - `parameters`: `"stiff"`: parameters rest in a solve, and gather the forces on them, the exact
+        limit of an infinite weight; or a finite stiffness κ, `ρ_w = κ λ_w W_v` with `λ_w` that
+        of the layer's input: the smaller, the more the inputs' directions are equalised. Or a
+        prefix of the parameter pytree with such leaves.
+    - `prox_step`: λ of the losses, in units of a squared prediction.
+    - `iterations`: conjugate gradient steps for the response of finite parameters.
+    - `power_iterations`: steps of the power iteration for `λ_s`, from a fixed direction or from
+        where the state that is handed on left it.
+
+    **Raises:** `ValueError` for a number that is not positive and finite.
+    """
+
+    activations: float = 4.0
+    parameters: Any = "stiff"
+    prox_step: float = 0.1
+    iterations: int = 3
+    power_iterations: int = 4
+
+    row_weights = "relative"
+
+    def __post_init__(self) -> None:
+        _check_positive("activations", self.activations)
+        object.__setattr__(
+            self, "parameters", _by_path("parameters", self.parameters, _check_stiffness)
+        )
+        _check_positive("prox_step", self.prox_step)
+        _check_iterations("iterations", self.iterations)
+        _check_iterations("power_iterations", self.power_iterations)
+
+    def resting(self, graph: Graph) -> Sequence[bool]:
+        found = _by_parameter("parameters", self.parameters, graph)
+        return [
+            slot.kind == "weight" and all(value == "stiff" for value in values)
+            for slot, values in zip(graph.slots, found, strict=True)
+        ]
+
+    def curved(self, graph: Graph) -> Sequence[bool]:
+        resting = self.resting(graph)
+        return [
+            slot.kind == "weight" and not rests and _reads_parameters(graph, slot.index)
+            for slot, rests in zip(graph.slots, resting, strict=True)
+        ]
+
+    def weigh(self, measures: Measures) -> Weighing:
+        graph = measures.graph
+        stiffness = _by_parameter("parameters", self.parameters, graph)
+        resting = self.resting(graph)
+        readers = graph.readers()
+        order = graph.backward_order()
+        level = self.activations * len(graph.level_groups())
+        weights: dict[int, Weight] = {}
+        gains: list[Any] = [None] * len(graph.slots)
+        vectors: list[Any] = [None] * len(graph.slots)
+        for index in order:
+            node = graph.nodes[index]
+            if node.kind == "loss":
+                for slot in node.slots:
+                    weights[slot] = Weight(measures.loss_weights[index])
+                continue
+            if node.rule is None:
+                continue
+            before = [measures.vectors[slot] for slot in node.slots]
+            found, new = measures.gains(node, before, self.power_iterations)
+            asked = measures.reader_weight(index, weights)
+            largest = jnp.max(asked.mantissa)
+            for slot, gain, vector in zip(node.slots, found, new, strict=True):
+                gains[slot], vectors[slot] = gain, vector
+                output_rests = all(resting[i] for i in readers[index])
+                if resting[slot] and not output_rests:
+                    weights[slot] = Weight(1.0, INFINITE)
+                    continue
+                factor: Any = level
+                if graph.slots[slot].kind == "weight" and _reads_parameters(graph, slot):
+                    if not resting[slot]:
+                        shared = max(len(readers[p]) for p in graph.slots[slot].producers)
+                        factor = min(v for v in stiffness[slot] if v != "stiff") / shared
+                weights[slot] = _normal(factor * gain * largest, asked.exponent)
+        return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
+
+
+def _normal(value: Any, exponent: Any) -> Weight:
+    """`value · 2**exponent` with a mantissa near 1; a weight of 0 becomes a very small one."""
+    value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
+    value = jnp.maximum(value, jnp.finfo(value.dtype).tiny)
+    mantissa, more = jnp.frexp(value)
+    return Weight(mantissa, exponent + more.astype(jnp.int32))
+
+
+# --- Numbers by parameter ------------------------------------------------------------------------
+
+#: `(path, value)` for each leaf of a prefix of the parameter pytree.
+ByPath = tuple[tuple[str, Any], ...]
+
+
+def _by_path(name: str, given: Any, check: Any) -> ByPath:
+    """A number, or a pytree prefix of numbers, as pairs of a path and a number."""
+    if isinstance(given, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in given
+    ):
+        return given  # made before: `dataclasses.replace` hands it over
+    leaves, _ = jax.tree_util.tree_flatten_with_path(given)
+    pairs = tuple((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+    for path, value in pairs:
+        check(name + path, value)
+    return pairs
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+
+
+def _check_stiffness(name: str, value: Any) -> None:
+    if value == "stiff":
+        return
+    if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f'`{name}` must be "stiff" or a positive finite number, got {value!r}.')
+
+
+def _check_iterations(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+
+
+def _by_parameter(name: str, pairs: ByPath, graph: Graph) -> list[tuple[Any, ...]]:
+    """For each slot the values of the parameters that it depends on; `()` for an activation.
+
+    **Raises:** `ValueError` for a path that is no prefix of a parameter's, and for a parameter that
+    none is a prefix of.
+    """
+    leaves = graph.program.leaves
+    for path, _ in pairs:
+        if not any(_is_prefix(path, leaf.path) for leaf in leaves):
+            known = ", ".join(f"`{leaf.path}`" for leaf in leaves[:8])
+            raise ValueError(
+                f"`{name}{path}` names no parameter: the parameters are {known}"
+                f"{', …' if len(leaves) > 8 else ''}."
+            )
+    value_of: dict[int, Any] = {}
+    for node in graph.parameters:
+        assert node.output is not None
+        path = leaves[node.output].path
+        found = [value for prefix, value in pairs if _is_prefix(prefix, path)]
+        if not found:
+            raise ValueError(
+                f"`{name}` has no entry for the parameter `{path}`: give a number for all, or a "
+                "prefix of the parameter pytree that covers each."
+            )
+        value_of[node.index] = (found[0],)
+    below: dict[int, tuple[Any, ...]] = dict(value_of)
+
+    def values(node: int) -> tuple[Any, ...]:
+        if node not in below:
+            found = [v for i in graph.nodes[node].slots for p in graph.slots[i].producers
+                     for v in values(p)]  # fmt: skip
+            below[node] = tuple(dict.fromkeys(found))
+        return below[node]
+
+    return [
+        tuple(dict.fromkeys(v for p in slot.producers for v in values(p)))
+        if slot.kind == "weight"
+        else ()
+        for slot in graph.slots
+    ]
+
+
+def _is_prefix(prefix: str, path: str) -> bool:
+    # Paths are made of `['key']`, `[0]` and `.name`: a prefix ends where one of these begins.
+    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "[", ".")
+
+
+def _reads_parameters(graph: Graph, slot: int) -> bool:
+    return any(graph.nodes[p].kind == "parameter" for p in graph.slots[slot].producers)
+
+
+__all__ = ["INFINITE", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]

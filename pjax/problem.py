@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,14 +21,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from pjax.graph import Graph, Node, Slot, bipartite, build_graph, warn_unused
-from pjax.metrics import Metric, Uniform
-from pjax.rules import Exactness, Reference
+from pjax import _compat
+from pjax.graph import Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
+from pjax.metrics import Metric, Spectral, Uniform, Weight
+from pjax.projections import scaling
+from pjax.rules import Exactness, Geometry, Reference
 from pjax.slots import Compact, Dense, Lifted, Storage
 from pjax.trace import Program, TraceError, read, trace
 
 Fanout = Literal["exact", "paper"]
-Splitting = Literal["neuron"]
 Grouping = Literal["colours", "levels"]
 State = tuple[Any, ...]
 
@@ -42,13 +43,19 @@ class Layout:
     - `graph`: with identities if the groups are colours.
     - `groups`: indices of nodes, a projection each.
     - `storages`: the form of each slot's state.
-    - `weights`: ρ of each slot, per copy.
+    - `resting`: for each slot whether its weight is infinite.
+    - `curved`: for each slot of a layer whether its response is solved for.
+    - `counts`: for each slot and each of its producers how many of its entries read each entry of
+        the producer; None where that differs or depends on data.
     """
 
     graph: Graph
     groups: tuple[tuple[int, ...], ...]
     storages: tuple[Storage, ...]
-    weights: tuple[float, ...]
+    resting: tuple[bool, ...]
+    curved: tuple[bool, ...]
+    counts: tuple[tuple[float | None, ...], ...]
+    splitting: Splitting
     metric: Metric
     fanout: Fanout
     grouping: Grouping
@@ -77,12 +84,18 @@ def layout(
     """The layout of a program's problem; equal programs share one, so nothing compiles twice."""
     if fanout not in ("exact", "paper"):
         raise ValueError(f'`fanout` must be "exact" or "paper", got {fanout!r}.')
-    if splitting != "neuron":
-        raise ValueError(f'`splitting` must be "neuron", got {splitting!r}.')
+    if splitting not in ("neuron", "layer"):
+        raise ValueError(f'`splitting` must be "neuron" or "layer", got {splitting!r}.')
+    if splitting == "neuron" and isinstance(metric, Spectral):
+        raise ValueError(
+            '`pjax.metrics.Spectral` weighs whole layers: it needs `splitting="layer"`, and '
+            '`splitting="neuron"` needs `pjax.metrics.Uniform`.'
+        )
     key = (program.key, metric, fanout, splitting, grouping, reflecting)
     found = _LAYOUTS.get(key)
     if found is None:
-        found = _LAYOUTS[key] = _make_layout(program, metric, fanout, grouping, reflecting)
+        found = _make_layout(program, metric, fanout, splitting, grouping, reflecting)
+        _LAYOUTS[key] = found
         if len(_LAYOUTS) > _MAX_LAYOUTS:
             _LAYOUTS.popitem(last=False)
     _LAYOUTS.move_to_end(key)
@@ -90,9 +103,14 @@ def layout(
 
 
 def _make_layout(
-    program: Program, metric: Metric, fanout: Fanout, grouping: Grouping, reflecting: bool
+    program: Program,
+    metric: Metric,
+    fanout: Fanout,
+    splitting: Splitting,
+    grouping: Grouping,
+    reflecting: bool,
 ) -> Layout:
-    graph = build_graph(program)
+    graph = build_graph(program, splitting)
     warn_unused(graph)
     for slot in graph.slots:
         if 0 in slot.shape:
@@ -121,7 +139,10 @@ def _make_layout(
         graph=graph,
         groups=tuple(tuple(group) for group in groups),
         storages=tuple(storages),
-        weights=tuple(float(weight) for weight in metric.slot_weights(graph)),
+        resting=tuple(metric.resting(graph)),
+        curved=tuple(metric.curved(graph)),
+        counts=tuple(map(_reader_counts, graph.slots)),
+        splitting=splitting,
         metric=metric,
         fanout=fanout,
         grouping=grouping,
@@ -129,6 +150,24 @@ def _make_layout(
     )
     _warn_large(found)
     return found
+
+
+def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
+    """For each producer how many entries of a slot read each of its entries.
+
+    A number where it is the same for all entries and the program alone fixes it, None elsewhere.
+    """
+    known = {atom for equation in slot.route.equations for atom in equation.inputs}
+    made = {out for equation in slot.route.equations for out in equation.outputs}
+    free = {atom for atom in known if isinstance(atom, int)} - made - set(slot.route.sources)
+    if slot.route.direct:
+        return (1.0,)
+    if free:
+        return (None,) * len(slot.producers)
+    with _compat.compile_time_eval():
+        pulled = slot.route.pull(jnp.ones(slot.shape, slot.dtype), {})
+        counts = [np.asarray(part, np.float64) for part in pulled]
+    return tuple(float(c.flat[0]) if np.all(c == c.flat[0]) else None for c in counts)
 
 
 class LargeStateWarning(UserWarning):
@@ -217,9 +256,20 @@ class Problem:
     """Find slot values that satisfy every node: the projections and distances of one problem.
 
     Made by [`pjax.feasibility_problem`][], or inside compiled code from a layout and data.
+
+    A slot of weight `ρ = m · 2**k` keeps its deviation in a unit of `2**−k`, so that `m` times the
+    state is the *force* `ρ δ` on it. With a uniform metric `k` is 0; with a spectral one deviations
+    are far below the range of float32 in a deep network, and forces are not. Where the weight is
+    infinite the deviation is 0, and the state is the force alone.
     """
 
-    def __init__(self, layout: Layout, leaves: Sequence[Any], consts: Sequence[Any]):
+    def __init__(
+        self,
+        layout: Layout,
+        leaves: Sequence[Any],
+        consts: Sequence[Any],
+        vectors: Sequence[Any] | None = None,
+    ):
         self.layout = layout
         self.graph = layout.graph
         self.leaves = list(leaves)
@@ -227,12 +277,28 @@ class Problem:
         self.values = layout.graph.program.evaluate(leaves, consts)
         self._readers = self.graph.readers()
         # What does not change during a solve is computed here, outside of every loop.
-        self._total_weights = self._sum_weights()
-        self._rule_weights = self._fanout_weights()
         self._prox_steps = self._find_prox_steps()
         self._references = {
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
+        self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
+        weighing = layout.metric.weigh(self)
+        #: The weight of each slot; of one that stands for copies, of each copy.
+        self.weights = weighing.weights
+        #: For each slot where the power iterations of the next problem may begin, or None.
+        self.vectors = weighing.vectors
+        self._total_weights = self._sum_weights()
+        self._rule_weights = self._fanout_weights()
+        for node in self.graph.nodes:
+            if node.rule is not None:
+                self._references[node.index] = self._references[node.index]._replace(
+                    geometry=Geometry(
+                        self._exponent(node),
+                        tuple(weighing.gains[i] for i in node.slots),
+                        tuple(layout.curved[i] for i in node.slots),
+                        layout.metric.iterations,
+                    )
+                )
         self._kept = {
             (slot.index, group): self._kept_mask(slot, frozenset(members))
             for slot in self.graph.slots
@@ -242,26 +308,47 @@ class Problem:
 
     # What does not change during a solve.
 
-    def _sum_weights(self) -> dict[int, Any]:
-        """`W_v`: the weight with which the readers of each node hold on to its output."""
-        totals: dict[int, Any] = {}
-        for slot in self.graph.slots:
-            weight = self._weight(slot)
+    def reader_weight(self, node: int, weights: Mapping[int, Weight]) -> Weight:
+        """`W_v`: the weight with which the readers of a node hold on to its output.
+
+        In a unit of its own: its exponent is the largest of the readers'.
+        """
+        slots = [self.graph.slots[i] for i in self._readers[node]]
+        exponent = _largest([weights[slot.index].exponent for slot in slots])
+        total: Any = 0.0
+        for slot in slots:
+            mantissa, own = weights[slot.index]
+            copies = self.layout.storages[slot.index].copies
+            weight = mantissa * copies * scaling.power(own - exponent)
             if slot.route.direct:
-                pulled: Sequence[Any] = (weight,)
-            else:
-                pulled = slot.route.pull(jnp.full(slot.shape, weight, slot.dtype), self.values)
-            for producer, part in zip(slot.producers, pulled, strict=True):
-                totals[producer] = totals[producer] + part if producer in totals else part
-        return totals
+                total = total + weight
+                continue
+            for producer, count in zip(slot.producers, self.layout.counts[slot.index], strict=True):
+                if producer != node:
+                    continue
+                if count is None:
+                    full = jnp.broadcast_to(jnp.asarray(weight, slot.dtype), slot.shape)
+                    place = slot.producers.index(producer)
+                    total = total + slot.route.pull(full, self.values)[place]
+                    break
+                total = total + weight * count
+        return Weight(total, exponent)
+
+    def _sum_weights(self) -> dict[int, Weight]:
+        weights = dict(enumerate(self.weights))
+        return {
+            node.index: self.reader_weight(node.index, weights)
+            for node in self.graph.nodes
+            if node.kind != "loss"
+        }
 
     def _fanout_weights(self) -> dict[int, Any]:
         """The target weight that a node's rule is given: `W_v`, or 1 in the paper's convention."""
         if self.layout.fanout == "exact":
-            return self._total_weights
+            return {node: total.mantissa for node, total in self._total_weights.items()}
         return {
-            node: jnp.where(total > 0, 1.0, 0.0).astype(total.dtype)
-            if isinstance(total, jax.Array)
+            node: jnp.where(total.mantissa > 0, 1.0, 0.0).astype(total.mantissa.dtype)
+            if isinstance(total.mantissa, jax.Array)
             else 1.0
             for node, total in self._total_weights.items()
         }
@@ -273,9 +360,16 @@ class Problem:
         coefficients = self.graph.loss_coefficients(self.values)
         #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
         self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
+        #: The largest coefficient of a row in the function's result.
+        self.largest_coefficient = largest
+        relative = [_relative(c, coefficients, largest) for c in coefficients]
+        self.loss_weights = {
+            node.index: jnp.maximum(c, 0)[..., None] if np.ndim(c) else c
+            for node, c in zip(losses, relative, strict=True)
+        }
         if metric.row_weights == "relative":
-            largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
-            coefficients = [c / jnp.where(largest > 0, largest, 1) for c in coefficients]
+            coefficients = relative
         return {
             node.index: metric.prox_step * jnp.maximum(c, 0)
             for node, c in zip(losses, coefficients, strict=True)
@@ -308,9 +402,30 @@ class Problem:
             inner=inner,
         )
 
-    def _weight(self, slot: Slot) -> float:
-        """The weight of an entry in a consensus: ρ times the number of its copies."""
-        return self.layout.weights[slot.index] * self.layout.storages[slot.index].copies
+    def gains(
+        self, node: Node, vectors: Sequence[Any], iterations: int
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
+        assert node.rule is not None
+        return node.rule.gains(self._references[node.index], vectors, iterations)
+
+    def _exponent(self, node: Node) -> Any:
+        """The exponent of a node's unit: that of its output, or of the slot of a loss."""
+        if node.kind == "loss":
+            return self.weights[node.slots[0]].exponent
+        return self._total_weights[node.index].exponent
+
+    def _rests(self, slot: Slot) -> bool:
+        """Whether the slot is infinitely stiffer than the readers of its node."""
+        if not self.layout.resting[slot.index]:
+            return False
+        return not all(self.layout.resting[i] for i in self._readers[slot.node])
+
+    def _ratio(self, slot: Slot, node: int) -> Any:
+        """`2**(k_s − K_v)`: from the unit of a node to that of a slot that it has or writes to."""
+        return scaling.power(
+            self.weights[slot.index].exponent - self._exponent(self.graph.nodes[node])
+        )
 
     def _other(self, slot: Slot) -> Any:
         """The value of the operand that is data, for storages that need it."""
@@ -352,29 +467,54 @@ class Problem:
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
 
+    def at_rest(self) -> State:
+        """`initial`, with None for each slot: what rests costs nothing in a first step.
+
+        Only for solvers that project and do not combine states.
+        """
+        if self.layout.splitting != "layer":
+            return self.initial()
+        return (None,) * len(self.graph.slots)
+
     def mean(self, state: State, slot: Slot) -> Array:
-        """The deviation of a slot; of a slot with copies, their mean."""
+        """The deviation of a slot, in its unit; of a slot with copies, their mean."""
         storage = self.layout.storages[slot.index]
+        if state[slot.index] is None:
+            return jnp.zeros(slot.shape, slot.dtype)
         other = None if isinstance(storage, Dense) else self._other(slot)
         return storage.mean(state[slot.index], other)
 
     def squared_distance(self, a: State, b: State) -> Float[Array, ""]:
         """`Σ ρ |a − b|²` over all slots and copies."""
         total: Any = jnp.zeros(())
-        for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True):
-            first, second = a[slot.index], b[slot.index]
-            if first is not second:
-                other = None if isinstance(storage, Dense) else self._other(slot)
-                weight = self.layout.weights[slot.index]
-                part = storage.squared_distance(first, second, weight, other)
+        for slot in self.graph.slots:
+            if a[slot.index] is not b[slot.index]:
+                part = self._slot_distance(slot, a[slot.index], b[slot.index])
                 total = total + part.astype(jnp.promote_types(part.dtype, jnp.float32))
         return total
+
+    def _slot_distance(self, slot: Slot, a: Any, b: Any) -> Array:
+        """`Σ ρ |a − b|²` over a slot; 0 where it rests."""
+        if self.layout.resting[slot.index]:
+            return jnp.zeros(())
+        a, b = (self._filled(slot, value) for value in (a, b))
+        storage = self.layout.storages[slot.index]
+        other = None if isinstance(storage, Dense) else self._other(slot)
+        mantissa, exponent = self.weights[slot.index]
+        return storage.squared_distance(a, b, mantissa, other) * scaling.power(-exponent)
+
+    def _filled(self, slot: Slot, value: Any) -> Any:
+        if value is not None:
+            return value
+        return self.layout.storages[slot.index].fill(jnp.zeros(slot.shape, slot.dtype))
 
     def difference(self, a: State, b: State) -> State:
         """`a − b`, as a state."""
         return tuple(
-            storage.difference(x, y)
-            for storage, x, y in zip(self.layout.storages, a, b, strict=True)
+            storage.difference(self._filled(slot, x), self._filled(slot, y))
+            for slot, storage, x, y in zip(
+                self.graph.slots, self.layout.storages, a, b, strict=True
+            )
         )
 
     def distance(self, a: State, b: State) -> Float[Array, ""]:
@@ -410,24 +550,59 @@ class Problem:
     def _project_node(
         self, node: Node, state: State, targets: dict[int, Array]
     ) -> tuple[tuple[Any, ...], Array | None]:
-        """The new states of the node's slots, and the deviation of its output."""
+        """The new states of the node's slots, and the deviation of its output, in its unit."""
         index = node.index
         if node.rule is None:
             return (), targets.get(index)
         if node.kind == "loss":
-            target, weight = None, self._prox_steps[index]
+            target, target_weight = None, self._prox_steps[index]
         else:
-            target, weight = targets[index], self._rule_weights[index]
-        return node.rule.project(
+            target, target_weight = targets[index], self._rule_weights[index]
+        slots = [self.graph.slots[i] for i in node.slots]
+        ratios = [
+            _infinite_ratio(slot.dtype) if self._rests(slot) else self._ratio(slot, index)
+            for slot in slots
+        ]
+        weights = [
+            self.weights[slot.index].mantissa * ratio
+            for slot, ratio in zip(slots, ratios, strict=True)
+        ]
+        found, output = node.rule.project(
             self._references[index],
-            tuple(state[i] for i in node.slots),
-            tuple(self.layout.weights[i] for i in node.slots),
+            tuple(
+                self._into_node(slot, state[slot.index], ratio, node.rule.accepts_rest)
+                for slot, ratio in zip(slots, ratios, strict=True)
+            ),
+            tuple(weights),
             target,
-            weight,
+            target_weight,
         )
+        return tuple(
+            self._out_of_node(slot, state[slot.index], moved, ratio)
+            for slot, moved, ratio in zip(slots, found, ratios, strict=True)
+        ), output
+
+    def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
+        """A slot's state in the unit of its node."""
+        if state is None or self._rests(slot):
+            return None if accepts_rest else self._filled(slot, None)
+        if isinstance(ratio, float) and ratio == 1:
+            return state
+        return _divided(state, ratio)
+
+    def _out_of_node(self, slot: Slot, before: Any, moved: Any, ratio: Any) -> Any:
+        """What the projection made of it, in the slot's unit; what rests gathers the forces."""
+        if isinstance(ratio, float) and ratio == 1:
+            return moved
+        moved = jax.tree_util.tree_map(lambda x: (x * ratio).astype(x.dtype), moved)
+        if before is None or not self._rests(slot):
+            return moved
+        return jax.tree_util.tree_map(jnp.add, before, moved)
 
     def _targets(self, nodes: Sequence[int], state: State) -> dict[int, Array]:
-        """The consensus of each node's readers: the weighted mean of the entries that read it."""
+        """The consensus of each node's readers, in the node's unit: the weighted mean of the entries
+        that read it.
+        """
         members = set(nodes)
         sums: dict[int, Any] = {}
         single: dict[int, Array] = {}
@@ -438,16 +613,22 @@ class Problem:
             if slot.route.direct and len(self._readers[slot.producers[0]]) == 1:
                 single[slot.producers[0]] = mean
                 continue
-            pulled = slot.route.pull(mean * self._weight(slot), self.values)
+            if state[slot.index] is None:
+                for producer, var in zip(slot.producers, slot.route.sources, strict=True):
+                    if producer in members:
+                        sums.setdefault(producer, jnp.zeros_like(self.values[var]))
+                continue
+            weight = self.weights[slot.index].mantissa * self.layout.storages[slot.index].copies
+            pulled = slot.route.pull((mean * weight).astype(mean.dtype), self.values)
             for producer, part in zip(slot.producers, pulled, strict=True):
                 if producer in members:
                     sums[producer] = sums[producer] + part if producer in sums else part
         targets = dict(single)
         for producer, total in sums.items():
-            weight = self._total_weights[producer]
+            weight = self._total_weights[producer].mantissa
             if isinstance(weight, jax.Array):
                 weight = jnp.where(weight > 0, weight, 1)
-            targets[producer] = total / weight
+            targets[producer] = (total / weight).astype(total.dtype)
         return targets
 
     def _write(
@@ -458,26 +639,49 @@ class Problem:
         storage = self.layout.storages[slot.index]
         if kept is None:
             return storage.fill(value)
-        return storage.combine(state[slot.index], kept, value)
+        return storage.combine(self._filled(slot, state[slot.index]), kept, value)
 
     def _routed(self, slot: Slot, outputs: dict[int, Array]) -> Array:
         """What a slot reads of `outputs`; 0 where it reads other producers, or a constant."""
-        deviations = [
-            outputs[producer] if producer in outputs else jnp.zeros_like(self.values[var])
-            for producer, var in zip(slot.producers, slot.route.sources, strict=True)
-        ]
+        deviations = []
+        for producer, var in zip(slot.producers, slot.route.sources, strict=True):
+            if producer not in outputs:
+                deviations.append(jnp.zeros_like(self.values[var]))
+                continue
+            ratio = self._ratio(slot, producer)
+            out = outputs[producer]
+            plain = isinstance(ratio, float) and ratio == 1
+            deviations.append(out if plain else (out * ratio).astype(out.dtype))
         return slot.route(deviations, self.values)
 
     # What comes out.
 
     def parameter_deviations(self, state: State) -> list[Array | None]:
-        """For each leaf the consensus of its readers; None where nothing reads it."""
+        """For each leaf the consensus of its readers; None where nothing reads it.
+
+        0 where the parameters rest.
+        """
         found: list[Array | None] = [None] * len(self.leaves)
         nodes = [node.index for node in self.graph.parameters]
         for index, deviation in self._targets(nodes, state).items():
             output = self.graph.nodes[index].output
             assert output is not None
-            found[output] = deviation
+            exponent = self._total_weights[index].exponent
+            found[output] = scaling.from_unit(deviation, exponent)
+        return found
+
+    def parameter_forces(self, state: State) -> list[Array | None]:
+        """For each leaf `W_v δ_v`, the sum of the forces of its readers; None where nothing reads
+        it.
+        """
+        found: list[Array | None] = [None] * len(self.leaves)
+        nodes = [node.index for node in self.graph.parameters]
+        for index, deviation in self._targets(nodes, state).items():
+            output = self.graph.nodes[index].output
+            assert output is not None
+            mantissa, exponent = self._total_weights[index]
+            force = deviation * mantissa
+            found[output] = force.astype(deviation.dtype)
         return found
 
     def residuals(self, state: State | None = None) -> dict[str, Float[Array, ""]]:
@@ -502,10 +706,7 @@ class Problem:
         states, output = self._project_node(node, state, self._targets((node.index,), state))
         total = jnp.zeros(())
         for index, moved in zip(node.slots, states, strict=True):
-            slot, storage = graph.slots[index], layout.storages[index]
-            total += storage.squared_distance(
-                moved, state[index], layout.weights[index], self._other(slot)
-            )
+            total += self._slot_distance(graph.slots[index], moved, state[index])
         if output is None:
             return total
         for index in self._readers[node.index]:
@@ -514,10 +715,13 @@ class Problem:
             if kept is not None:
                 self._require_copies(graph.nodes[slot.node], state)
             value = self._routed(slot, {node.index: output})
+            if layout.resting[index]:
+                continue
             mask = jnp.ones_like(value) if kept is None else 1 - kept
+            mantissa, exponent = self.weights[index]
             total += storage.squared_distance_to(
-                state[index], value, mask, layout.weights[index], self._other(slot)
-            )
+                self._filled(slot, state[index]), value, mask, mantissa, self._other(slot)
+            ) * scaling.power(-exponent)
         return jnp.maximum(total, 0)
 
     def _require_copies(self, node: Node, state: State) -> None:
@@ -533,6 +737,40 @@ class Problem:
     def sizes(self) -> Sizes:
         """Edge variables and bytes of the state, per node and in all."""
         return sizes(self.layout)
+
+
+def _infinite_ratio(dtype: Any) -> float:
+    """A ratio of weights that stands for an infinite one: adding its inverse to 1 gives 1."""
+    return 2.0**40 if jnp.finfo(dtype).bits <= 32 else 2.0**60
+
+
+def _largest(exponents: Sequence[Any]) -> Any:
+    largest = exponents[0]
+    for exponent in exponents[1:]:
+        if isinstance(largest, int) and isinstance(exponent, int):
+            largest = max(largest, exponent)
+        else:
+            largest = jnp.maximum(largest, exponent)
+    return largest
+
+
+def _divided(state: Any, ratio: Any) -> Any:
+    inverse = 1 / ratio if isinstance(ratio, float) else 1 / jnp.maximum(ratio, 2.0**-126)
+    return jax.tree_util.tree_map(lambda x: (x * inverse).astype(x.dtype), state)
+
+
+def _relative(coefficient: Any, all_coefficients: Sequence[Any], largest: Any) -> Any:
+    """A loss's coefficients over the largest of all; a plain 1 where that is known to be so."""
+    if all(not isinstance(c, jax.Array) for c in all_coefficients):
+        largest = max(np.max(np.abs(c)) for c in all_coefficients)
+        found = np.asarray(coefficient / (largest if largest > 0 else 1))
+        return float(found) if found.ndim == 0 else found
+    return coefficient / jnp.where(largest > 0, largest, 1)
+
+
+def default_metric(splitting: Splitting) -> Metric:
+    """The metric of a problem for which none is given."""
+    return Spectral() if splitting == "layer" else Uniform()
 
 
 def feasibility_problem(
@@ -552,10 +790,12 @@ def feasibility_problem(
 
     - `fn`: a JAX function that ends in a loss of this library, or a weighted sum of such.
     - `params`: the pytree of parameters; `args` are data, like anything that `fn` closes over.
-    - `metric`: the weights of the distances; [`pjax.metrics.Uniform`][] by default.
+    - `metric`: the weights of the distances. By default [`pjax.metrics.Uniform`][] for `"neuron"`
+        splitting and [`pjax.metrics.Spectral`][] for `"layer"`.
     - `fanout`: `"exact"`: a node weighs its readers as the nearest point demands; `"paper"`: as
         if it had one reader, whatever their number.
-    - `splitting`: `"neuron"`: one constraint per scalar product.
+    - `splitting`: `"neuron"`: one constraint per scalar product; `"layer"`: one per array
+        operation, without copies.
     - `grouping`: `"colours"` (two groups, identities inserted) or `"levels"` (reverse topological).
     - `reflecting`: store copies in the form that reflecting algorithms need.
 
@@ -567,7 +807,7 @@ def feasibility_problem(
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(
         program,
-        metric=Uniform() if metric is None else metric,
+        metric=default_metric(splitting) if metric is None else metric,
         fanout=fanout,
         splitting=splitting,
         grouping=grouping,

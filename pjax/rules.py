@@ -7,6 +7,7 @@ depend on data. It is hashable, and equal nodes share one. Its mathematics is in
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array
 
 from pjax import _compat, primitives
 from pjax._compat import P
-from pjax.projections import bilinear, extrema, linear, losses
+from pjax.projections import bilinear, extrema, linear, losses, scaling
 from pjax.projections import quantize as quantizer
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
@@ -27,6 +29,23 @@ from pjax.slots import Compact, Dense, Lifted, Storage, Structured
 from pjax.trace import REGISTRATIONS, Atom, Equation, Program, canonical
 
 Exactness = Literal["exact", "inexact", "relaxed"]
+
+
+class Geometry(NamedTuple):
+    """The metric at one node, beyond the weights.
+
+    **Attributes:**
+
+    - `exponent`: deviations, targets and results of the node are in a unit of `2**−exponent`.
+    - `gains`: for each slot a bound on how much the output moves with it, squared (layer splitting).
+    - `curved`: for each slot whether its response is solved for, or only bounded.
+    - `iterations`: conjugate gradient steps for that.
+    """
+
+    exponent: Any = 0
+    gains: tuple[Any, ...] = ()
+    curved: tuple[bool, ...] = ()
+    iterations: int = 0
 
 
 class Reference(NamedTuple):
@@ -38,12 +57,14 @@ class Reference(NamedTuple):
     - `knowns`: the values of the operands that are data.
     - `output`: the node's output (None for a loss).
     - `inner`: for a piecewise linear node, the argument `u` of its function.
+    - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
     """
 
     inputs: tuple[Array, ...]
     knowns: tuple[Any, ...]
     output: Any
     inner: Any = None
+    geometry: Geometry = Geometry()
 
 
 class Rule(ABC):
@@ -54,6 +75,8 @@ class Rule(ABC):
     exactness: Exactness
     #: What a table or a drawing calls the node.
     name: str = ""
+    #: Whether `project` takes None for the state of a slot that has not moved.
+    accepts_rest: ClassVar[bool] = False
 
     def storages(self, reflecting: bool, shared: Sequence[bool]) -> tuple[Storage, ...]:
         """How the solver keeps each slot.
@@ -86,6 +109,22 @@ class Rule(ABC):
 
         **Returns:** the new states, and the output's deviation (None for a loss).
         """
+
+    def gains(
+        self, reference: Reference, vectors: Sequence[Any], iterations: int
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """For each slot a bound on `|J|²`, the squared gain from it to the output.
+
+        **Arguments:**
+
+        - `reference`: the forward pass.
+        - `vectors`: for each slot where a power iteration begins, as returned before, or None.
+        - `iterations`: its steps.
+
+        **Returns:** the bounds, and the vectors to begin with next time (None where none is needed).
+        """
+        none = (None,) * len(reference.inputs)
+        return (1.0,) * len(reference.inputs), none
 
 
 # --- Sums and piecewise linear functions ---------------------------------------------------------
@@ -138,16 +177,29 @@ class Affine(Rule):
         if len(states) == 1 and not self.terms[0].factors and self.terms[0] == Term():
             moved, output = piecewise(
                 self.function, reference.inner, reference.output, states[0], weights[0],
-                target, target_weight,
+                target, target_weight, reference.geometry.exponent,
             )  # fmt: skip
             return (moved,), output
         inner = linear.forward(states, coefficients, axes)
         shapes = [state.shape for state in states]
         weight = linear.scalar_weight(coefficients, axes, weights, inner.shape, shapes)
         moved, output = piecewise(
-            self.function, reference.inner, reference.output, inner, weight, target, target_weight
-        )
+            self.function, reference.inner, reference.output, inner, weight, target, target_weight,
+            reference.geometry.exponent,
+        )  # fmt: skip
         return linear.distribute(states, coefficients, axes, weights, moved - inner), output
+
+    def gains(self, reference, vectors, iterations):
+        slope = 1.0
+        if self.function is not None:
+            slope = max(abs(piece.slope) for piece in self.function.pieces)
+        found = []
+        coefficients = self._coefficients(reference.knowns)
+        for term, c, value in zip(self.terms, coefficients, reference.inputs, strict=True):
+            summed = math.prod(value.shape[axis] for axis in term.axes)
+            largest = c**2 if np.ndim(c) == 0 else jnp.max(jnp.square(c))
+            found.append(slope**2 * largest * summed)
+        return tuple(found), (None,) * len(found)
 
 
 # --- Bilinear operations -------------------------------------------------------------------------
@@ -259,6 +311,7 @@ class Extremum(Rule):
         sign = self.sign
         stacked = self._stack(reference.inputs)
         gap = sign * (stacked - reference.output[..., None])
+        gap = scaling.to_unit(gap, reference.geometry.exponent)
         weight = self._stack(
             [jnp.broadcast_to(w, s.shape) for w, s in zip(weights, states, strict=True)]
         )
@@ -280,11 +333,13 @@ class Quantizer(Rule):
     name: str = "quantize"
 
     def project(self, reference, states, weights, target, target_weight):
+        exponent = reference.geometry.exponent
         moved, output = quantizer.quantize(
-            self.levels, self.low, self.high, reference.inputs[0], reference.output, states[0],
-            weights[0], target, target_weight,
+            self.levels, self.low, self.high, reference.inputs[0], reference.output,
+            scaling.from_unit(states[0], exponent), weights[0],
+            scaling.from_unit(target, exponent), target_weight,
         )  # fmt: skip
-        return (moved,), output
+        return (scaling.to_unit(moved, exponent),), scaling.to_unit(output, exponent)
 
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -305,6 +360,7 @@ class Loss(Rule):
         if jnp.ndim(weight):
             # A row function needs one weight per row: the metric gives a slot of a loss just that.
             weight = jnp.broadcast_to(weight, state.shape)[..., 0]
+            weight = jnp.where(weight > 0, weight, 1)
         return (self.prox(value, state, labels, target_weight / weight),), None
 
 
@@ -373,11 +429,26 @@ def _builder(*found: Any) -> Callable[[Builder], Builder]:
     return register
 
 
-@_builder(P.dot_general_p)
-def _dot_general(program: Program, equation: Equation) -> NodeSpec:
+class BilinearOperands(NamedTuple):
+    """A bilinear equation: its operation, and which of its two operands are free."""
+
+    operation: Bilinear
+    free: tuple[bool, bool]
+
+
+def bilinear_operands(program: Program, equation: Equation) -> BilinearOperands:
+    """The operation of an equation with one of the primitives in `BILINEAR`."""
+    left, right = equation.inputs
+    make = BILINEAR[equation.primitive]
+    return BilinearOperands(
+        make(program, equation), (program.is_variable(left), program.is_variable(right))
+    )
+
+
+def _dot_general_operation(program: Program, equation: Equation) -> Bilinear:
     left, right = equation.inputs
     (contract_l, contract_r), (batch_l, batch_r) = equation.params["dimension_numbers"]
-    operation = DotGeneral(
+    return DotGeneral(
         dimension_numbers=(
             (tuple(contract_l), tuple(contract_r)),
             (tuple(batch_l), tuple(batch_r)),
@@ -387,21 +458,27 @@ def _dot_general(program: Program, equation: Equation) -> NodeSpec:
         precision=equation.params.get("precision"),
         preferred_element_type=equation.params.get("preferred_element_type"),
     )
-    return _bilinear(program, operation, left, right, "dot")
 
 
-@_builder(P.mul_p)
-def _multiply(program: Program, equation: Equation) -> NodeSpec:
+def _multiply_operation(program: Program, equation: Equation) -> Bilinear:
+    return Multiply(program.shape(equation.inputs[0]))
+
+
+#: How the operation of each bilinear primitive is made.
+BILINEAR: Mapping[Any, Callable[[Program, Equation], Bilinear]] = {
+    P.dot_general_p: _dot_general_operation,
+    P.mul_p: _multiply_operation,
+}
+
+
+@_builder(*BILINEAR)
+def _bilinear(program: Program, equation: Equation) -> NodeSpec:
     left, right = equation.inputs
-    return _bilinear(program, Multiply(program.shape(left)), left, right, "mul")
-
-
-def _bilinear(
-    program: Program, operation: Bilinear, left: Atom, right: Atom, name: str
-) -> NodeSpec:
-    if not program.is_variable(left):
+    operation, free = bilinear_operands(program, equation)
+    name = "mul" if equation.primitive is P.mul_p else "dot"
+    if not free[0]:
         return NodeSpec(PinnedBilinear(operation, "left", name), (right,), (left,))
-    if not program.is_variable(right):
+    if not free[1]:
         return NodeSpec(PinnedBilinear(operation, "right", name), (left,), (right,))
     return NodeSpec(NeuronBilinear(operation, name), (left, right))
 
@@ -516,6 +593,7 @@ class Registered(Rule):
             for weight, state in zip(weights, states, strict=True)
         )
         target_weight = jnp.broadcast_to(jnp.asarray(target_weight, target.dtype), target.shape)
+        states, target, back = self._resolvable(reference, states, target)
         inputs = tuple(r + d for r, d in zip(reference.inputs, states, strict=True))
         moved, evaluate = self._moved, self._evaluate
         for _ in range(self.batch_dims):
@@ -523,7 +601,28 @@ class Registered(Rule):
         new = moved(inputs, reference.output + target, weights, target_weight, reference.knowns)
         # The moves are added to the deviations: what does not move keeps its deviation exactly.
         states = tuple(d + (n - i) for d, n, i in zip(states, new, inputs, strict=True))
-        return states, evaluate(new, reference.knowns) - reference.output
+        output = evaluate(new, reference.knowns) - reference.output
+        return tuple(state / back for state in states), output / back
+
+    def _resolvable(
+        self, reference: Reference, states: Sequence[Array], target: Array
+    ) -> tuple[tuple[Array, ...], Array, Any]:
+        """Deviations out of their unit, and the factor that was put on them.
+
+        The projection is in full values, from which deviations of a deep network would be rounded
+        away. So the node is asked for a move that is small, but large enough to be seen: in the
+        range where its response is proportional to the request this changes nothing else.
+        """
+        exponent = reference.geometry.exponent
+        if isinstance(exponent, int) and exponent == 0:
+            return tuple(states), target, 1.0
+        largest = jnp.max(jnp.array([jnp.max(jnp.abs(a)) for a in (*states, target)]))
+        size = jnp.maximum(jnp.max(jnp.abs(reference.output)), jnp.finfo(target.dtype).tiny)
+        seen = float(jnp.finfo(target.dtype).eps) ** 0.5 * size
+        largest = jnp.where(largest > 0, largest, 1)
+        asked = scaling.from_unit(largest, exponent)
+        back = jnp.maximum(asked, seen) / largest
+        return tuple(back * state for state in states), back * target, back
 
 
 def register_projection(

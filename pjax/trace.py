@@ -84,13 +84,16 @@ class Leaf:
 class Program:
     """A flat program. `key` is equal for two programs of the same equations and the same rules.
 
-    Variables are numbered: first `leaves`, then `num_consts` captured arrays, then results.
+    Variables are numbered: first `leaves`, then `num_consts` captured arrays, then results. What
+    only auxiliary outputs need (metrics, statistics) is evaluated, and is no part of the graph.
     """
 
     leaves: tuple[Leaf, ...]
     num_consts: int
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
+    auxiliary: tuple[Equation, ...]
+    auxiliary_outputs: tuple[Atom, ...]
     avals: tuple[Any, ...]
     variable: frozenset[int]
     uniform: Mapping[int, Any]
@@ -113,6 +116,7 @@ class Program:
         """The value of every variable: the forward pass."""
         values: dict[int, Any] = dict(enumerate((*leaves, *consts)))
         run(self.equations, values)
+        run(self.auxiliary, values)
         return values
 
 
@@ -132,17 +136,21 @@ class TraceError(ValueError):
     """The function cannot become a graph of constraints; the message says why and what to do."""
 
 
-def trace(fn: Callable[[Any], Any], params: Any) -> tuple[Program, list[Any], list[Any], Any]:
+def trace(
+    fn: Callable[[Any], Any], params: Any, has_aux: bool = False
+) -> tuple[Program, list[Any], list[Any], Any]:
     """Traces `fn(params)` into a flat program.
 
     **Arguments:**
 
     - `fn`: a JAX function of the parameters; what it closes over is data.
+    - `has_aux`: `fn` returns `(loss, aux)`, with any pytree of arrays as `aux`.
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
       leaves are known values, and stay as they are.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
-    the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result.
+    the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
+    (of `aux` if there is one).
 
     **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
     needs, or is an integer that the function uses as a number.
@@ -162,16 +170,36 @@ def trace(fn: Callable[[Any], Any], params: Any) -> tuple[Program, list[Any], li
     for path, leaf in zip(paths, leaves, strict=True):
         _check_leaf_type(path, leaf.dtype)
     tree_out: list[Any] = []
+    num_outputs: list[int] = []
 
     def flat(*flat_leaves: Any) -> Any:
         out = fn(jax.tree_util.tree_unflatten(treedef, flat_leaves))
+        if has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(
+                    "With `has_aux=True` the function must return a pair `(loss, aux)`; it "
+                    f"returned {_describe(out)}."
+                )
+            out, aux = out
+            aux_leaves, structure = jax.tree_util.tree_flatten(aux)
+            out_leaves = jax.tree_util.tree_leaves(out)
+            num_outputs.append(len(out_leaves))
+            tree_out.append(structure)
+            return [*out_leaves, *aux_leaves]
         out_leaves, structure = jax.tree_util.tree_flatten(out)
+        num_outputs.append(len(out_leaves))
         tree_out.append(structure)
         return out_leaves
 
     closed = jax.make_jaxpr(flat)(*leaves)
-    program, consts = _Flattener().flatten(closed, paths)
+    program, consts = _Flattener().flatten(closed, paths, num_outputs[0])
     return program, leaves, consts, tree_out[0]
+
+
+def _describe(out: Any) -> str:
+    if isinstance(out, tuple):
+        return f"a tuple of {len(out)}"
+    return f"{'an' if type(out).__name__[0] in 'AEIOUaeiou' else 'a'} {type(out).__name__}"
 
 
 def _is_array_like(leaf: Any) -> bool:
@@ -229,8 +257,13 @@ class _Flattener:
         self.constants: dict[int, Any] = {}
         self.integer_leaves: dict[int, str] = {}
 
-    def flatten(self, closed: Any, paths: Sequence[str]) -> tuple[Program, list[Any]]:
-        """The program of a closed jaxpr, and the arrays that it captures."""
+    def flatten(
+        self, closed: Any, paths: Sequence[str], num_outputs: int | None = None
+    ) -> tuple[Program, list[Any]]:
+        """The program of a closed jaxpr, and the arrays that it captures.
+
+        The first `num_outputs` outputs (all, if not given) are the result, the others auxiliary.
+        """
         env: dict[Any, Atom] = {}
         leaves = []
         for path, var in zip(paths, closed.jaxpr.invars, strict=True):
@@ -245,27 +278,37 @@ class _Flattener:
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
             env[var] = self._constant(value, var.aval.dtype)
         self._inline(closed.jaxpr, env, "")
-        outputs = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
+        atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
+        cut = len(atoms) if num_outputs is None else num_outputs
+        outputs, aux = atoms[:cut], atoms[cut:]
         equations = _live(self.equations, outputs)
         for equation in equations:
             self._check_integer_parameter(equation)
             self._check_narrow(equation)
-        return self._renumber(leaves, equations, outputs)
+        done = set(map(id, equations))
+        auxiliary = [e for e in _live(self.equations, aux) if id(e) not in done]
+        return self._renumber(leaves, equations, outputs, auxiliary, aux)
 
     def _renumber(
-        self, leaves: list[Leaf], equations: list[Equation], outputs: tuple[Atom, ...]
+        self,
+        leaves: list[Leaf],
+        equations: list[Equation],
+        outputs: tuple[Atom, ...],
+        auxiliary: list[Equation],
+        aux: tuple[Atom, ...],
     ) -> tuple[Program, list[Any]]:
         """Numbers leaves, then captured arrays, then results, leaving out what is not read.
 
         Arrays that a called function captures (a jitted closure over the batch) become inputs of
         the program like all others, wherever they were met.
         """
-        read_atoms = [atom for equation in equations for atom in equation.inputs] + [*outputs]
+        every = [*equations, *auxiliary]
+        read_atoms = [atom for equation in every for atom in equation.inputs] + [*outputs, *aux]
         captured = sorted({a for a in read_atoms if isinstance(a, int)} & self.constants.keys())
         order = [
             *range(len(leaves)),
             *captured,
-            *(out for equation in equations for out in equation.outputs),
+            *(out for equation in every for out in equation.outputs),
         ]
         number = {old: new for new, old in enumerate(order)}
 
@@ -280,9 +323,9 @@ class _Flattener:
                 e.params,
                 e.source,
             )
-            for e in equations
+            for e in every
         )
-        outputs = tuple(map(rename, outputs))
+        outputs, aux = tuple(map(rename, outputs)), tuple(map(rename, aux))
         avals = tuple(self.avals[old] for old in order)
         key = (
             tuple(leaves),
@@ -297,12 +340,15 @@ class _Flattener:
                 for e in renamed
             ),
             tuple(map(canonical, outputs)),
+            tuple(map(canonical, aux)),
         )
         program = Program(
             leaves=tuple(leaves),
             num_consts=len(captured),
-            equations=renamed,
+            equations=renamed[: len(equations)],
             outputs=outputs,
+            auxiliary=renamed[len(equations) :],
+            auxiliary_outputs=aux,
             avals=avals,
             variable=frozenset(number[old] for old in self.variable if old in number),
             uniform={number[old]: v for old, v in self.uniform.items() if old in number},

@@ -65,6 +65,25 @@ def structure_depends_on_parameters(program: Program, equation: Equation) -> boo
     return any(program.is_variable(atom) for atom in equation.inputs[structure])
 
 
+def broadcast_step(program: Program, equation: Equation) -> tuple[int, tuple[int, ...]] | None:
+    """`(operand, axes)` of a wire that repeats its operand: for each of its axes the result's.
+
+    Also of a reshape that only adds axes of length 1. None for any other wire.
+    """
+    operand = equation.inputs[0]
+    if not isinstance(operand, int) or not program.is_variable(operand):
+        return None
+    if equation.primitive is P.broadcast_in_dim_p:
+        return operand, tuple(equation.params["broadcast_dimensions"])
+    if equation.primitive is P.reshape_p:
+        shape, result = program.shape(operand), program.shape(equation.outputs[0])
+        added = len(result) - len(shape)
+        # Ones in front: how a bias gets the rank of what it is added to.
+        if added >= 0 and result == (1,) * added + shape:
+            return operand, tuple(range(added, len(result)))
+    return None
+
+
 def _linear_part(equation: Equation) -> Equation:
     """`equation`, with 0 for the constant that a `gather` fills in out of bounds."""
     if equation.primitive is not P.gather_p or equation.params["fill_value"] == 0:

@@ -43,7 +43,7 @@ class NaiveProblem:
             )
             self.ids[slot.index] = self._lift(slot, routed)
             self.rho[slot.index] = np.full(
-                self.ids[slot.index].shape, self.layout.weights[slot.index]
+                self.ids[slot.index].shape, problem.weights[slot.index].mantissa
             )
 
     def _ids(self, node: int) -> np.ndarray:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+from pjax.projections import scaling
 
 # Values of two pieces at a common end that differ by less than this, relative to the terms they are
 # sums of, are the same up to the rounding of the algebra: a kink, not a jump.
@@ -317,6 +320,7 @@ def piecewise(
     weight: ArrayLike,
     target: Array,
     target_weight: ArrayLike,
+    exponent: Any = 0,
 ) -> tuple[Array, Array]:
     """`argmin ρ (dx' − dx)² + W (dy' − dz)²` with `(x_ref + dx', y_ref + dy')` on the graph of `f`.
 
@@ -337,14 +341,21 @@ def piecewise(
     - `weight`: `ρ > 0`.
     - `target`: `dz`.
     - `target_weight`: `W ≥ 0`.
+    - `exponent`: deviations, targets and results are in a unit of `2**−exponent`.
 
     **Returns:** `dx'` and `dy'`.
     """
     dtype = deviation.dtype
     weight, target_weight = jnp.asarray(weight, dtype), jnp.asarray(target_weight, dtype)
     kinks = _kinks(function)
+
+    def in_unit(length: Any) -> Any:
+        return scaling.to_unit(jnp.asarray(length, dtype), exponent)
+
     right_of = [_is_right_of(kink, reference, output_reference) for kink in kinks]
-    steps = [kink.slope_change * (reference - kink.place) + kink.jump for kink in kinks]
+    steps = [
+        kink.slope_change * in_unit(reference - kink.place) + in_unit(kink.jump) for kink in kinks
+    ]
     # Costs are in units of the request, whose square may underflow. The cap keeps squares of pieces
     # that are far beyond it finite; the reference's own piece is never that far.
     info = jnp.finfo(dtype)
@@ -364,7 +375,7 @@ def piecewise(
             )
             outside = (reference == kink.place) & (gap > 0.25 * abs(kink.jump))
             beside = jnp.where(right, kink.right, kink.left)
-            isolated = jnp.where(outside, beside - output_reference, isolated)
+            isolated = jnp.where(outside, in_unit(beside - output_reference), isolated)
 
     moves, outputs, costs, owns = [], [], [], []
     for number, piece in enumerate(function.pieces):
@@ -379,8 +390,8 @@ def piecewise(
                 height = height - jnp.where(right, step, 0)
                 own &= ~right
         # Left out where infinite: this is an inner loop.
-        lower = None if math.isinf(piece.lower) else piece.lower - reference
-        upper = None if math.isinf(piece.upper) else piece.upper - reference
+        lower = None if math.isinf(piece.lower) else in_unit(piece.lower - reference)
+        upper = None if math.isinf(piece.upper) else in_unit(piece.upper - reference)
         # The reference may be off its piece by the rounding of the threshold of a jump.
         if lower is not None and kinks[number - 1].jump:
             lower = jnp.where(own, jnp.minimum(lower, 0), lower)

@@ -60,6 +60,10 @@ class Sets(Protocol):
         """The state to start from: zero in every entry."""
         ...
 
+    def at_rest(self) -> Any:
+        """`initial`, or a cheaper form of it for solvers that do not combine states."""
+        ...
+
     def project(self, group: int, state: Any, /) -> Any:
         """The nearest point of a set."""
         ...
@@ -233,6 +237,32 @@ class Solver(ABC):
         initial = problem.initial()
         (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
         return self.solution(problem, state), ResidualHistory(*rows, loss=problem.loss)
+
+
+    def run(self, problem: Sets) -> State:
+        """All steps from the forward pass, without the history of distances.
+
+        The first step begins at rest, where most of the work is to be saved; a few steps are not
+        worth a loop.
+
+        **Returns:** the solution point.
+
+        **Raises:** `ValueError` if the problem was made for another kind of solver.
+        """
+        problem.require(self.grouping, self.reflecting)
+        state = problem.initial() if self.reflecting else problem.at_rest()
+        first = min(self.steps, 1 if self.steps > _UNROLLED else self.steps)
+        for _ in range(first):
+            state = self.step(problem, state).state
+        if self.steps > first:
+            state = jax.lax.fori_loop(
+                0, self.steps - first, lambda _, now: self.step(problem, now).state, state
+            )
+        return self.solution(problem, state)
+
+
+#: Up to so many steps are compiled one after the other.
+_UNROLLED = 2
 
 
 def require_two(problem: Sets, order: bool) -> tuple[int, int]:

@@ -1,0 +1,227 @@
+"""Displacements: what a solver makes of the parameters, in the place of a gradient.
+
+```python
+step = pjax.value_and_displacement(loss_fn)
+loss, displacement = step(params, batch)
+updates, opt_state = optimizer.update(displacement, opt_state, params)
+```
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pjax.graph import Splitting
+from pjax.metrics import Metric
+from pjax.problem import Fanout, Layout, Problem, default_metric, layout
+from pjax.solvers import CyclicProjections, Solver
+from pjax.trace import Program, read, trace
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _displace(
+    found: Layout,
+    solver: Solver,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    vectors: Sequence[Any] | None,
+) -> tuple[Array, list[Any], list[Array], list[Any]]:
+    """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
+    problem = Problem(found, leaves, consts, vectors)
+    state = solver.run(problem)
+    # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1.
+    scale = problem.largest_coefficient / found.metric.prox_step / _arrivals(solver)
+    moved = [
+        _zero(leaf) if force is None else (-scale * force).astype(jnp.result_type(leaf))
+        for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)
+    ]
+    aux = [read(problem.values, atom) for atom in found.graph.program.auxiliary_outputs]
+    return problem.loss, aux, moved, problem.vectors
+
+
+def _arrivals(solver: Solver) -> int:
+    """How often the losses ask in a solve: each step of a solver hands on a request of its own."""
+    return solver.steps
+
+
+def _zero(leaf: Any) -> Array:
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(jnp.shape(leaf), dtype)
+    # As `jax.grad` has it for integers.
+    return jnp.zeros(jnp.shape(leaf), jax.dtypes.float0)  # pyright: ignore
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DisplacementState:
+    """What one batch can hand on to the next: where power iterations go on.
+
+    **Attributes:**
+
+    - `vectors`: for each slot of the graph a vector, or None.
+    """
+
+    vectors: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ValueAndDisplacement:
+    """See [`pjax.value_and_displacement`][], which makes one."""
+
+    fn: Callable[..., Any]
+    solver: Solver
+    splitting: Splitting
+    metric: Metric
+    fanout: Fanout
+    has_aux: bool
+    argnums: int | tuple[int, ...]
+
+    def __call__(self, *args: Any) -> tuple[Any, Any]:
+        """`(value, displacement)`, or `((value, aux), displacement)` with `has_aux`."""
+        found, _ = self._solve(args, None)
+        return found
+
+    def init(self, *args: Any) -> DisplacementState:
+        """A state for `update`, from arguments of the right shapes."""
+        shapes = jax.eval_shape(lambda given: self._solve(given, None)[1], args)
+        vectors = tuple(
+            None if vector is None else _first_vector(vector)
+            for vector in jax.tree_util.tree_leaves(
+                shapes.vectors, is_leaf=lambda leaf: leaf is None
+            )
+        )
+        return DisplacementState(vectors)
+
+    def update(
+        self, state: DisplacementState, *args: Any
+    ) -> tuple[tuple[Any, Any], DisplacementState]:
+        """As a call, with the state that the batch before handed on; returns the next one too."""
+        return self._solve(args, state)
+
+    def _solve(
+        self, args: tuple[Any, ...], state: DisplacementState | None
+    ) -> tuple[tuple[Any, Any], DisplacementState]:
+        numbers = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise TypeError(
+                    f"`argnums` names argument {number}, and the function was called with "
+                    f"{len(args)} positional argument{'s' * (len(args) != 1)}."
+                )
+        numbers = tuple(number % len(args) for number in numbers)
+        chosen = tuple(args[number] for number in numbers)
+        params = chosen[0] if isinstance(self.argnums, int) else chosen
+
+        def fn(params: Any) -> Any:
+            given = (params,) if isinstance(self.argnums, int) else params
+            replaced = dict(zip(numbers, given, strict=True))
+            return self.fn(*(replaced.get(place, arg) for place, arg in enumerate(args)))
+
+        program, leaves, consts, aux_tree = trace(fn, params, self.has_aux)
+        value, aux, moved, vectors = _displace(
+            self._layout(program),
+            self.solver,
+            leaves,
+            consts,
+            None if state is None else state.vectors,
+        )
+        displacement = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
+        result = value
+        if self.has_aux:
+            result = value, jax.tree_util.tree_unflatten(aux_tree, aux)
+        return (result, displacement), DisplacementState(tuple(vectors))
+
+    def _layout(self, program: Program) -> Layout:
+        return layout(
+            program,
+            metric=self.metric,
+            fanout=self.fanout,
+            splitting=self.splitting,
+            grouping=self.solver.grouping,
+            reflecting=self.solver.reflecting,
+        )
+
+
+def _first_vector(shape: Any) -> Array:
+    return jnp.ones(shape.shape, shape.dtype)
+
+
+def value_and_displacement(
+    fn: Callable[..., Any],
+    *,
+    solver: Solver | None = None,
+    splitting: Splitting = "layer",
+    metric: Metric | None = None,
+    fanout: Fanout = "exact",
+    has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
+) -> ValueAndDisplacement:
+    """`(value, displacement)`, the drop-in for `jax.value_and_grad`: what a solver moves each
+    parameter by, as a force `W (p − p')/λ`.
+
+    With stiff parameters (the default metric's) they rest in the solve, and the displacement is the
+    sum of the forces of all constraints on them, divided by the prox step λ and by the number of
+    solver steps. As activations become stiff and λ goes to 0, one cyclic sweep gives the gradient,
+    where there is one: so learning rates, clipping and weight decay mean what they mean for
+    gradients. No derivative of the network is taken.
+
+    **Arguments:**
+
+    - `fn`: a JAX function that ends in a loss of this library, or a weighted sum of such; mapped
+        over `(params, *args)` as `jax.value_and_grad` would.
+    - `solver`: from `pjax.solvers`; by default one cyclic sweep.
+    - `splitting`: `"layer"` or `"neuron"`.
+    - `metric`: from `pjax.metrics`; by default [`pjax.metrics.Spectral`][] for layers.
+    - `fanout`: see [`pjax.feasibility_problem`][].
+    - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
+    - `argnums`: which arguments are parameters: a number, or several. The others are data.
+
+    **Returns:** a [`ValueAndDisplacement`][], called with the arguments of `fn`. Its `init` and
+    `update` carry a state from batch to batch, which saves most of the power iteration.
+
+    **Raises:** when called, [`pjax.TraceError`][] if `fn` cannot become a graph, and `TypeError`
+    for parameters that are not arrays.
+
+    ```python
+    step = pjax.value_and_displacement(loss_fn)
+    loss, displacement = step(params, batch)
+    updates, opt_state = tx.update(displacement, opt_state, params)
+    ```
+    """
+    return ValueAndDisplacement(
+        fn,
+        CyclicProjections(steps=1) if solver is None else solver,
+        splitting,
+        default_metric(splitting) if metric is None else metric,
+        fanout,
+        has_aux,
+        argnums if isinstance(argnums, int) else tuple(argnums),
+    )
+
+
+def displacement(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """As [`pjax.value_and_displacement`][], without the value: the drop-in for `jax.grad`.
+
+    **Arguments:** those of [`pjax.value_and_displacement`][].
+
+    **Returns:** a function of the arguments of `fn` to the displacement, or to
+    `(displacement, aux)` with `has_aux`.
+    """
+    both = value_and_displacement(fn, **options)
+
+    def displace(*args: Any) -> Any:
+        value, moved = both(*args)
+        return (moved, value[1]) if both.has_aux else moved
+
+    return displace
+
+
+__all__ = ["DisplacementState", "ValueAndDisplacement", "displacement", "value_and_displacement"]

@@ -1,0 +1,178 @@
+"""Nearest points of a sum of linear parts, one constraint for the whole array (layer splitting).
+
+A node `y = Σ_s f_s(x_s)`, each part linear in its operand at the current point, is projected as
+
+    argmin  Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²
+
+over the moves `δ_s` of all operands at once: no copy of any entry exists, so that a state holds one
+number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ_s = J_sᵀΛ/ρ_s` and
+`Λ/W + Σ_s J_s J_sᵀ Λ/ρ_s = R`. Two kinds of parts take part in that system:
+
+- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients;
+- *diagonal*: a bound `λ_s` on it in its place, exact where `J_s J_sᵀ` is that multiple of the
+  identity; else the step is a contraction, and iterated projections meet the nearest point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+class Part(NamedTuple):
+    """One operand of the sum.
+
+    **Attributes:**
+
+    - `apply`: `J δ`, in the shape of the output.
+    - `transpose`: `Jᵀ Λ`, in the shape of the operand.
+    - `weight`: `ρ > 0`, a scalar or an array that broadcasts to the operand.
+    - `gain`: `λ ≥ ‖J‖²`, for a diagonal part.
+    - `curved`: which of the two kinds it is.
+    """
+
+    apply: Callable[[Array], Array]
+    transpose: Callable[[Array], Array]
+    weight: Any
+    gain: Any
+    curved: bool
+
+
+class Solution(NamedTuple):
+    """What `solve` finds.
+
+    **Attributes:**
+
+    - `moves`: `δ_s` of each part.
+    - `change`: `Σ J_s δ_s`.
+    """
+
+    moves: tuple[Array, ...]
+    change: Array
+
+
+def solve(
+    parts: Sequence[Part], request: Array, target_weight: Any, iterations: int
+) -> Solution:
+    """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
+
+    **Arguments:**
+
+    - `parts`: the operands.
+    - `request`: `R`, in the shape of the output.
+    - `target_weight`: `W ≥ 0`, broadcasting to the output; 0 where nothing is asked.
+    - `iterations`: steps of conjugate gradients on the curved parts. Each decreases the objective;
+        with fewer than the rank the result is a regularised one, and inexact.
+
+    **Returns:** a `Solution`.
+    """
+    shift: Any = 0.0
+    for part in parts:
+        if not part.curved:
+            shift = shift + part.gain / part.weight
+    stiffness = target_weight / (1 + target_weight * shift)
+    curved = [part for part in parts if part.curved]
+    if curved:
+        found, change = _conjugate_gradients(curved, request, stiffness, iterations)
+        force = stiffness * (request - change)
+    else:
+        found, change = [], jnp.zeros_like(request)
+        force = stiffness * request
+    inner = iter(found)
+    moves = []
+    for part in parts:
+        if part.curved:
+            moves.append(next(inner))
+        else:
+            move = part.transpose(force) / part.weight
+            change = change + part.apply(move)
+            moves.append(move)
+    return Solution(tuple(moves), change)
+
+
+def _conjugate_gradients(
+    parts: Sequence[Part], request: Array, weight: Any, iterations: int
+) -> tuple[list[Array], Array]:
+    """Minimises `Σ ρ|δ|² + Σ ω (J δ − R)²` over the moves: monotone in the objective.
+
+    In units of the largest request, whose square might underflow.
+    """
+    size = jnp.max(jnp.abs(request))
+    size = jnp.where(size > 0, size, 1)
+    request = request / size
+
+    def transpose(force: Array) -> list[Array]:
+        return [part.transpose(force) for part in parts]
+
+    def dot(a: Sequence[Array], b: Sequence[Array]) -> Array:
+        return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.zeros(()))
+
+    def scaled(arrays: Sequence[Array]) -> list[Array]:
+        return [array / part.weight for array, part in zip(arrays, parts, strict=True)]
+
+    gradient = direction = transpose(weight * request)
+    gamma = dot(gradient, scaled(gradient))
+    moves = [jnp.zeros_like(array) for array in gradient]
+    change = jnp.zeros_like(request)
+    for count in range(iterations):
+        step = scaled(direction)
+        image = parts[0].apply(step[0])
+        for part, array in zip(parts[1:], step[1:], strict=True):
+            image = image + part.apply(array)
+        curvature = dot(direction, step) + jnp.sum(weight * jnp.square(image))
+        rate = gamma / jnp.where(curvature > 0, curvature, 1)
+        moves = [move + rate * array for move, array in zip(moves, step, strict=True)]
+        change = change + rate * image
+        if count + 1 == iterations:
+            break
+        pulled = transpose(weight * image)
+        gradient = [
+            g - rate * (v + p) for g, v, p in zip(gradient, direction, pulled, strict=True)
+        ]
+        new = dot(gradient, scaled(gradient))
+        ratio = new / jnp.where(gamma > 0, gamma, 1)
+        direction = [g + ratio * v for g, v in zip(gradient, direction, strict=True)]
+        gamma = new
+    return [size * move for move in moves], size * change
+
+
+#: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.
+_LENGTHS = tuple(sorted({k / 64 for k in range(1, 65)} | {2.0**-k for k in range(7, 30)}))
+
+
+def step_length(
+    energy: Array, change: Array, second: Array, request: Array, target_weight: Any
+) -> Array:
+    """`τ` in (0, 1] that minimises `τ² Σρ|δ|² + Σ W (τ Jδ + τ² Q − R)²`: a quartic.
+
+    A large request makes a step of the linearised problem too long: the product of the moves of
+    two operands, `Q`, grows with its square.
+
+    **Arguments:**
+
+    - `energy`: `Σ ρ |δ|²`.
+    - `change`, `second`: `Jδ` and `Q`.
+    - `request`, `target_weight`: `R` and `W`.
+    """
+    size = jnp.max(jnp.abs(request))
+    size = jnp.where(size > 0, size, 1)
+    energy, change, second, request = (
+        energy / size**2, change / size, second / size, request / size,
+    )  # fmt: skip
+    fourth = jnp.sum(target_weight * second**2)
+    third = 2 * jnp.sum(target_weight * change * second)
+    square = energy + jnp.sum(target_weight * (change**2 - 2 * second * request))
+    first = -2 * jnp.sum(target_weight * change * request)
+
+    def value(t: Array) -> Array:
+        return t * (first + t * (square + t * (third + t * fourth)))
+
+    lengths = jnp.asarray(_LENGTHS, request.dtype)
+    best = lengths[jnp.argmin(value(lengths))]
+    slope = first + best * (2 * square + best * (3 * third + best * 4 * fourth))
+    curvature = 2 * square + best * (6 * third + best * 12 * fourth)
+    refined = jnp.clip(best - slope / jnp.where(curvature > 0, curvature, jnp.inf), 0, 1)
+    return jnp.where(value(refined) < value(best), refined, best)
