@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
-from pjax.rules import Exactness, Reference, Rule, Term
+from pjax.rules import Exactness, Geometry, Reference, Rule, Term
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 _MARGIN = 1.2
@@ -98,8 +98,11 @@ class LayerSum(Rule):
         target_weight = jnp.asarray(target_weight, target.dtype)
         request = target - value
         moves, change = layer.solve(parts, request, target_weight, geometry.iterations)
-        second = self._second_order(moves, exponent)
-        if second is not None:
+        second, is_free = self._second_order(moves, geometry)
+        if second is not None and not is_free:
+            # A bounded or resting operand moves little: the product of the moves is not in the way.
+            change = change + second
+        elif second is not None:
             energy = sum(
                 (jnp.sum(part.weight * move**2) for part, move in zip(parts, moves, strict=True)),
                 start=jnp.zeros((), target.dtype),
@@ -145,40 +148,50 @@ class LayerSum(Rule):
             )
         ]
 
-    def _second_order(self, moves: Sequence[Array], exponent: Any) -> Array | None:
-        """`Σ s B(δl, δr)` in the node's unit, where two operands of a product move."""
-        move = iter(moves)
-        total = None
+    def _second_order(
+        self, moves: Sequence[Array], geometry: Geometry
+    ) -> tuple[Array | None, bool]:
+        """`Σ s B(δl, δr)` in the node's unit, over products both of whose operands are slots; and
+        whether both operands of one of them move as they like.
+        """
+        move, curved = iter(moves), iter(geometry.curved)
+        total, is_free = None, False
         for term in self.terms:
             if isinstance(term, Addend):
-                next(move)
+                next(move), next(curved)
                 continue
             pair = [next(move) if free else None for free in term.is_slot]
+            kinds = [next(curved) for free in term.is_slot if free]
             if pair[0] is not None and pair[1] is not None:
-                left = scaling.from_unit(pair[0], exponent)
+                left = scaling.from_unit(pair[0], geometry.exponent)
                 part = term.scale * term.operation(left, pair[1])
                 total = part if total is None else total + part
-        return total
+                is_free |= all(kinds)
+        return total, is_free
 
-    def gains(self, reference, vectors, iterations):
+    def gains(self, reference, wanted, vectors, iterations):
         found, new = [], []
-        vector = iter(vectors)
+        vector, want = iter(vectors), iter(wanted)
         for term, now in zip(
             self.terms, self._operands(reference.inputs, reference.knowns), strict=True
         ):
             if isinstance(term, Addend):
-                next(vector)
+                next(vector), next(want)
                 found.append(_addend_gain(term, now[1], now[0].shape))
                 new.append(None)
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
-                if free:
-                    other = now[1] if side == "left" else now[0]
-                    gain, last = largest_gain(
-                        term.operation, side, other, next(vector), iterations
-                    )
-                    found.append(term.scale**2 * gain)
-                    new.append(last)
+                if not free:
+                    continue
+                start = next(vector)
+                if not next(want):
+                    found.append(0.0)
+                    new.append(None)
+                    continue
+                other = now[1] if side == "left" else now[0]
+                gain, last = largest_gain(term.operation, side, other, start, iterations)
+                found.append(term.scale**2 * gain)
+                new.append(last)
         return tuple(found), tuple(new)
 
 

@@ -45,7 +45,12 @@ class Measures(Protocol):
         ...
 
     def gains(
-        self, node: Node, vectors: Sequence[Any], iterations: int, /
+        self,
+        node: Node,
+        wanted: Sequence[bool],
+        vectors: Sequence[Any],
+        iterations: int,
+        /,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
         ...
@@ -219,13 +224,14 @@ class Spectral(Metric):
             if node.rule is None:
                 continue
             before = [measures.vectors[slot] for slot in node.slots]
-            found, new = measures.gains(node, before, self.power_iterations)
+            output_rests = all(resting[i] for i in readers[index])
+            wanted = [output_rests or not resting[slot] for slot in node.slots]
+            found, new = measures.gains(node, wanted, before, self.power_iterations)
             asked = measures.reader_weight(index, weights)
             largest = jnp.max(asked.mantissa)
-            for slot, gain, vector in zip(node.slots, found, new, strict=True):
-                gains[slot], vectors[slot] = gain, vector
-                output_rests = all(resting[i] for i in readers[index])
-                if resting[slot] and not output_rests:
+            for slot, gain, vector, want in zip(node.slots, found, new, wanted, strict=True):
+                gains[slot], vectors[slot] = gain if want else 0.0, vector
+                if not want:
                     weights[slot] = Weight(1.0, INFINITE)
                     continue
                 factor: Any = level

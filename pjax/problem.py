@@ -403,11 +403,11 @@ class Problem:
         )
 
     def gains(
-        self, node: Node, vectors: Sequence[Any], iterations: int
+        self, node: Node, wanted: Sequence[bool], vectors: Sequence[Any], iterations: int
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
         assert node.rule is not None
-        return node.rule.gains(self._references[node.index], vectors, iterations)
+        return node.rule.gains(self._references[node.index], wanted, vectors, iterations)
 
     def _exponent(self, node: Node) -> Any:
         """The exponent of a node's unit: that of its output, or of the slot of a loss."""

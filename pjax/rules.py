@@ -111,13 +111,19 @@ class Rule(ABC):
         """
 
     def gains(
-        self, reference: Reference, vectors: Sequence[Any], iterations: int
+        self,
+        reference: Reference,
+        wanted: Sequence[bool],
+        vectors: Sequence[Any],
+        iterations: int,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """For each slot a bound on `|J|²`, the squared gain from it to the output.
 
         **Arguments:**
 
         - `reference`: the forward pass.
+        - `wanted`: for each slot whether its bound is needed; where it costs something and is not,
+            0 is returned.
         - `vectors`: for each slot where a power iteration begins, as returned before, or None.
         - `iterations`: its steps.
 
@@ -189,7 +195,7 @@ class Affine(Rule):
         )  # fmt: skip
         return linear.distribute(states, coefficients, axes, weights, moved - inner), output
 
-    def gains(self, reference, vectors, iterations):
+    def gains(self, reference, wanted, vectors, iterations):
         slope = 1.0
         if self.function is not None:
             slope = max(abs(piece.slope) for piece in self.function.pieces)

@@ -71,7 +71,7 @@ def solve(
     """
     shift: Any = 0.0
     for part in parts:
-        if not part.curved:
+        if not part.curved and not (isinstance(part.gain, float) and part.gain == 0):
             shift = shift + part.gain / part.weight
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
