@@ -129,8 +129,57 @@ def test_history_holds_distances_and_steps(x64):
         np.testing.assert_allclose(history.step_size[row], jnp.linalg.norm(b - z))
         np.testing.assert_allclose(history.gap[row], jnp.linalg.norm(b - a))
         z = b
-    np.testing.assert_allclose(float(history), np.hypot(*history.distances[-1]))
+    np.testing.assert_allclose(history.residual, np.hypot(*history.distances.T))
+    np.testing.assert_allclose(history.total, history.residual)
+    np.testing.assert_allclose(float(history), history.residual[-1])
     assert f"{history:.2f}" == f"{float(history):.2f}"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_reflecting_methods_give_the_distance_to_each_side(x64, swapped):
+    sets = (line([0, 1], [1, 0]), circle(2.0))
+    z = jnp.array([3.0, 0.5])
+    a, b = sets[::-1] if swapped else sets
+    length = np.linalg.norm
+
+    def one_step(solver, **options):
+        problem = Sets(*sets, start=z)
+        _, history = solver(steps=1, change_projection_order=swapped, **options).solve(problem)
+        np.testing.assert_allclose(history.total, length(history.distances, axis=-1))
+        np.testing.assert_allclose(float(history), history.residual[-1])
+        return history
+
+    reflected = 2 * a(z) - z
+    moves = [length(a(z) - z), length(b(reflected) - reflected)]
+    for solver in (solvers.DouglasRachford, solvers.AlternatingReflections):
+        history = one_step(solver, relaxation=0.6)
+        np.testing.assert_allclose(history.distances[0], moves)
+        np.testing.assert_allclose(history.residual[0], length(b(reflected) - a(z)))
+        np.testing.assert_allclose(history.gap, history.residual)
+    history = one_step(solvers.DifferenceMap, beta=0.8)
+    np.testing.assert_allclose(history.distances[0], [length(a(z) - z), length(b(z) - z)])
+    np.testing.assert_allclose(history.gap, history.residual)
+    # Around the cycle: A to B, then B to A.
+    between = z + b(reflected) - a(z)
+    back = 2 * b(between) - between
+    gaps = [length(b(reflected) - a(z)), length(a(back) - b(between))]
+    history = one_step(solvers.CyclicDouglasRachford)
+    np.testing.assert_allclose(history.distances[0], [moves[0], length(b(between) - between)])
+    np.testing.assert_allclose(history.residual[0], length(gaps))
+    np.testing.assert_allclose(history.gap[0], gaps[0])
+
+
+@pytest.mark.parametrize("solver", [solvers.DouglasRachford, solvers.CyclicDouglasRachford])
+def test_a_state_that_stays_off_the_sets_converges(x64, solver):
+    # An interval and a half-line that meet in [1, 2]: the state may come to rest outside of both.
+    problem = Sets(
+        lambda z: jnp.clip(z, 0, 2), lambda z: jnp.maximum(z, 1), start=np.array([5.0, -4.0])
+    )
+    state, history = solver(steps=40).solve(problem)
+    point = problem.point(state)
+    assert np.all((point >= 1) & (point <= 2))
+    assert history.residual[-1] == 0
+    assert history.verdict == Verdict.CONVERGING
 
 
 @pytest.mark.parametrize("solver", TWO_SETS)
@@ -187,7 +236,9 @@ def test_reflecting_residuals_vanish_at_an_optimum(x64, solver):
     )
     gradient = jax.grad(lambda w: jnp.mean(pjax.cross_entropy(x @ w, y)))(found)
     assert float(jnp.max(jnp.abs(gradient))) < 1e-8
-    assert float(residual) < 1e-6 * float(residual.total[0])
+    assert float(residual) < 1e-6 * float(residual.residual[0])
+    # The loss keeps pulling: the state stays where its projections move it, by the same amount.
+    assert np.all(residual.distances[-1] > 1e3 * float(residual))
     assert residual.verdict == Verdict.CONVERGING
 
 

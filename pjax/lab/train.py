@@ -87,7 +87,7 @@ class Projection:
         params, residual = self.optimizer.update(
             lambda p: pjax.cross_entropy(model.apply(p, x), labels), params
         )
-        return params, state, residual.total[-1]
+        return params, state, residual.residual[-1]
 
 
 @dataclasses.dataclass(frozen=True)

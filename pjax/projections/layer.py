@@ -32,6 +32,7 @@ class Part(NamedTuple):
     - `weight`: `ρ > 0`, a scalar or an array that broadcasts to the operand.
     - `gain`: `λ ≥ ‖J‖²`, for a diagonal part.
     - `curved`: which of the two kinds it is.
+    - `normal`: `J Jᵀ Λ`, where there is a cheaper way to it than one after the other.
     """
 
     apply: Callable[[Array], Array]
@@ -39,6 +40,13 @@ class Part(NamedTuple):
     weight: Any
     gain: Any
     curved: bool
+    normal: Callable[[Array], Array] | None = None
+
+    def response(self, force: Array) -> Array:
+        """`J Jᵀ Λ/ρ`."""
+        if self.normal is not None:
+            return self.normal(force) / self.weight
+        return self.apply(self.transpose(force) / self.weight)
 
 
 class Solution(NamedTuple):
@@ -98,45 +106,37 @@ def _conjugate_gradients(
 ) -> tuple[list[Array], Array]:
     """Minimises `Σ ρ|δ|² + Σ ω (J δ − R)²` over the moves: monotone in the objective.
 
-    In units of the largest request, whose square might underflow.
+    Every vector of the method is `Jᵀ a/ρ` for an array `a` of the output's shape, so it is the
+    `a` that are kept, and each step needs one response `J ρ⁻¹ Jᵀ a`. In units of the largest
+    request, whose square might underflow.
     """
     size = jnp.max(jnp.abs(request))
     size = jnp.where(size > 0, size, 1)
     request = request / size
 
-    def transpose(force: Array) -> list[Array]:
-        return [part.transpose(force) for part in parts]
+    def response(force: Array) -> Array:
+        total = parts[0].response(force)
+        for part in parts[1:]:
+            total = total + part.response(force)
+        return total
 
-    def dot(a: Sequence[Array], b: Sequence[Array]) -> Array:
-        return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.zeros(()))
-
-    def scaled(arrays: Sequence[Array]) -> list[Array]:
-        return [array / part.weight for array, part in zip(arrays, parts, strict=True)]
-
-    gradient = direction = transpose(weight * request)
-    gamma = dot(gradient, scaled(gradient))
-    moves = [jnp.zeros_like(array) for array in gradient]
-    change = jnp.zeros_like(request)
+    gradient = weight * request
+    image = response(gradient)
+    gamma = jnp.sum(gradient * image)
+    direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
     for count in range(iterations):
-        step = scaled(direction)
-        image = parts[0].apply(step[0])
-        for part, array in zip(parts[1:], step[1:], strict=True):
-            image = image + part.apply(array)
-        curvature = dot(direction, step) + jnp.sum(weight * jnp.square(image))
+        curvature = jnp.sum(direction * image) + jnp.sum(weight * jnp.square(image))
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
-        moves = [move + rate * array for move, array in zip(moves, step, strict=True)]
+        force = force + rate * direction
         change = change + rate * image
         if count + 1 == iterations:
             break
-        pulled = transpose(weight * image)
-        gradient = [
-            g - rate * (v + p) for g, v, p in zip(gradient, direction, pulled, strict=True)
-        ]
-        new = dot(gradient, scaled(gradient))
+        gradient = gradient - rate * (direction + weight * image)
+        pulled = response(gradient)
+        new = jnp.sum(gradient * pulled)
         ratio = new / jnp.where(gamma > 0, gamma, 1)
-        direction = [g + ratio * v for g, v in zip(gradient, direction, strict=True)]
-        gamma = new
-    return [size * move for move in moves], size * change
+        direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
+    return [size * part.transpose(force) / part.weight for part in parts], size * change
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.

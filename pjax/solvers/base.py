@@ -18,12 +18,12 @@ from pjax.problem import Grouping, State
 class Verdict(enum.IntEnum):
     """What the residual history says of a solve.
 
-    - `CONVERGING`: the distances to the constraints vanish, or still shrink.
-    - `STALLED`: they neither shrink nor settle.
+    - `CONVERGING`: the residual (see [`ResidualHistory`][]) vanishes, or still shrinks.
+    - `STALLED`: it neither shrinks nor settles.
     - `INFEASIBLE`: the gap vector between the sets is stable and does not vanish: no point
         satisfies all constraints near here.
-    - `DIVERGED`: the distances have grown far beyond those at the start.
-    - `NON_FINITE`: a distance is NaN or infinite.
+    - `DIVERGED`: the residual has grown far beyond that at the start.
+    - `NON_FINITE`: a residual is NaN or infinite.
     """
 
     CONVERGING = 0
@@ -83,16 +83,19 @@ class Step(NamedTuple):
     **Attributes:**
 
     - `state`: where it leads.
-    - `distances`: for each side the distance to its constraints, in the metric: how far the
-        projection onto it moved its point. Reflecting methods give, for both sides, the distance
-        between a point of the one and a point of the other, which bounds both.
+    - `distances`: for each side, in the order of projection, the distance to its constraints in
+        the metric: how far the projection onto it moved its point.
     - `before`, `after`: two states; their difference is the step's estimate of the gap vector.
+    - `residual`: what vanishes at a solution. By default `(Σ_sides distance²)^½`; a reflecting
+        method, whose points need not approach the sets, gives the distance between the projections
+        onto the two sides.
     """
 
     state: State
     distances: tuple[Float[Array, ""], ...]
     before: State
     after: State
+    residual: Float[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -103,17 +106,20 @@ class ResidualHistory:
     **Attributes:**
 
     - `distances`: `(steps, sides)`: the distance to the constraints of each side (of each level
-        for cyclic solvers), in the metric; slots that stand for copies count all of them. For
-        reflecting methods an upper bound, see [`Step`][].
+        for cyclic solvers), in the metric and in the order of projection: how far the projection
+        moved its point; slots that stand for copies count all of them.
+    - `residual`: `(steps,)`: what vanishes at a solution: `total`, and for reflecting methods the
+        distance between the projections onto the two sides, see [`Step`][].
     - `step_size`: `(steps,)`: how far the state moved.
     - `gap`: `(steps,)`: the length of the gap vector between the sets.
     - `gap_change`: `(steps,)`: how far the gap vector moved since the step before.
     - `loss`: the function's value in the forward pass that began the solve.
 
-    `float(history)` is the last total distance.
+    `float(history)` is the last residual.
     """
 
     distances: Float[Array, "steps sides"]
+    residual: Float[Array, " steps"]
     step_size: Float[Array, " steps"]
     gap: Float[Array, " steps"]
     gap_change: Float[Array, " steps"]
@@ -122,12 +128,12 @@ class ResidualHistory:
     @property
     def total(self) -> Float[Array, " steps"]:
         """`(Σ_sides distance²)^½` per step."""
-        return jnp.sqrt(jnp.sum(jnp.square(self.distances), axis=-1))
+        return _length(self.distances)
 
     @property
     def verdict_code(self) -> Int[Array, ""]:
         """The [`Verdict`][] as a number, also inside `jit`."""
-        return _verdict(self.total, self.gap, self.gap_change)
+        return _verdict(self.residual, self.gap, self.gap_change)
 
     @property
     def verdict(self) -> Verdict:
@@ -138,18 +144,22 @@ class ResidualHistory:
         return self.distances.shape[0]
 
     def __float__(self) -> float:
-        return float(self.total[-1])
+        return float(self.residual[-1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.total[-1], dtype=dtype)
+        return np.asarray(self.residual[-1], dtype=dtype)
 
     def __format__(self, spec: str) -> str:
         return format(float(self), spec) if spec else str(self)
 
 
-#: Below this share of the first distance a solve counts as feasible.
+def _length(distances: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(distances), axis=-1))
+
+
+#: Below this share of the first residual a solve counts as feasible.
 _FEASIBLE = 1e-5
-#: The last quarter of the steps must shrink the distance by this share to count as converging.
+#: The last quarter of the steps must shrink the residual by this share to count as converging.
 _SHRINKING = 1e-3
 #: The gap vector is stable if the last quarter of the steps moves it by less than this share of
 #: its length.
@@ -157,12 +167,12 @@ _STABLE = 0.01
 _DIVERGED = 10.0
 
 
-def _verdict(total: Array, gap: Array, gap_change: Array) -> Array:
-    steps = total.shape[0]
+def _verdict(residual: Array, gap: Array, gap_change: Array) -> Array:
+    steps = residual.shape[0]
     window = max(steps // 4, 1)
     start = max(steps - 1 - window, 0)
-    scale = jnp.max(total[: max(steps // 4, 1)])
-    last, early = total[-1], total[start]
+    scale = jnp.max(residual[: max(steps // 4, 1)])
+    last, early = residual[-1], residual[start]
     # A cyclic or reflecting method may settle in its gap while single distances still wobble.
     shrinking = (last < (1 - _SHRINKING) * early) | (steps == 1)
     vanished = last <= _FEASIBLE * scale
@@ -177,7 +187,7 @@ def _verdict(total: Array, gap: Array, gap_change: Array) -> Array:
             jnp.where(stable, Verdict.INFEASIBLE, Verdict.STALLED),
         ),
     )
-    finite = jnp.all(jnp.isfinite(total)) & jnp.all(jnp.isfinite(gap))
+    finite = jnp.all(jnp.isfinite(residual)) & jnp.all(jnp.isfinite(gap))
     return jnp.where(finite, code, Verdict.NON_FINITE)
 
 
@@ -226,8 +236,10 @@ class Solver(ABC):
             new = self.step(problem, state)
             gap = problem.difference(new.after, new.before)
             zero = problem.initial()
+            distances = jnp.stack(new.distances)
             row = (
-                jnp.stack(new.distances),
+                distances,
+                _length(distances) if new.residual is None else new.residual,
                 problem.distance(new.state, state),
                 problem.distance(gap, zero),
                 problem.distance(gap, last_gap),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
+
 from pjax.problem import State
 from pjax.solvers.base import Sets, Solver, Step, affine, require_two
 
@@ -73,7 +75,8 @@ class CyclicDouglasRachford(Solver):
             parts.append(part)
             end = part.state
         distances = tuple(part.distances[0] for part in parts)
-        return Step(end, distances, parts[0].before, parts[0].after)
+        residual = jnp.sqrt(sum(jnp.square(part.residual) for part in parts))
+        return Step(end, distances, parts[0].before, parts[0].after, residual)
 
     def solution(self, problem, state):
         # The fixed points of the whole cycle project onto the intersection from any of the sets.
@@ -86,7 +89,8 @@ def reflect(problem: Sets, first: int, second: int, state: State, relaxation: fl
     reflected = affine((2.0, shadow), (-1.0, state))
     moved = problem.project(second, reflected)
     end = affine((1.0, state), (relaxation, moved), (-relaxation, shadow))
+    distances = (problem.distance(shadow, state), problem.distance(moved, reflected))
     # The shadow satisfies the one set and `moved` the other: their distance bounds how far each is
-    # from the set that is not its own. (The state itself need not approach either.)
-    gap = problem.distance(moved, shadow)
-    return Step(end, (gap, gap), shadow, moved)
+    # from the set that is not its own, and vanishes at a solution. The state and its reflection
+    # need not approach either set.
+    return Step(end, distances, shadow, moved, residual=problem.distance(moved, shadow))
