@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from pjax import _compat, primitives
 from pjax._compat import P
-from pjax.projections.piecewise import RELU, PiecewiseLinear
+from pjax.projections.piecewise import RELU, Piece, PiecewiseLinear
 from pjax.trace import Atom, Equation, Program, Scalar
 
 Function = PiecewiseLinear
@@ -237,6 +237,19 @@ def known_kink(program: Program, equation: Equation) -> tuple[int, Atom, Functio
         return None
     function = RELU if equation.primitive is P.max_p else RELU_BELOW
     return variable, known, function
+
+
+def is_relu(function: Function) -> bool:
+    """Whether it is `max(a x + c, 0)` for some numbers: a relu of a scaled and shifted value."""
+    zero = PiecewiseLinear.constant(0.0)
+    return any(
+        _line(piece).maximum(zero) == function for piece in function.pieces if piece.slope != 0
+    )
+
+
+def _line(piece: Piece) -> Function:
+    """The line that a piece is part of."""
+    return _IDENTITY.scale(piece.slope).add(PiecewiseLinear.constant(piece.intercept))
 
 
 #: `min(x, 0)`.

@@ -316,6 +316,7 @@ class _Builder:
         self.registered = frozenset(
             out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
         )
+        self._check_not_empty()
         self._check_ends_in_loss()
         self._check_signs()
         self.predictions = [e.inputs[0] for e in self.loss_equations]
@@ -329,6 +330,16 @@ class _Builder:
         self.specs: dict[Rule, Rule] = {}
 
     # What a loss is, and what may follow it.
+
+    def _check_not_empty(self) -> None:
+        # Before what follows the loss: the mean of nothing divides by zero.
+        for equation in self.loss_equations:
+            shape = self.program.shape(equation.inputs[0])
+            if 0 in shape:
+                raise TraceError(
+                    f"The batch is empty: `{equation.name}` ({equation.source}) gets an operand "
+                    f"of shape {shape}."
+                )
 
     def _check_ends_in_loss(self) -> None:
         program = self.program
@@ -539,9 +550,9 @@ class _Builder:
         has_product = False
         for term in terms or []:
             product = None
-            if not term.factors and not term.axes:
-                if term.variable == var or self.reads[term.variable] == 1:
-                    product = self._product(term.variable)
+            plain = not term.factors and not term.axes
+            if plain and (term.variable == var or self.reads[term.variable] == 1):
+                product = self._product(term.variable)
             if product is not None:
                 spec = bilinear_operands(self.program, product)
                 found.append(Product(spec.operation, *spec.free, scale=term.scale))
@@ -620,7 +631,7 @@ class _Builder:
                 f"({equation.source}); convert it to a floating-point array first."
             )
         terms = self._expand(SumTerm(cone.base), own=False)
-        name = "relu" if cone.function == fusion.RELU else equation.name
+        name = "relu" if fusion.is_relu(cone.function) else equation.name
         return self._affine_unit(name, terms, cone.function, (cone.base, None), equation)
 
     def _affine_unit(

@@ -240,6 +240,7 @@ class Spectral(Metric):
                         shared = max(len(readers[p]) for p in graph.slots[slot].producers)
                         factor = min(v for v in stiffness[slot] if v != "stiff") / shared
                 weights[slot] = _normal(factor * gain * largest, asked.exponent)
+                weights[slot] = Weight(*jax.lax.optimization_barrier(tuple(weights[slot])))
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
 
 

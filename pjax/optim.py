@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +33,36 @@ class NonFiniteError(ValueError):
     """The parameters, the data or the forward pass hold NaN or infinite values."""
 
 
+class _Checks(NamedTuple):
+    """What holds of a solve: each leaf is finite, each captured array has no NaN, and so on."""
+
+    leaves: list[Array]
+    not_nan: list[Array]
+    finite: list[Array]
+    loss: Array
+    solved: Array
+    minimises: Array
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve(
     layout: Layout, solver: Solver, leaves: Sequence[Any], consts: Sequence[Any]
-) -> tuple[list[Any], ResidualHistory, list[Array]]:
+) -> tuple[list[Any], ResidualHistory, _Checks]:
     problem = Problem(layout, leaves, consts)
     state, history = solver.solve(problem)
     moved = [
         leaf if deviation is None else (leaf + deviation).astype(jnp.result_type(leaf))
         for leaf, deviation in zip(leaves, problem.parameter_deviations(state), strict=True)
     ]
-    # Inputs first: where they are finite and the loss is not, the forward pass overflowed.
-    checks = [_is_finite(leaf) for leaf in leaves] + [_has_no_nan(const) for const in consts]
-    solved = jnp.all(jnp.array([_is_finite(leaf) for leaf in moved]))
-    return moved, history, [*checks, _is_finite(history.loss), solved, problem.minimises]
+    checks = _Checks(
+        leaves=[_is_finite(leaf) for leaf in leaves],
+        not_nan=[_has_no_nan(const) for const in consts],
+        finite=[_is_finite(const) for const in consts],
+        loss=_is_finite(history.loss),
+        solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
+        minimises=problem.minimises,
+    )
+    return moved, history, checks
 
 
 def _is_floating(x: Any) -> bool:
@@ -58,41 +74,59 @@ def _is_finite(x: Any) -> Array:
 
 
 def _has_no_nan(x: Any) -> Array:
-    # An infinite constant can be meant (a mask of −inf); the loss tells if it was not.
     return ~jnp.any(jnp.isnan(x)) if _is_floating(x) else jnp.array(True)
 
 
-def _raise_if_unsound(program: Program, consts: Sequence[Any], checks: Sequence[Array]) -> None:
-    if any(isinstance(check, Tracer) for check in checks):
+def _raise_if_unsound(program: Program, consts: Sequence[Any], checks: _Checks) -> None:
+    if any(isinstance(check, Tracer) for check in jax.tree_util.tree_leaves(checks)):
         return  # inside an outer jit: the verdict of the history says it
-    *finite, solved, minimises = (bool(check) for check in checks)
-    if all(finite):
-        if not solved:
-            raise NonFiniteError(
-                "The solve left the range of floating-point numbers, although parameters, data and "
-                "loss are finite: look for very large data or activations, or lower `prox_step`."
-            )
-        if not minimises:
-            raise ValueError(
-                "A loss has a negative weight in the function's result: it would be maximised, "
-                "and has no proximal operator."
-            )
-        return
-    num_leaves = len(program.leaves)
-    for leaf, good in zip(program.leaves, finite, strict=False):
-        if not good:
+    # Inputs first: where they are finite and the loss is not, the forward pass overflowed.
+    for leaf, finite in zip(program.leaves, checks.leaves, strict=True):
+        if not finite:
             raise NonFiniteError(f"`params{leaf.path}` {leaf.shape} holds NaN or infinite values.")
-    for const, good in zip(consts, finite[num_leaves:], strict=False):
-        if not good:
+    for const, not_nan in zip(consts, checks.not_nan, strict=True):
+        if not not_nan:
             raise NonFiniteError(
-                f"The function closes over an array of shape {np.shape(const)} and dtype "
-                f"{const.dtype} that holds NaN. Check the data of this batch."
+                f"The function closes over {_describe(const)} that holds NaN. Check the data of "
+                "this batch."
             )
-    raise NonFiniteError(
-        "The loss of the forward pass is not finite, although parameters and data hold no NaN: "
-        "look for infinite data, or for an overflow (a smaller initialisation or scaled inputs "
-        "help)."
-    )
+    if not (checks.loss and checks.solved):
+        # Infinite data can be meant (a mask of −inf): they are named only where something failed.
+        infinite = [
+            _describe(const)
+            for const, finite in zip(consts, checks.finite, strict=True)
+            if not finite
+        ]
+        holds = f"The function closes over infinite values, in {' and in '.join(infinite)}"
+        if not checks.loss and infinite:
+            raise NonFiniteError(
+                f"The loss of the forward pass is not finite. {holds}: check the data of this "
+                "batch."
+            )
+        if not checks.loss:
+            raise NonFiniteError(
+                "The loss of the forward pass is not finite, although parameters and data are: "
+                "look for an overflow (a smaller initialisation or scaled inputs help) or a NaN "
+                "made inside the function."
+            )
+        if infinite:
+            raise NonFiniteError(
+                "The solve left the range of floating-point numbers, although parameters and loss "
+                f"are finite. {holds}: check the data of this batch."
+            )
+        raise NonFiniteError(
+            "The solve left the range of floating-point numbers, although parameters, data and "
+            "loss are finite: look for very large data or activations, or lower `prox_step`."
+        )
+    if not checks.minimises:
+        raise ValueError(
+            "A loss has a negative weight in the function's result: it would be maximised, and has "
+            "no proximal operator."
+        )
+
+
+def _describe(array: Any) -> str:
+    return f"an array of shape {np.shape(array)} and dtype {array.dtype}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pjax.projections.bilinear import (
     structured_mean,
     structured_squared_norm,
 )
+from tests import oracles
 from tests.conftest import enable_x64
 from tests.oracles import Precision, assert_no_farther, assert_small
 from tests.oracles_bilinear import (
@@ -96,6 +97,24 @@ def assert_nearest(
     )
 
 
+def assert_stays(problem: ScalarProducts, first, again, precision: Precision):
+    """A second projection is the nearest point too: of a target that is met to rounding."""
+    left, right, output = first
+    miss = problem.output_change(left, right) - output
+    moved = problem.left_weight * np.sum((again[0] - left) ** 2, axis=-1)
+    moved += problem.right_weight * np.sum((again[1] - right) ** 2, axis=-1)
+    terms = np.abs(problem.left_ref * right) + np.abs(left * (problem.right_ref + right))
+    rounding = problem.left_weight * np.sum(left**2, axis=-1)
+    rounding += problem.right_weight * np.sum(right**2, axis=-1)
+    rounding += problem.target_weight * np.sum(terms, axis=-1) ** 2
+    assert_small(
+        moved,
+        2 * problem.target_weight * miss**2
+        + 256 * precision.eps**2 * rounding
+        + np.finfo(np.float32).tiny ** 2,
+    )
+
+
 # The multiplier
 
 
@@ -162,36 +181,13 @@ def test_lifted_projection_is_nearest_and_idempotent(precision, length, seed):
                 )
             )
         assert_nearest(problem, left, right, output, precision)
-        # A second projection is the nearest point too: of a target that is met to rounding.
-        second = ScalarProducts(
-            problem.left_ref,
-            problem.right_ref,
-            left,
-            right,
-            problem.left_weight,
-            problem.right_weight,
-            output,
-            problem.target_weight,
-        )
-        miss = second.output_change(left, right) - output
-        moved = problem.left_weight * np.sum((again[0] - left) ** 2, axis=-1)
-        moved += problem.right_weight * np.sum((again[1] - right) ** 2, axis=-1)
-        terms = np.abs(problem.left_ref * right) + np.abs(left * (problem.right_ref + right))
-        rounding = problem.left_weight * np.sum(left**2, axis=-1)
-        rounding += problem.right_weight * np.sum(right**2, axis=-1)
-        rounding += problem.target_weight * np.sum(terms, axis=-1) ** 2
-        assert (
-            moved
-            <= 2 * problem.target_weight * miss**2
-            + 256 * precision.eps**2 * rounding
-            + np.finfo(np.float32).tiny ** 2
-        ).all(), regime
+        assert_stays(problem, (left, right, output), again, precision)
 
 
 @precisions
 @few_draws(2)
 @given(seed=seeds)
-def test_product_of_two_variables_is_nearest(precision, seed):
+def test_product_of_two_variables_is_nearest_and_idempotent(precision, seed):
     op = Multiply((POINTS,))
     for regime in REGIMES:
         problem = draw_scalar_products(regime, seed, POINTS, 1).rounded(precision.dtype)
@@ -201,10 +197,24 @@ def test_product_of_two_variables_is_nearest(precision, seed):
             ]
             projected = run(project_compact, op, *inputs)
             left, right, output = float64(projected[:3])
+            again = float64(
+                run(
+                    project_compact,
+                    op,
+                    *inputs[:2],
+                    *projected[:2],
+                    *inputs[4:6],
+                    projected.output,
+                    inputs[7],
+                )[:2]
+            )
             # Each entry has one copy, which is its own mean.
             moved = problem.left_weight[:, None] * (left[:, None] - problem.left_dev) ** 2
             assert projected.left_spread <= 4 * precision.eps**2 * np.sum(moved)
-        assert_nearest(problem, left[:, None], right[:, None], output, precision)
+        left, right = left[:, None], right[:, None]
+        assert_nearest(problem, left, right, output, precision)
+        again = [value[:, None] for value in again]
+        assert_stays(problem, (left, right, output), again, precision)
 
 
 @few_draws(1)
@@ -646,13 +656,61 @@ def test_pinned_operand_is_the_limit_of_a_stiff_one(side):
         np.testing.assert_allclose(pinned.spread, spread, rtol=1e-4)
 
 
+def check_pinned(side, values, precision):
+    """Scalar products with a pinned slice: feasible, nearest, and a second projection stays."""
+    op = scalar_products(*np.shape(values[0]))
+    with precision.context():
+        pinned, free, weight, target, asked = (jnp.asarray(v, precision.dtype) for v in values)
+        projected = pinned_compact(op, side, pinned, free, weight, target, asked)
+        second = pinned_compact(op, side, pinned, projected.free, weight, projected.output, asked)
+        assert projected.free.dtype == projected.output.dtype == precision.dtype
+        values = float64((pinned, free, weight, target, asked))
+        moved, output, again = float64((projected.free, projected.output, second.free))
+    pinned, free, weight, target, asked = values
+    assert all(np.isfinite(value).all() for value in (moved, output, again))
+
+    def objective(copies):
+        missed = np.sum(pinned * copies, axis=-1) - target
+        return weight * np.sum((copies - free) ** 2, axis=-1) + asked * missed**2
+
+    # The least objective is that of a scalar problem along the pinned slice.
+    missed = np.sum(pinned * free, axis=-1) - target
+    with np.errstate(divide="ignore"):
+        least = missed**2 / (np.sum(pinned**2, axis=-1) / weight + 1 / asked)
+    eps, tiny = precision.eps, float(np.finfo(np.float32).tiny)
+    terms = np.sum(np.abs(pinned) * (np.abs(moved) + np.abs(free)), axis=-1) + np.abs(target)
+    rounding = weight * np.sum(free**2 + moved**2, axis=-1) + asked * terms**2
+    miss = output - np.sum(pinned * moved, axis=-1)
+    assert_small(miss, 8 * eps * terms + tiny)
+    assert_no_farther(objective(moved), least, 16 * eps**2 * rounding + tiny**2, precision.relative)
+    # The second time the target is met to rounding, so that it asks for no more than the miss.
+    again_moved = weight * np.sum((again - moved) ** 2, axis=-1)
+    assert_small(again_moved, 2 * asked * miss**2 + 256 * eps**2 * rounding + tiny**2)
+
+
+@sides
+@precisions
+@few_draws(2)
+@given(seed=seeds)
+def test_pinned_projection_is_nearest_and_idempotent(precision, side, seed):
+    for regime in REGIMES:
+        problem = draw_scalar_products(regime, seed, POINTS, 5)
+        # The pinned operand is its own reference: the target is relative to it.
+        target = problem.target_dev - np.sum(problem.left_dev * problem.right_ref, axis=-1)
+        weights = (problem.right_weight, target, problem.target_weight)
+        check_pinned(side, (problem.left, problem.right_dev, *weights), precision)
+    for regime in oracles.REGIMES:  # ties, equal and opposite values, and others
+        drawn = oracles.draw(regime, seed, (2, POINTS, 5), (POINTS,))
+        weights = (drawn.weight[0, :, 0], drawn.target, drawn.target_weight)
+        check_pinned(side, (drawn.reference[0], drawn.deviation[1], *weights), precision)
+
+
 @sides
 @few_draws(2)
 @given(seed=seeds)
 def test_pinned_projection_in_float32(side, seed):
-    # 10,000 outputs over twelve decades against the same formula-free solve in float64.
+    # 10,000 outputs over twelve decades.
     random = np.random.default_rng(seed)
-    op = scalar_products(10_000, 3)
     pinned, free = random.normal(size=(2, 10_000, 3))
     pinned *= 10 ** random.uniform(-6, 6, (10_000, 1))
     free *= 10 ** random.uniform(-12, 6, (10_000, 1))
@@ -660,27 +718,7 @@ def test_pinned_projection_in_float32(side, seed):
     weight, target_weight = 10 ** random.uniform(-6, 6, (2, 10_000))
     target_weight[::5] = 0
     pinned[::7] = 0
-    values = [value.astype(np.float32) for value in (pinned, free, weight, target, target_weight)]
-    projected = pinned_compact(op, side, *values)
-    moved, output = float64(projected[:2])
-    assert np.isfinite(moved).all()
-    assert np.isfinite(output).all()
-    pinned, free, weight, target, target_weight = float64(values)
-
-    def objective(copies):
-        missed = np.sum(pinned * copies, axis=-1) - target
-        moved = weight * np.sum((copies - free) ** 2, axis=-1)
-        return moved + target_weight * missed**2
-
-    # The least objective is that of a scalar problem along the pinned slice.
-    missed = np.sum(pinned * free, axis=-1) - target
-    with np.errstate(divide="ignore"):
-        least = missed**2 / (np.sum(pinned**2, axis=-1) / weight + 1 / target_weight)
-    eps = float(np.finfo(np.float32).eps)
-    terms = np.sum(np.abs(pinned) * (np.abs(moved) + np.abs(free)), axis=-1) + np.abs(target)
-    rounding = weight * np.sum(free**2 + moved**2, axis=-1) + target_weight * terms**2
-    assert_small(output - np.sum(pinned * moved, axis=-1), 8 * eps * terms)
-    assert_no_farther(objective(moved), least, 16 * eps**2 * rounding, 1e-3)
+    check_pinned(side, (pinned, free, weight, target, target_weight), FLOAT32)
 
 
 # Memory

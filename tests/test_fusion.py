@@ -68,6 +68,14 @@ def test_a_dense_layer_is_a_product_and_a_sum_relu():
     assert (add.name, offset) == ("add", None)
 
 
+def test_a_relu_of_a_shifted_or_scaled_value_is_still_a_relu():
+    assert names(lambda p: jax.nn.relu(p["x"] @ p["w"] + 0.3)) == ["dot", "relu"]
+    assert names(lambda p: jax.nn.relu(0.7 - 0.3 * p["x"])) == ["relu"]
+    assert names(lambda p: jax.nn.relu(p["x"] @ p["w"] + p["b"] + 0.3)) == ["dot", "sum_relu"]
+    assert names(lambda p: jnp.maximum(p["x"], 0.3)) == ["max"]
+    assert names(lambda p: jax.nn.relu(p["x"]) + 0.3) == ["add"]
+
+
 def test_a_sum_takes_in_scalings_and_data():
     def fn(p):
         return 2 * p["x"] - (p["x"] @ p["w"]) / 4 + X * (3 * p["b"]) - 1

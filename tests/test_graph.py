@@ -178,7 +178,7 @@ ZOO: dict[str, tuple[Any, tuple[str, ...]]] = {
     # Wiring at the end, in front, and within a sum.
     "wiring": (lambda p, d: jnp.stack([p["x"][::-1], p["y"][:, [3, 3, 0, 1]]]), ()),
     "sum of wires": (lambda p, d: p["x"][:, ::-1] + jnp.roll(p["y"], 1, 0), ("add",)),
-    "padded": (lambda p, d: jax.nn.relu(jnp.pad(p["x"], 1) + 0.5), ("max",)),
+    "padded": (lambda p, d: jax.nn.relu(jnp.pad(p["x"], 1) + 0.5), ("relu",)),
     "masked": (lambda p, d: jnp.where(d["m"], p["x"] + p["y"], d["c"]), ("add",)),
     "converted": (lambda p, d: p["x"].astype(jnp.float32) * 2, ("mul",)),
 }  # fmt: skip

@@ -87,6 +87,7 @@ def test_graph_lists_every_node_and_draws_it(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     for word in ("dense.0.weight", "relu.1.bias", "output.weight", "sum_relu", "cross_entropy"):
         assert word in printed
+    assert ".py:" not in printed  # all lines are the library's own
     # Every scalar product has its own copies: 2 per multiplication, 1 where the input is data.
     rows, features, hidden, classes = 32, 64, 8, 10
     for variables in (

@@ -95,6 +95,15 @@ def test_a_hundred_fresh_closures_compile_once():
     assert compiled_solves() == before + 2
 
 
+def test_numbers_that_change_compile_once_as_arrays():
+    x, y = batch(0, 5)
+    optimizer = optim.AlternatingProjections(steps_per_update=1)
+    before = compiled_solves()
+    for scale in map(jnp.asarray, (0.31, 0.62)):
+        optimizer.update(lambda p, s=scale: pjax.cross_entropy(s * (x @ p), y), jnp.ones((6, 3)))
+    assert compiled_solves() == before + 1
+
+
 def test_the_same_inside_an_outer_jit_and_scan():
     params = mlp_params(jax.random.key(0))
     optimizer = optim.CyclicProjections(steps_per_update=3)
@@ -175,19 +184,46 @@ def test_what_is_not_finite_is_named():
         update(params, x.at[3, 2].set(jnp.nan))
     with pytest.raises(pjax.NonFiniteError, match=r"\['dense1'\]"):
         update({**params, "dense1": params["dense1"].at[0, 0].set(jnp.inf)}, x)
-    with pytest.raises(pjax.NonFiniteError, match="loss of the forward pass is not finite"):
+    with pytest.raises(
+        pjax.NonFiniteError,
+        match=r"loss of the forward pass is not finite\. .*infinite values, in an array of shape "
+        r"\(16, 6\) and dtype float32:",
+    ):
         update(params, x.at[3, 2].set(jnp.inf))
+    with pytest.raises(pjax.NonFiniteError, match="data are: .* or a NaN made inside the function"):
+        optimizer.update(
+            lambda p: pjax.cross_entropy(mlp(p, x) + jnp.zeros(3) / jnp.sum(x[:0]), y), params
+        )
     # Finite all the way to the loss, and out of range in the solve.
     huge = x * 1e20
     with pytest.raises(pjax.NonFiniteError, match="The solve left the range"):
         optimizer.update(
             lambda p: pjax.cross_entropy(huge @ p, y), jnp.full((6, 3), 1e-3, jnp.float32)
         )
+    # With infinite data that the loss does not see, it is named as what may be the cause.
+    mask = jnp.array([0.0, 0.0, -jnp.inf])
+    with pytest.raises(pjax.NonFiniteError, match=r"left the range.*in an array of shape \(3,\)"):
+        optimizer.update(
+            lambda p: pjax.cross_entropy(jnp.where(mask == 0, huge @ p, 0), y),
+            jnp.full((6, 3), 1e-3, jnp.float32),
+        )
     silent = optim.AlternatingProjections(2, check=False)
     _, residual = silent.update(
         lambda p: pjax.cross_entropy(mlp(p, x.at[3, 2].set(jnp.nan)), y), params
     )
     assert str(residual.verdict) == "non-finite"
+
+
+def test_a_mask_of_minus_infinity_is_legal():
+    params = mlp_params(jax.random.key(0))
+    x, y = batch(0)
+    mask = jnp.where(jnp.arange(3) == 2, -jnp.inf, 0.0)
+    known = jnp.argmax(y, -1) < 2
+    new, residual = optim.AlternatingProjections(2).update(
+        lambda p: pjax.cross_entropy((mlp(p, x) + mask)[known], y[known]), params
+    )
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in new.values())
+    assert np.isfinite(float(residual))
 
 
 def test_a_maximised_loss_is_refused():
@@ -225,6 +261,10 @@ def test_empty_batches_and_wrong_options_are_refused():
     with pytest.raises(pjax.TraceError, match="The batch is empty"):
         optim.AlternatingProjections(2).update(
             lambda p: pjax.cross_entropy(mlp(p, x[:0]), y[:0]), params
+        )
+    with pytest.raises(pjax.TraceError, match=r"The batch is empty: `cross_entropy` .*\(0, 3\)"):
+        optim.AlternatingProjections(2).update(
+            lambda p: pjax.cross_entropy(mlp(p, x[:0]), y[:0]).mean(), params
         )
     with pytest.raises(pjax.TraceError, match="The batch is empty"):
         optim.AlternatingProjections(2).update(

@@ -169,16 +169,27 @@ def test_reflecting_methods_give_the_distance_to_each_side(x64, swapped):
     np.testing.assert_allclose(history.gap[0], gaps[0])
 
 
-@pytest.mark.parametrize("solver", [solvers.DouglasRachford, solvers.CyclicDouglasRachford])
-def test_a_state_that_stays_off_the_sets_converges(x64, solver):
-    # An interval and a half-line that meet in [1, 2]: the state may come to rest outside of both.
-    problem = Sets(
-        lambda z: jnp.clip(z, 0, 2), lambda z: jnp.maximum(z, 1), start=np.array([5.0, -4.0])
-    )
-    state, history = solver(steps=40).solve(problem)
-    point = problem.point(state)
-    assert np.all((point >= 1) & (point <= 2))
-    assert history.residual[-1] == 0
+@pytest.mark.parametrize(
+    ("solver", "height"),
+    [
+        (solvers.DouglasRachford(steps=40), -4.0),
+        (solvers.AlternatingReflections(steps=40, relaxation=0.6), -4.0),
+        (solvers.DifferenceMap(steps=40), 4.0),
+    ],
+)
+def test_a_state_that_stays_off_the_sets_converges(x64, solver, height):
+    """Boxes that touch along an edge: the state comes to rest away from them."""
+    above = jnp.array([[1.0, jnp.inf], [0.0, jnp.inf]])
+    below = jnp.array([[0.0, 2.0], [-jnp.inf, 0.0]])
+    boxes = (lambda z: jnp.clip(z, *above.T), lambda z: jnp.clip(z, *below.T))
+    problem = Sets(*boxes, start=[5.0, height])
+    state, history = solver.solve(problem)
+    x, y = problem.point(state)
+    assert 1 <= x <= 2
+    assert abs(y) < 1e-12
+    assert history.residual[0] >= 1
+    assert history.residual[-1] < 1e-12
+    assert history.total[-1] > 3.9
     assert history.verdict == Verdict.CONVERGING
 
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -317,7 +316,7 @@ def _graph_table(problem: pjax.Problem) -> Table:
         caption_justify="left",
     )
     table.add_column("node", justify="right")
-    for heading in ("name", "set", "class", "source"):
+    for heading in ("name", "set", "class"):
         table.add_column(heading, overflow="fold")
     for heading in ("variables", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -328,15 +327,11 @@ def _graph_table(problem: pjax.Problem) -> Table:
             plots.label(node.name),
             colours[node.colour],
             size.exactness,
-            # Of "/long/path/model.py:12:8 (function)" the part that tells the lines apart.
-            escape(":".join(node.source.split(" ")[0].rpartition("/")[2].split(":")[:2])),
             f"{size.edge_variables:,}",
             _bytes(size.bytes),
         )
     table.add_section()
-    table.add_row(
-        None, "in all", None, None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes)
-    )
+    table.add_row(None, "in all", None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes))
     return table
 
 

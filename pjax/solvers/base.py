@@ -250,7 +250,6 @@ class Solver(ABC):
         (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
         return self.solution(problem, state), ResidualHistory(*rows, loss=problem.loss)
 
-
     def run(self, problem: Sets) -> State:
         """All steps from the forward pass, without the history of distances.
 
