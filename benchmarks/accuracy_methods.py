@@ -130,3 +130,39 @@ def displacement(name: str, **options: Any) -> Method:
 
 ADAM = register(descend("adam", "gradient", jax.value_and_grad))
 register(displacement("displacement-adam"))
+
+
+def projection(
+    name: str, solver: str, *, reflecting: bool = False, rows: tuple[str, ...] = (), **options: Any
+) -> Method:
+    """Pure projection, `pjax.optim`'s `solver` with layer splitting: no optimiser, no rate.
+
+    The moves of the parameters are relaxed on a cosine from 1 to 0.
+    """
+    optimizer = getattr(pjax.optim, solver)(splitting="layer", check=False, **options)
+    text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+    def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
+        return optimizer.init(lambda params: loss_fn(params, batch), params)
+
+    def step(
+        loss_fn: Loss,
+        params: Params,
+        state: Any,
+        x: Array,
+        y: Array,
+        progress: Array,
+        settings: Settings,
+    ) -> tuple[Params, Any]:
+        relaxation = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        params, _, state = optimizer.update(
+            lambda params: loss_fn(params, (x, y)), params, state, relaxation=relaxation
+        )
+        return params, state
+
+    return Method(
+        name, "pure", init, step, description=text, reflecting=reflecting, rows=rows
+    )
+
+
+register(projection("projection", "CyclicProjections", averaging=9.0))

@@ -71,9 +71,7 @@ class LayerSum(Rule):
     terms: tuple[Product | Addend, ...]
     name: str = "dot"
 
-    def _operands(
-        self, slots: Sequence[Any], knowns: Sequence[Any]
-    ) -> list[tuple[Any, ...]]:
+    def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:
         """For each term its operands, slots and data in their places."""
         slot, known = iter(slots), iter(knowns)
         found: list[tuple[Any, ...]] = []
@@ -173,6 +171,22 @@ class LayerSum(Rule):
                 total = part if total is None else total + part
                 is_free |= all(kinds)
         return total, is_free
+
+    def copies(self, shapes):
+        found: list[int] = []
+        shape = iter(shapes)
+        for term in self.terms:
+            if isinstance(term, Addend):
+                size = math.prod(next(shape))
+                repeats = math.prod(term.shape) // max(size, 1) if term.shape else 1
+                found.append(repeats if term.dimensions is not None else 1)
+                continue
+            counts = (term.operation.left_copies, term.operation.right_copies)
+            for count, free in zip(counts, term.is_slot, strict=True):
+                if free:
+                    next(shape)
+                    found.append(count)
+        return tuple(found)
 
     def gains(self, reference, wanted, vectors, iterations):
         found, new = [], []

@@ -19,16 +19,22 @@ RowWeights = Literal["relative", "absolute"]
 class Weight(NamedTuple):
     """The weight of a slot or of a node's readers, `ρ = mantissa · 2**exponent`.
 
-    The mantissa is a number, or an array that broadcasts to the slot; the exponent is an integer,
-    and may be far out of the range of floating-point exponents.
+    **Attributes:**
+
+    - `mantissa`: a number, or an array that broadcasts to the slot.
+    - `exponent`: a scalar, not always whole; it may be far out of the range of the exponents of
+        floating-point numbers.
+    - `relative`: `2**(exponent − that of the readers of the slot's node)` where it is known as
+        such: the difference of two exponents of a deep network has lost digits.
     """
 
     mantissa: Any
     exponent: Any = 0
+    relative: Any = None
 
 
 #: The exponent of an infinite weight. Weights in ratio to each other may be infinite together.
-INFINITE = 2**20
+INFINITE = 2**15
 
 
 class Measures(Protocol):
@@ -39,6 +45,10 @@ class Measures(Protocol):
     vectors: Sequence[Any]
     #: For each slot the row weights of the loss that reads it, relative to the largest; or None.
     loss_weights: Mapping[int, Any]
+
+    def shapes(self, node: Node, /) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a node's slots."""
+        ...
 
     def reader_weight(self, node: int, weights: Mapping[int, Weight], /) -> Weight:
         """`W_v`: the sum of the weights of all entries that read a node's output."""
@@ -80,8 +90,12 @@ class Metric(ABC):
     #: largest one (a mean and a sum are the same problem, a masked row has none); `"absolute"`,
     #: the coefficient.
     row_weights: RowWeights
+    #: Whether the prox step of a loss is for one row, and so many times larger for a batch.
+    prox_per_row: bool = False
     #: Steps of conjugate gradients for the projection onto a layer.
     iterations: int = 8
+    #: What a hidden layer is asked for, as a share of its size; None for what the weights make of it.
+    request: float | None = None
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:
         """ρ for each slot of `graph`, if that is all there is to the metric."""
@@ -163,8 +177,9 @@ class Spectral(Metric):
 
     - `activations`: the stiffness of activations, per level of the graph.
     - `parameters`: `"stiff"`: parameters rest in a solve, and gather the forces on them, the exact
-        limit of an infinite weight; or a finite stiffness κ, `ρ_w = κ λ_w W_v` with `λ_w` that
-        of the layer's input: the smaller, the more the inputs' directions are equalised. Or a
+        limit of an infinite weight; or a finite stiffness, in rows of the layer's input:
+        `ρ_w = rows · (λ_w/n) W_v`, with `λ_w` the bound for the layer's input of `n` rows. Then
+        `δW = Xᵀ(XXᵀ + ρ_w)⁻¹R` equalises the input's directions: the fewer rows, the more. Or a
         prefix of the parameter pytree with such leaves.
     - `prox_step`: λ of the losses, in units of a squared prediction.
     - `iterations`: conjugate gradient steps for the response of finite parameters.
@@ -227,9 +242,14 @@ class Spectral(Metric):
             output_rests = all(resting[i] for i in readers[index])
             wanted = [output_rests or not resting[slot] for slot in node.slots]
             found, new = measures.gains(node, wanted, before, self.power_iterations)
+            copies = node.rule.copies(measures.shapes(node))
             asked = measures.reader_weight(index, weights)
-            largest = jnp.max(asked.mantissa)
-            for slot, gain, vector, want in zip(node.slots, found, new, wanted, strict=True):
+            largest = asked.mantissa
+            if jnp.ndim(largest):
+                largest = jnp.max(largest)
+            for slot, gain, vector, want, rows in zip(
+                node.slots, found, new, wanted, copies, strict=True
+            ):
                 gains[slot], vectors[slot] = gain if want else 0.0, vector
                 if not want:
                     weights[slot] = Weight(1.0, INFINITE)
@@ -238,18 +258,47 @@ class Spectral(Metric):
                 if graph.slots[slot].kind == "weight" and _reads_parameters(graph, slot):
                     if not resting[slot]:
                         shared = max(len(readers[p]) for p in graph.slots[slot].producers)
-                        factor = min(v for v in stiffness[slot] if v != "stiff") / shared
-                weights[slot] = _normal(factor * gain * largest, asked.exponent)
-                weights[slot] = Weight(*jax.lax.optimization_barrier(tuple(weights[slot])))
+                        given = min(v for v in stiffness[slot] if v != "stiff")
+                        factor = given / (rows * shared)
+                weights[slot] = _relative(factor * gain * largest, asked.exponent)
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
 
 
-def _normal(value: Any, exponent: Any) -> Weight:
-    """`value · 2**exponent` with a mantissa near 1; a weight of 0 becomes a very small one."""
-    value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
-    value = jnp.maximum(value, jnp.finfo(value.dtype).tiny)
-    mantissa, more = jnp.frexp(value)
-    return Weight(mantissa, exponent + more.astype(jnp.int32))
+@dataclass(frozen=True)
+class Curved(Spectral):
+    """[`pjax.metrics.Spectral`][] with parameters that move in the solve: pure projection, without
+    an optimiser or a learning rate.
+
+    Every layer that reads parameters solves for them with its input held, and hands on the force
+    that is left over. What it is asked for has the direction of the force on its output, and a size
+    that does not depend on the force: `request/L` times the size of its output, with `L` the number
+    of such layers; the layer before a loss is asked for what the loss's prox asks. So a step is the
+    same for a mean or a sum, for small and large inputs, and for every width.
+
+    **Arguments:** those of [`pjax.metrics.Spectral`][], with other defaults, and
+
+    - `parameters`: the stiffness in rows.
+    - `prox_step`: λ per row of the batch: what `n` rows agree on may move predictions `n` times as
+        far as what one row asks for.
+    - `request`: the share of its size that all layers together are asked to move.
+    """
+
+    parameters: Any = 8.0
+    prox_step: float = 2.0
+    request: float | None = 1.0
+    prox_per_row: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.request is not None:
+            _check_positive("request", self.request)
+
+
+def _relative(ratio: Any, exponent: Any) -> Weight:
+    """`ratio · 2**exponent`; a weight of 0 becomes a very small one."""
+    ratio = jnp.asarray(ratio, jnp.promote_types(jnp.result_type(ratio), jnp.float32))
+    ratio = jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)
+    return Weight(1.0, exponent + jnp.log2(ratio), ratio)
 
 
 # --- Numbers by parameter ------------------------------------------------------------------------
@@ -339,4 +388,4 @@ def _reads_parameters(graph: Graph, slot: int) -> bool:
     return any(graph.nodes[p].kind == "parameter" for p in graph.slots[slot].producers)
 
 
-__all__ = ["INFINITE", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]
+__all__ = ["INFINITE", "Curved", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from pjax import solvers
-from pjax.metrics import Metric, Uniform
+from pjax.extrapolation import line_search
+from pjax.metrics import Curved, Metric, Uniform
 from pjax.problem import Fanout, Layout, Problem, Splitting, layout
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import Program, trace
@@ -44,15 +45,49 @@ class _Checks(NamedTuple):
     minimises: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OptimizerState:
+    """What one batch hands on to the next; see [`Optimizer`][].
+
+    **Attributes:**
+
+    - `vectors`: for each slot where its power iteration goes on, or None.
+    - `offset`: for each leaf how far the latest iterate is from the average, or None.
+    - `count`: how many batches there were.
+    """
+
+    vectors: tuple[Any, ...]
+    offset: tuple[Any, ...]
+    count: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _solve(
-    layout: Layout, solver: Solver, leaves: Sequence[Any], consts: Sequence[Any]
-) -> tuple[list[Any], ResidualHistory, _Checks]:
-    problem = Problem(layout, leaves, consts)
-    state, history = solver.solve(problem)
+    layout: Layout,
+    solver: Solver,
+    extrapolate: bool,
+    averaging: float | None,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    state: OptimizerState | None,
+    relaxation: Any,
+) -> tuple[list[Any], ResidualHistory, _Checks, OptimizerState | None]:
+    problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
+    solution, history = solver.solve(problem)
+    moves = problem.parameter_moves(solution)
+    length: Any = relaxation
+    if extrapolate:
+        length = relaxation * line_search(problem, moves, consts)
+    steps = [None if move is None else length * move for move in moves]
+    new = None
+    if state is not None:
+        count = state.count + 1
+        steps, offset = _averaged(steps, state.offset, averaging, count)
+        new = OptimizerState(tuple(problem.vectors), offset, count)
     moved = [
-        leaf if deviation is None else (leaf + deviation).astype(jnp.result_type(leaf))
-        for leaf, deviation in zip(leaves, problem.parameter_deviations(state), strict=True)
+        leaf if step is None else (leaf + step).astype(jnp.result_type(leaf))
+        for leaf, step in zip(leaves, steps, strict=True)
     ]
     checks = _Checks(
         leaves=[_is_finite(leaf) for leaf in leaves],
@@ -62,7 +97,27 @@ def _solve(
         solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
         minimises=problem.minimises,
     )
-    return moved, history, checks
+    return moved, history, checks, new
+
+
+def _averaged(
+    steps: Sequence[Any], offset: Sequence[Any], averaging: float | None, count: Array
+) -> tuple[list[Any], tuple[Any, ...]]:
+    """The steps of the average, and how far the iterates are ahead of it.
+
+    The iterates move by the steps found at the average, `z ← z + s(x)`, and the average follows
+    them, `x ← x + c (z − x)` with `c = (a + 1)/(t + a)`: a mean with weights that grow like `t^a`.
+    """
+    if averaging is None:
+        return list(steps), tuple(offset)
+    share = (averaging + 1) / (count + averaging)
+    ahead = [
+        None if step is None else step + before for step, before in zip(steps, offset, strict=True)
+    ]
+    return (
+        [None if z is None else share * z for z in ahead],
+        tuple(None if z is None else (1 - share) * z for z in ahead),
+    )
 
 
 def _is_floating(x: Any) -> bool:
@@ -140,9 +195,13 @@ class Optimizer:
     - `solver`: from `pjax.solvers`, or your own.
     - `metric`: weights of the distances and prox step of the losses.
     - `fanout`: `"paper"` or `"exact"`, see [`pjax.feasibility_problem`][].
-    - `splitting`: `"neuron"`.
+    - `splitting`: `"neuron"` or `"layer"`.
     - `check`: raise an error for parameters, data or a loss that are not finite, and for a loss
         with a negative weight; it waits for the result of each update.
+    - `extrapolate`: scale the whole move so that the losses, along the line to the predictions that
+        it leads to, are least (with the prox step as a brake): one more forward pass.
+    - `averaging`: with a state, the parameters are a mean of the iterates, with weights that grow
+        like the `averaging`-th power of the number of the batch; None: the last iterate.
     """
 
     solver: Solver
@@ -150,28 +209,70 @@ class Optimizer:
     fanout: Fanout = "paper"
     splitting: Splitting = "neuron"
     check: bool = True
+    extrapolate: bool = False
+    averaging: float | None = None
+
+    def init(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> OptimizerState:
+        """A state for `update`, from a function and parameters of the right shapes."""
+        program, leaves, consts, _ = trace(fn, params)
+        found = self.layout(program)
+        problem = functools.partial(Problem, found)
+        shapes = jax.eval_shape(lambda *args: problem(*args).vectors, leaves, consts)
+        vectors = tuple(None if v is None else jnp.ones(v.shape, v.dtype) for v in shapes)
+        read = {node.output for node in found.graph.parameters}
+        offset = tuple(
+            jnp.zeros_like(leaf) if number in read else None for number, leaf in enumerate(leaves)
+        )
+        return OptimizerState(vectors, offset, jnp.zeros((), jnp.float32))
+
+    @overload
+    def update(
+        self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array], *, relaxation: Any = 1.0
+    ) -> tuple[PyTree[Array], ResidualHistory]: ...
+
+    @overload
+    def update(
+        self,
+        fn: Callable[[PyTree[Array]], Array],
+        params: PyTree[Array],
+        state: OptimizerState,
+        *,
+        relaxation: Any = 1.0,
+    ) -> tuple[PyTree[Array], ResidualHistory, OptimizerState]: ...
 
     def update(
-        self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]
-    ) -> tuple[PyTree[Array], ResidualHistory]:
+        self,
+        fn: Callable[[PyTree[Array]], Array],
+        params: PyTree[Array],
+        state: OptimizerState | None = None,
+        *,
+        relaxation: Any = 1.0,
+    ) -> Any:
         """Solves the problem of `fn` from `params`.
 
         **Arguments:**
 
         - `fn`: parameters to loss; it closes over the batch.
         - `params`: a pytree of arrays; integer leaves stay as they are.
+        - `state`: from `init` or the update before, for averages and power iterations.
+        - `relaxation`: a factor on the move of the parameters, such as a schedule from 1 to 0.
 
         **Returns:** `(params, residual)`: the new parameters, and the [`ResidualHistory`][] of
-        the solve.
+        the solve; with a state `(params, residual, state)`.
 
         **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` (see `check`).
         """
         program, leaves, consts, _ = trace(fn, params)
-        found = self.layout(program)
-        moved, history, checks = _solve(found, self.solver, leaves, consts)
+        moved, history, checks, new = _solve(
+            self.layout(program), *self._options(), leaves, consts, state, relaxation
+        )
         if self.check:
             _raise_if_unsound(program, consts, checks)
-        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved), history
+        result = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
+        return (result, history) if new is None else (result, history, new)
+
+    def _options(self) -> tuple[Solver, bool, float | None]:
+        return self.solver, self.extrapolate, self.averaging
 
     def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
         """The problem that `update` would solve, to look at."""
@@ -183,7 +284,7 @@ class Optimizer:
         `.compile().memory_analysis()`.
         """
         program, leaves, consts, _ = trace(fn, params)
-        return _solve.lower(self.layout(program), self.solver, leaves, consts)
+        return _solve.lower(self.layout(program), *self._options(), leaves, consts, None, 1.0)
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
@@ -199,33 +300,66 @@ class Optimizer:
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     def make(
-        steps_per_update: int = 50,
+        steps_per_update: int | None = None,
         *,
-        prox_step: float = 5.0,
+        prox_step: float | None = None,
         metric: Metric | None = None,
-        fanout: Fanout = "paper",
+        fanout: Fanout | None = None,
         splitting: Splitting = "neuron",
         check: bool = True,
+        extrapolate: bool | None = None,
+        averaging: float | None = None,
         **options: Any,
     ) -> Optimizer:
+        layers = splitting == "layer"
         if metric is None:
-            metric = Uniform(prox_step=prox_step)
-        made = solver(steps=steps_per_update, **options)
-        return Optimizer(made, metric, fanout, splitting, check)
+            given = {} if prox_step is None else {"prox_step": prox_step}
+            metric = default_metric(solver, **given) if layers else Uniform(**given)
+        if steps_per_update is None:
+            steps_per_update = _LAYER_STEPS[solver] if layers else 50
+        return Optimizer(
+            solver(steps=steps_per_update, **options),
+            metric,
+            fanout or ("exact" if layers else "paper"),
+            splitting,
+            check,
+            metric.request is not None if extrapolate is None else extrapolate,
+            averaging,
+        )
 
     make.__name__ = make.__qualname__ = solver.__name__
     make.__doc__ = f"""The optimiser that takes steps of [`pjax.solvers.{solver.__name__}`][].
 
     **Arguments:**
 
-    - `steps_per_update`: steps for each batch.
+    - `steps_per_update`: steps for each batch; by default 50, and in layers as many as the solver
+        needs.
     - `prox_step`: λ of the losses (ignored if `metric` is given).
-    - `metric`, `fanout`, `splitting`, `check`: see [`Optimizer`][].
+    - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
+        λ = 5; `"layer"`: one constraint for each array operation, with the metric that
+        `pjax.optim.default_metric` has for the solver.
+    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`: see [`Optimizer`][].
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].
     """
     return make
+
+
+#: Steps for each batch in layers, where none are given: a sweep reaches every parameter.
+_LAYER_STEPS: dict[type[Solver], int] = {
+    solvers.AlternatingProjections: 10,
+    solvers.CyclicProjections: 1,
+    solvers.DouglasRachford: 10,
+    solvers.CyclicDouglasRachford: 10,
+    solvers.DifferenceMap: 10,
+    solvers.AlternatingReflections: 10,
+}
+
+
+def default_metric(solver: type[Solver], **options: Any) -> Metric:
+    """The metric of pure projection in layers, where none is given."""
+    return Curved(**options)
 
 
 AlternatingProjections = _define(solvers.AlternatingProjections)

@@ -47,6 +47,8 @@ class Layout:
     - `curved`: for each slot of a layer whether its response is solved for.
     - `counts`: for each slot and each of its producers how many of its entries read each entry of
         the producer; None where that differs or depends on data.
+    - `asked`: the nodes that read parameters, if the metric fixes the size of their requests. A
+        state ends with a number for each, see `Problem._asked_size`.
     """
 
     graph: Graph
@@ -55,6 +57,7 @@ class Layout:
     resting: tuple[bool, ...]
     curved: tuple[bool, ...]
     counts: tuple[tuple[float | None, ...], ...]
+    asked: tuple[int, ...]
     splitting: Splitting
     metric: Metric
     fanout: Fanout
@@ -142,6 +145,7 @@ def _make_layout(
         resting=tuple(metric.resting(graph)),
         curved=tuple(metric.curved(graph)),
         counts=tuple(map(_reader_counts, graph.slots)),
+        asked=_asked(graph) if metric.request is not None else (),
         splitting=splitting,
         metric=metric,
         fanout=fanout,
@@ -150,6 +154,15 @@ def _make_layout(
     )
     _warn_large(found)
     return found
+
+
+def _asked(graph: Graph) -> tuple[int, ...]:
+    """The nodes that read parameters themselves, not through other nodes."""
+    parameters = {node.index for node in graph.parameters}
+    reading = {s.node for s in graph.slots if not parameters.isdisjoint(s.producers)}
+    return tuple(
+        node.index for node in graph.nodes if node.index in reading and node.kind == "operation"
+    )
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
@@ -317,9 +330,9 @@ class Problem:
         exponent = _largest([weights[slot.index].exponent for slot in slots])
         total: Any = 0.0
         for slot in slots:
-            mantissa, own = weights[slot.index]
+            mantissa, own, _ = weights[slot.index]
             copies = self.layout.storages[slot.index].copies
-            weight = mantissa * copies * scaling.power(own - exponent)
+            weight = mantissa * copies * _power_between(own, exponent)
             if slot.route.direct:
                 total = total + weight
                 continue
@@ -370,8 +383,15 @@ class Problem:
         }
         if metric.row_weights == "relative":
             coefficients = relative
+        #: λ of a row that counts 1.
+        self.prox_step = metric.prox_step
+        if metric.prox_per_row:
+            shapes = [self.values[node.output].shape for node in losses]  # pyright: ignore
+            self.prox_step *= sum(
+                jnp.sum(jnp.broadcast_to(c, s)) for c, s in zip(relative, shapes, strict=True)
+            )
         return {
-            node.index: metric.prox_step * jnp.maximum(c, 0)
+            node.index: self.prox_step * jnp.maximum(c, 0)
             for node, c in zip(losses, coefficients, strict=True)
         }
 
@@ -402,6 +422,10 @@ class Problem:
             inner=inner,
         )
 
+    def shapes(self, node: Node) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a node's slots."""
+        return tuple(self.graph.slots[i].shape for i in node.slots)
+
     def gains(
         self, node: Node, wanted: Sequence[bool], vectors: Sequence[Any], iterations: int
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -423,9 +447,10 @@ class Problem:
 
     def _ratio(self, slot: Slot, node: int) -> Any:
         """`2**(k_s − K_v)`: from the unit of a node to that of a slot that it has or writes to."""
-        return scaling.power(
-            self.weights[slot.index].exponent - self._exponent(self.graph.nodes[node])
-        )
+        weight = self.weights[slot.index]
+        if node == slot.node and weight.relative is not None:
+            return weight.relative
+        return _power_between(weight.exponent, self._exponent(self.graph.nodes[node]))
 
     def _other(self, slot: Slot) -> Any:
         """The value of the operand that is data, for storages that need it."""
@@ -462,10 +487,11 @@ class Problem:
 
     def initial(self) -> State:
         """The forward pass itself: every deviation 0."""
-        return tuple(
+        slots = (
             storage.fill(jnp.zeros(slot.shape, slot.dtype))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
+        return (*slots, *(jnp.ones(()) for _ in self.layout.asked))
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -474,7 +500,7 @@ class Problem:
         """
         if self.layout.splitting != "layer":
             return self.initial()
-        return (None,) * len(self.graph.slots)
+        return (None,) * (len(self.graph.slots) + len(self.layout.asked))
 
     def mean(self, state: State, slot: Slot) -> Array:
         """The deviation of a slot, in its unit; of a slot with copies, their mean."""
@@ -500,7 +526,7 @@ class Problem:
         a, b = (self._filled(slot, value) for value in (a, b))
         storage = self.layout.storages[slot.index]
         other = None if isinstance(storage, Dense) else self._other(slot)
-        mantissa, exponent = self.weights[slot.index]
+        mantissa, exponent, _ = self.weights[slot.index]
         return storage.squared_distance(a, b, mantissa, other) * scaling.power(-exponent)
 
     def _filled(self, slot: Slot, value: Any) -> Any:
@@ -510,12 +536,11 @@ class Problem:
 
     def difference(self, a: State, b: State) -> State:
         """`a − b`, as a state."""
-        return tuple(
-            storage.difference(self._filled(slot, x), self._filled(slot, y))
-            for slot, storage, x, y in zip(
-                self.graph.slots, self.layout.storages, a, b, strict=True
-            )
+        slots = (
+            storage.difference(self._filled(slot, a[slot.index]), self._filled(slot, b[slot.index]))
+            for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
+        return (*slots, *(jnp.ones(()) for _ in self.layout.asked))
 
     def distance(self, a: State, b: State) -> Float[Array, ""]:
         """`(Σ ρ |a − b|²)^½`."""
@@ -542,6 +567,9 @@ class Problem:
                 new[slot_index] = moved
             if output is not None:
                 outputs[index] = output
+            if index in self.layout.asked:
+                place = len(graph.slots) + self.layout.asked.index(index)
+                new[place] = self._asked_size(node, targets[index])
         for slot in graph.slots:
             if any(producer in outputs for producer in slot.producers):
                 new[slot.index] = self._write(slot, kept[slot.index], outputs, state)
@@ -581,6 +609,18 @@ class Problem:
             self._out_of_node(slot, state[slot.index], moved, ratio)
             for slot, moved, ratio in zip(slots, found, ratios, strict=True)
         ), output
+
+    def _asked_size(self, node: Node, target: Array) -> Array:
+        """What a deviation of 1 in the node's unit stands for, if its request is of the size that
+        the metric asks for.
+        """
+        assert node.output is not None and self.layout.metric.request is not None
+        if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
+               for i in self._readers[node.index]):  # fmt: skip
+            return jnp.asarray(scaling.power(-self._exponent(node)), jnp.float32)
+        wanted = self.layout.metric.request / len(self.layout.asked)
+        size, found = _length(self.values[node.output]), _length(target)
+        return wanted * size / jnp.where(found > 0, found, 1)
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""
@@ -670,6 +710,37 @@ class Problem:
             found[output] = scaling.from_unit(deviation, exponent)
         return found
 
+    def parameter_moves(self, state: State) -> list[Array | None]:
+        """For each leaf how far the solve moved it: with a metric that fixes the size of requests
+        the force on it over the weight that goes with that size, else the consensus.
+        """
+        if not self.layout.asked:
+            return self.parameter_deviations(state)
+        effective = {
+            slot.index: self._effective_weight(slot, state)
+            for slot in self.graph.slots
+            if slot.kind == "weight"
+        }
+        found = self.parameter_forces(state)
+        for node in self.graph.parameters:
+            weight = self.reader_weight(node.index, effective)
+            assert node.output is not None
+            force = found[node.output]
+            if force is not None:
+                total = jnp.asarray(weight.mantissa)
+                total = jnp.where(total > 0, total, 1)
+                moved = scaling.from_unit(force, weight.exponent) / total
+                found[node.output] = moved.astype(force.dtype)
+        return found
+
+    def _effective_weight(self, slot: Slot, state: State) -> Weight:
+        if slot.node not in self.layout.asked:
+            return self.weights[slot.index]
+        size = state[len(self.graph.slots) + self.layout.asked.index(slot.node)]
+        size = 1.0 if size is None else jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+        weight = self.weights[slot.index]
+        return Weight(weight.mantissa * self._ratio(slot, slot.node) / size)
+
     def parameter_forces(self, state: State) -> list[Array | None]:
         """For each leaf `W_v δ_v`, the sum of the forces of its readers; None where nothing reads
         it.
@@ -679,8 +750,7 @@ class Problem:
         for index, deviation in self._targets(nodes, state).items():
             output = self.graph.nodes[index].output
             assert output is not None
-            mantissa, exponent = self._total_weights[index]
-            force = deviation * mantissa
+            force = deviation * self._total_weights[index].mantissa
             found[output] = force.astype(deviation.dtype)
         return found
 
@@ -718,7 +788,7 @@ class Problem:
             if layout.resting[index]:
                 continue
             mask = jnp.ones_like(value) if kept is None else 1 - kept
-            mantissa, exponent = self.weights[index]
+            mantissa, exponent, _ = self.weights[index]
             total += storage.squared_distance_to(
                 self._filled(slot, state[index]), value, mask, mantissa, self._other(slot)
             ) * scaling.power(-exponent)
@@ -742,6 +812,18 @@ class Problem:
 def _infinite_ratio(dtype: Any) -> float:
     """A ratio of weights that stands for an infinite one: adding its inverse to 1 gives 1."""
     return 2.0**40 if jnp.finfo(dtype).bits <= 32 else 2.0**60
+
+
+def _length(array: Array) -> Array:
+    """`|x|`, without squares that underflow."""
+    largest = jnp.max(jnp.abs(array))
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
+
+
+def _power_between(exponent: Any, other: Any) -> Any:
+    """`2**(exponent − other)`; a plain 1 where the two are known to be the same."""
+    return 1.0 if exponent is other else scaling.power(exponent - other)
 
 
 def _largest(exponents: Sequence[Any]) -> Any:

@@ -110,6 +110,10 @@ class Rule(ABC):
         **Returns:** the new states, and the output's deviation (None for a loss).
         """
 
+    def copies(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """For each slot, of these shapes, how many outputs read one entry: the rows of its data."""
+        return (1,) * len(shapes)
+
     def gains(
         self,
         reference: Reference,
@@ -620,7 +624,7 @@ class Registered(Rule):
         range where its response is proportional to the request this changes nothing else.
         """
         exponent = reference.geometry.exponent
-        if isinstance(exponent, int) and exponent == 0:
+        if scaling.is_trivial(exponent):
             return tuple(states), target, 1.0
         largest = jnp.max(jnp.array([jnp.max(jnp.abs(a)) for a in (*states, target)]))
         size = jnp.maximum(jnp.max(jnp.abs(reference.output)), jnp.finfo(target.dtype).tiny)

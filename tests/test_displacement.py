@@ -99,16 +99,6 @@ def smooth_params(seed=0):
     return params, x, y
 
 
-def used(fn, params, x, y):
-    """The parameters that the function reads."""
-    gradient = jax.grad(fn)(params, x, y)
-    return {
-        name: leaf
-        for name, leaf in params.items()
-        if any(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(gradient[name]))
-    }
-
-
 def assert_close(found, expected, rtol):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.max(jnp.abs(b))))
@@ -132,10 +122,12 @@ def test_the_stiff_limit_is_the_gradient(x64, fn):
 def test_the_default_points_where_the_gradient_does(x64, fn):
     """At finite stiffness and prox step, in the same scale up to what each level hands on."""
     params, x, y = smooth_params(3)
-    params = {**used(fn, params, x, y)}
-    found = pjax.displacement(fn)(params, x, y)
+    with pytest.warns(pjax.UnusedParameterWarning):
+        found = pjax.displacement(fn)(params, x, y)
     expected = jax.grad(fn)(params, x, y)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if not float(jnp.max(jnp.abs(b))):
+            continue
         cosine = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
         assert float(cosine) > 0.97
         assert 0.5 < float(jnp.linalg.norm(a) / jnp.linalg.norm(b)) < 1.05
@@ -238,12 +230,15 @@ def test_the_state_goes_on_where_the_batch_before_left_it(x64):
     np.testing.assert_allclose(value, plain_value, rtol=1e-12)
     assert_close(found, plain, 0.01)
     problem = pjax.feasibility_problem(mlp_loss, params, x, y, splitting="layer")
-    carried = type(problem)(
-        problem.layout, problem.leaves, [x, y], vectors=list(state.vectors)
-    ) if len(state.vectors) == len(problem.graph.slots) else None
-    assert carried is None or max(
-        float(jnp.max(jnp.abs(v))) for v in carried.vectors if v is not None
-    ) > 0
+    carried = (
+        type(problem)(problem.layout, problem.leaves, [x, y], vectors=list(state.vectors))
+        if len(state.vectors) == len(problem.graph.slots)
+        else None
+    )
+    assert (
+        carried is None
+        or max(float(jnp.max(jnp.abs(v))) for v in carried.vectors if v is not None) > 0
+    )
 
 
 def test_auxiliary_outputs_and_argnums(x64):

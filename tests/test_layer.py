@@ -28,9 +28,7 @@ def dense_parts(rng, count, size, curved):
         weight = float(10 ** rng.uniform(-3, 3))
         gain = float(np.linalg.norm(matrix, 2) ** 2)
         parts.append(
-            layer.Part(
-                lambda x, m=matrix: m @ x, lambda y, m=matrix: m.T @ y, weight, gain, curved
-            )
+            layer.Part(lambda x, m=matrix: m @ x, lambda y, m=matrix: m.T @ y, weight, gain, curved)
         )
         matrices.append(np.asarray(matrix))
         weights += [weight] * width
@@ -106,9 +104,7 @@ def test_bounded_parts_never_overshoot(seed, count):
 
 
 def make_problem(fn, params, metric):
-    return pjax.feasibility_problem(
-        fn, params, splitting="layer", metric=metric, grouping="levels"
-    )
+    return pjax.feasibility_problem(fn, params, splitting="layer", metric=metric, grouping="levels")
 
 
 def layer_node(problem):

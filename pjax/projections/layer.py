@@ -62,9 +62,7 @@ class Solution(NamedTuple):
     change: Array
 
 
-def solve(
-    parts: Sequence[Part], request: Array, target_weight: Any, iterations: int
-) -> Solution:
+def solve(parts: Sequence[Part], request: Array, target_weight: Any, iterations: int) -> Solution:
     """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
 
     **Arguments:**

@@ -247,7 +247,15 @@ class Solver(ABC):
             return (new.state, gap), row
 
         initial = problem.initial()
-        (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
+        if self.steps > _UNROLLED or self.reflecting:
+            (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
+        else:
+            # Single steps need no loop, and what of their history is not used is not computed.
+            carry, found = (problem.at_rest(), initial), []
+            for _ in range(self.steps):
+                carry, row = body(carry, None)
+                found.append(row)
+            state, rows = carry[0], jax.tree_util.tree_map(lambda *x: jnp.stack(x), *found)
         return self.solution(problem, state), ResidualHistory(*rows, loss=problem.loss)
 
     def run(self, problem: Sets) -> State:
