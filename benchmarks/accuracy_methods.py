@@ -165,4 +165,4 @@ def projection(
     )
 
 
-register(projection("projection", "CyclicProjections", averaging=9.0))
+register(projection("projection", "CyclicProjections"))

@@ -37,7 +37,7 @@ def _displace(
     problem = Problem(found, leaves, consts, vectors)
     state = solver.run(problem)
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1.
-    scale = problem.largest_coefficient / found.metric.prox_step / _arrivals(solver)
+    scale = problem.largest_coefficient / problem.prox_step / _arrivals(solver)
     moved = [
         _zero(leaf) if force is None else (-scale * force).astype(jnp.result_type(leaf))
         for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)

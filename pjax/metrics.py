@@ -284,7 +284,7 @@ class Curved(Spectral):
     """
 
     parameters: Any = 8.0
-    prox_step: float = 2.0
+    prox_step: float = 0.3
     request: float | None = 1.0
     prox_per_row: bool = True
 

@@ -324,7 +324,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
             splitting,
             check,
             metric.request is not None if extrapolate is None else extrapolate,
-            averaging,
+            averaging if averaging is not None or metric.request is None else 100.0,
         )
 
     make.__name__ = make.__qualname__ = solver.__name__
@@ -338,7 +338,8 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
         λ = 5; `"layer"`: one constraint for each array operation, with the metric that
         `pjax.optim.default_metric` has for the solver.
-    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`: see [`Optimizer`][].
+    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`: see [`Optimizer`][]; with the metric
+        `Curved`, the default for `"layer"`, moves are extrapolated, and iterates averaged by 100.
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].

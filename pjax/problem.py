@@ -383,13 +383,17 @@ class Problem:
         }
         if metric.row_weights == "relative":
             coefficients = relative
+        shapes = [self.values[node.output].shape for node in losses]  # pyright: ignore
+        #: How many rows of losses there are, each counted as it weighs against the largest.
+        self.rows = jnp.maximum(
+            sum(
+                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in zip(relative, shapes, strict=True)),
+                start=jnp.zeros(()),
+            ),
+            1,
+        )
         #: λ of a row that counts 1.
-        self.prox_step = metric.prox_step
-        if metric.prox_per_row:
-            shapes = [self.values[node.output].shape for node in losses]  # pyright: ignore
-            self.prox_step *= sum(
-                jnp.sum(jnp.broadcast_to(c, s)) for c, s in zip(relative, shapes, strict=True)
-            )
+        self.prox_step = metric.prox_step * (self.rows if metric.prox_per_row else 1)
         return {
             node.index: self.prox_step * jnp.maximum(c, 0)
             for node, c in zip(losses, coefficients, strict=True)
@@ -491,7 +495,11 @@ class Problem:
             storage.fill(jnp.zeros(slot.shape, slot.dtype))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *(jnp.ones(()) for _ in self.layout.asked))
+        return (*slots, *self._no_requests())
+
+    def _no_requests(self) -> tuple[Array, ...]:
+        """What a state holds behind its slots before anything is asked for."""
+        return tuple(jnp.ones(()) for _ in self.layout.asked)
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -500,7 +508,7 @@ class Problem:
         """
         if self.layout.splitting != "layer":
             return self.initial()
-        return (None,) * (len(self.graph.slots) + len(self.layout.asked))
+        return (None,) * len(self.graph.slots) + self._no_requests()
 
     def mean(self, state: State, slot: Slot) -> Array:
         """The deviation of a slot, in its unit; of a slot with copies, their mean."""
@@ -540,7 +548,7 @@ class Problem:
             storage.difference(self._filled(slot, a[slot.index]), self._filled(slot, b[slot.index]))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *(jnp.ones(()) for _ in self.layout.asked))
+        return (*slots, *self._no_requests())
 
     def distance(self, a: State, b: State) -> Float[Array, ""]:
         """`(Σ ρ |a − b|²)^½`."""
