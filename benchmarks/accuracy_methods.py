@@ -165,4 +165,12 @@ def projection(
     )
 
 
+_REFLECTING = ("mnist-1x128-reflecting",)
 register(projection("projection", "CyclicProjections"))
+register(projection("projection-dr", "DouglasRachford", reflecting=True, rows=_REFLECTING))
+register(projection("projection-dm", "DifferenceMap", reflecting=True, rows=_REFLECTING))
+register(
+    projection(
+        "projection-ar", "AlternatingReflections", reflecting=True, rows=_REFLECTING, relaxation=0.5
+    )
+)

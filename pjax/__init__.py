@@ -41,6 +41,8 @@ from pjax.primitives import squared_error as squared_error
 from pjax.primitives import step as step
 from pjax.problem import Problem as Problem
 from pjax.problem import feasibility_problem as feasibility_problem
+from pjax.profile import Profile as Profile
+from pjax.profile import profile as profile
 from pjax.rules import register_projection as register_projection
 from pjax.trace import TraceError as TraceError
 

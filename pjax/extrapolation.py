@@ -82,8 +82,8 @@ def minimise_convex(value: Any) -> Float[Array, ""]:
         low, high = jnp.where(rise < 0, at, low), jnp.where(rise < 0, high, at)
         step = at - rise / jnp.where(bend > 0, bend, jnp.inf)
         # Outside of the bracket, or where the function is flat: halve it, or go further out.
-        inner = jnp.where(jnp.isinf(high), 2 * low + 1, (low + high) / 2)
-        good = (step > low) & (step < high) & (bend > 0)
+        inner = jnp.where(jnp.isinf(high), 10 * low + 10, (low + high) / 2)
+        good = (step >= low) & (step <= jnp.minimum(high, 10 * at + 10)) & (bend > 0)
         return low, high, jnp.where(good, step, inner)
 
     zero = jnp.zeros(())

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from pjax import solvers
 from pjax.extrapolation import line_search
-from pjax.metrics import Curved, Metric, Uniform
+from pjax.metrics import Curved, Metric, Spectral, Uniform
 from pjax.problem import Fanout, Layout, Problem, Splitting, layout
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import Program, trace
@@ -359,7 +359,19 @@ _LAYER_STEPS: dict[type[Solver], int] = {
 
 
 def default_metric(solver: type[Solver], **options: Any) -> Metric:
-    """The metric of pure projection in layers, where none is given."""
+    """The metric of pure projection in layers, where none is given.
+
+    Solvers that project get [`pjax.metrics.Curved`][]. Those that reflect reach a layer by its
+    activations, which must be soft for that: `Spectral(activations=0.01, parameters=3.0,
+    prox_step=5.0)`.
+
+    **Arguments:**
+
+    - `solver`: the class of the solver.
+    - `options`: of the metric, to change.
+    """
+    if solver.reflecting:
+        return Spectral(**{"activations": 0.01, "parameters": 3.0, "prox_step": 5.0, **options})
     return Curved(**options)
 
 

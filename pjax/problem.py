@@ -762,6 +762,18 @@ class Problem:
             found[output] = force.astype(deviation.dtype)
         return found
 
+    def node_deviation(self, node: Node, state: State) -> Float[Array, ""]:
+        """`(Σ ρ |δ|²)^½` over the slots of a node; slots that rest count the force on them."""
+        total: Any = jnp.zeros(())
+        zero = self.initial()
+        for index in node.slots:
+            slot = self.graph.slots[index]
+            if self.layout.resting[index]:
+                total = total + jnp.square(_length(self.mean(state, slot)))
+            else:
+                total = total + self._slot_distance(slot, state[index], zero[index])
+        return jnp.sqrt(total)
+
     def residuals(self, state: State | None = None) -> dict[str, Float[Array, ""]]:
         """The distance of a state to each node's constraint; of a loss, how far its prox would
         move it.

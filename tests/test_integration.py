@@ -82,7 +82,10 @@ class NnxNetwork(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, dtype=jnp.float32):
         self.layers = nnx.List(
-            nnx.Linear(n, m, rngs=rngs, param_dtype=dtype) for n, m in itertools.pairwise(SIZES)
+            nnx.Linear(
+                n, m, rngs=rngs, param_dtype=dtype, kernel_init=nnx.initializers.zeros_init()
+            )
+            for n, m in itertools.pairwise(SIZES)
         )
         self.mean = nnx.BatchStat(jnp.zeros(SIZES[-2], dtype))
 
@@ -111,6 +114,7 @@ class LinenNetwork(linen.Module):
 def make_nnx(numbers):
     model = NnxNetwork(nnx.Rngs(0), numbers[0][0].dtype)
     for layer, (w, b) in zip(model.layers, numbers, strict=True):
+        assert layer.bias is not None
         layer.kernel[...], layer.bias[...] = w, b
     return model
 
@@ -158,7 +162,7 @@ def read_equinox(model):
 def displace_nnx(numbers, x, y):
     definition, params, rest = nnx.split(make_nnx(numbers), nnx.Param, ...)
     value, moved = pjax.value_and_displacement(
-        lambda p: mean_loss(nnx.merge(definition, p, rest)(x), y)
+        lambda p: mean_loss(nnx.merge(definition, p, rest, copy=True)(x), y)
     )(params)
     return value, read_nnx(moved["layers"])
 
@@ -249,28 +253,10 @@ def test_a_chain_trains_as_with_gradients_in_the_limit(x64):
     batches = make_batches(jnp.float64, 6)
     step = pjax.value_and_displacement(loss_fn, metric=LIMIT)
     found, values, _ = train(step, chain(), params, *batches)
-    expected, expected_values, norms = train(
-        jax.value_and_grad(loss_fn), chain(), params, *batches
-    )
+    expected, expected_values, norms = train(jax.value_and_grad(loss_fn), chain(), params, *batches)
     assert float(jnp.min(norms)) > 0.3  # every step is clipped
     assert_close(found, expected, 1e-5)
     assert_close(values, expected_values, 1e-5)
-
-
-def test_a_scan_steps_as_a_loop_does():
-    """At the default stiffness, eagerly and compiled."""
-    params = make_numbers(jnp.float32)
-    xs, ys = make_batches(jnp.float32, 3)
-    tx = chain()
-    step = pjax.value_and_displacement(loss_fn)
-    found, values, _ = train(step, tx, params, xs, ys)
-    expected, opt_state = params, tx.init(params)
-    for x, y, value in zip(xs, ys, values, strict=True):
-        expected_value, moved = step(expected, x, y)
-        updates, opt_state = tx.update(moved, opt_state, expected)
-        expected = optax.apply_updates(expected, updates)
-        np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    assert_close(found, expected, 1e-4)
 
 
 def test_a_state_is_a_carry_of_a_scan():
@@ -298,10 +284,11 @@ def test_two_half_batches_accumulate_to_the_whole(x64, metric, tolerance):
     x, y = (given[0] for given in make_batches(jnp.float64, 1))
     step = pjax.value_and_displacement(loss_fn, metric=metric)
     tx = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
+    update = jax.jit(tx.update)
     opt_state, found = tx.init(params), params
     for rows in (slice(0, 12), slice(12, 24)):
         _, moved = step(found, x[rows], y[rows])
-        updates, opt_state = tx.update(moved, opt_state, found)
+        updates, opt_state = update(moved, opt_state, found)
         if rows.start == 0:
             assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(updates))
         found = optax.apply_updates(found, updates)
@@ -316,7 +303,7 @@ def test_two_half_batches_accumulate_to_the_whole(x64, metric, tolerance):
 
 
 def running_mean_step(tx):
-    """Plain JAX: the loss reads the running mean, and returns the next one."""
+    """Plain JAX, with the running mean of the last hidden layer beside the loss."""
 
     def loss(params, mean, x, y):
         hidden = hidden_layers(params, x)
@@ -347,18 +334,21 @@ def plain():
     return params, batches, tx, (found, mean, values)
 
 
-def test_running_statistics_are_those_of_the_forward_passes(plain):
-    """`has_aux` carries a running mean; recomputed here batch by batch."""
-    params, (xs, ys), tx, (_, mean, values) = plain
-    expected, opt_state = jnp.zeros(SIZES[-2]), tx.init(params)
-    step = pjax.value_and_displacement(loss_fn)
-    for x, y, value in zip(xs, ys, values, strict=True):
-        expected = 0.9 * expected + 0.1 * hidden_layers(params, x).mean(0)
-        np.testing.assert_allclose(value, loss_fn(params, x, y), rtol=1e-5)
-        updates, opt_state = tx.update(step(params, x, y)[1], opt_state, params)
+def test_a_scan_steps_as_a_loop_does(plain):
+    """The scan's steps, taken one by one; the running mean that `has_aux` carries is that of the
+    forward passes.
+    """
+    params, (xs, ys), tx, found = plain
+    mean, opt_state, values = jnp.zeros(SIZES[-2]), tx.init(params), []
+    step, update = pjax.value_and_displacement(loss_fn), jax.jit(tx.update)
+    for x, y in zip(xs, ys, strict=True):
+        mean = 0.9 * mean + 0.1 * hidden_layers(params, x).mean(0)
+        value, moved = step(params, x, y)
+        updates, opt_state = update(moved, opt_state, params)
         params = optax.apply_updates(params, updates)
-    assert float(jnp.max(expected)) > 0.1
-    assert_close(mean, expected, 1e-5)
+        values.append(value)
+    assert float(jnp.max(mean)) > 0.1
+    assert_close(found, (params, mean, jnp.stack(values)), 1e-4)
 
 
 def test_nnx_optimizer(plain):
@@ -372,7 +362,7 @@ def test_nnx_optimizer(plain):
         definition, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            merged = nnx.merge(definition, params, rest)
+            merged = nnx.merge(definition, params, rest, copy=True)
             return mean_loss(merged(x), y), nnx.state(merged, nnx.BatchStat)
 
         (value, stats), moved = pjax.value_and_displacement(loss, has_aux=True)(params)
@@ -437,7 +427,7 @@ def test_equinox_partition(plain):
 
 
 def test_frozen_layers_stay(plain):
-    """A filter that leaves the first layer out: it is data, and the others move as before."""
+    """A filter that leaves the first layer out: it is data, and the others move."""
     numbers, (xs, ys), _, _ = plain
     model = EquinoxNetwork(numbers)
     trained = eqx.tree_at(
@@ -450,11 +440,10 @@ def test_frozen_layers_stay(plain):
         params
     )
     assert moved.layers[0].weight is None
-    gradient = jax.grad(loss_fn)(numbers, xs[0], ys[0])
-    for (w, _), (g, _) in zip(
-        [(layer.weight.T, None) for layer in moved.layers[1:]], gradient[1:], strict=True
-    ):
-        cosine = jnp.vdot(w, g) / (jnp.linalg.norm(w) * jnp.linalg.norm(g))
+    gradient = jax.jit(jax.grad(loss_fn))(numbers, xs[0], ys[0])
+    for layer, (expected, _) in zip(moved.layers[1:], gradient[1:], strict=True):
+        found = layer.weight.T
+        cosine = jnp.vdot(found, expected) / (norm(found) * norm(expected))
         assert float(cosine) > 0.97
 
 
