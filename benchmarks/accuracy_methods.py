@@ -160,9 +160,7 @@ def projection(
         )
         return params, state
 
-    return Method(
-        name, "pure", init, step, description=text, reflecting=reflecting, rows=rows
-    )
+    return Method(name, "pure", init, step, description=text, reflecting=reflecting, rows=rows)
 
 
 _REFLECTING = ("mnist-1x128-reflecting",)

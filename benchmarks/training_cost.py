@@ -3,7 +3,8 @@
     python -m benchmarks.training_cost [--networks 1x128 4x128 2x2048] [--rounds 15]
 
 Candidates take turns within each round; times are medians of their ratios to backprop with Adam.
-Temporaries are those of XLA's `memory_analysis`.
+Temporaries are those of XLA's `memory_analysis`: of the gradient or the displacement, and of the
+whole step of pure projection.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +30,45 @@ NETWORKS = {
     "12x128": (128,) * 12,
 }
 #: What the issue of the default training step asks: time and temporaries over backprop's.
-ASKED = {"displacement": (1.2, 2.0), "pure": (2.5, None)}
+ASKED = {"displacement": (1.2, 2.0), "projection": (2.5, None)}
 
 
-def steps_for(task: Task) -> dict[str, Callable[..., Any]]:
-    """`step(params, state, x, y)` of each candidate."""
+class Candidate(NamedTuple):
+    """`step(params, state, x, y)`, its first state, and the direction alone (None: part of it).
+
+    A step's temporaries lie in the memory of its outputs where they fit, so that memory is that of
+    the direction: `(params, (x, y))` to the loss and the gradient or displacement.
+    """
+
+    step: Callable[..., Any]
+    state: Any
+    direction: Callable[..., Any] | None
+
+
+def candidates(task: Task, params: Any, x: Any, y: Any) -> dict[str, Candidate]:
+    """What is compared."""
     adam = optax.adam(1e-3)
-    found: dict[str, Callable[..., Any]] = {}
 
-    def descend(direction: Any) -> Callable[..., Any]:
+    def descend(direction: Any) -> Candidate:
         def step(params: Any, state: Any, x: Any, y: Any) -> Any:
             _, moved = direction(params, (x, y))
             updates, state = adam.update(moved, state, params)
             return optax.apply_updates(params, updates), state
 
-        return step
+        return Candidate(step, adam.init(params), direction)
 
-    found["backprop"] = descend(jax.value_and_grad(task.loss("gradient")))
-    found["displacement"] = descend(pjax.value_and_displacement(task.loss("pure")))
-    return found
+    loss = task.loss("pure")
+    pure = pjax.optim.CyclicProjections(splitting="layer", check=False)
+
+    def project(params: Any, state: Any, x: Any, y: Any) -> Any:
+        params, _, state = pure.update(lambda p: loss(p, (x, y)), params, state)
+        return params, state
+
+    return {
+        "backprop": descend(jax.value_and_grad(task.loss("gradient"))),
+        "displacement": descend(pjax.value_and_displacement(loss)),
+        "projection": Candidate(project, pure.init(lambda p: loss(p, (x, y)), params), None),
+    }
 
 
 def seconds(run: Callable[..., Any], *args: Any, repeats: int) -> float:
@@ -75,18 +96,22 @@ def main() -> None:
         params = task.init(784, 10, seed=0)
         x = jax.random.uniform(jax.random.key(0), (options.batch_size, 784))
         y = jax.nn.one_hot(jnp.arange(options.batch_size) % 10, 10)
-        state = optax.adam(1e-3).init(params)
-        compiled, compiling = {}, {}
-        for method, step in steps_for(task).items():
+        found = candidates(task, params, x, y)
+        compiled, compiling, memory = {}, {}, {}
+        for method, (step, state, direction) in found.items():
             start = time.perf_counter()
             compiled[method] = jax.jit(step).lower(params, state, x, y).compile()
             compiling[method] = time.perf_counter() - start
+            measured = compiled[method]
+            if direction is not None:
+                measured = jax.jit(direction).lower(params, (x, y)).compile()
+            memory[method] = measured.memory_analysis().temp_size_in_bytes / 1e6
         repeats = 2 if name == "2x2048" else 10
         times = {method: [] for method in compiled}
         for _ in range(options.rounds + 1):
             for method, run in compiled.items():
+                state = found[method].state
                 times[method].append(seconds(run, params, state, x, y, repeats=repeats))
-        memory = {m: c.memory_analysis().temp_size_in_bytes / 1e6 for m, c in compiled.items()}
         for method in compiled:
             ratio = statistics.median(
                 a / b for a, b in zip(times[method][1:], times["backprop"][1:], strict=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
-from pjax.rules import Exactness, Geometry, Reference, Rule, Term
+from pjax.rules import Exactness, Geometry, Rule, Term
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 _MARGIN = 1.4
@@ -47,8 +47,8 @@ class Addend:
     **Attributes:**
 
     - `term`: the coefficient, and the axes that are summed.
-    - `shape`, `dimensions`: where `x` is broadcast, as in `jax.lax.broadcast_in_dim`: a bias has one
-        entry for all rows.
+    - `shape`, `dimensions`: where `x` is broadcast, as in `jax.lax.broadcast_in_dim`: a bias has
+        one entry for all rows.
     """
 
     term: Term
@@ -147,7 +147,8 @@ class LayerSum(Rule):
         ):
             normal = None
             if curved and source:
-                normal = _gram(*source[0], geometry.iterations)
+                term, side, now = source[0]
+                normal = _gram(term, side, now, geometry.iterations)
             parts.append(layer.Part(apply, transpose, weight, gain, curved, normal))
         return parts
 
@@ -161,7 +162,8 @@ class LayerSum(Rule):
         total, is_free = None, False
         for term in self.terms:
             if isinstance(term, Addend):
-                next(move), next(curved)
+                next(move)
+                next(curved)
                 continue
             pair = [next(move) if free else None for free in term.is_slot]
             kinds = [next(curved) for free in term.is_slot if free]
@@ -195,7 +197,8 @@ class LayerSum(Rule):
             self.terms, self._operands(reference.inputs, reference.knowns), strict=True
         ):
             if isinstance(term, Addend):
-                next(vector), next(want)
+                next(vector)
+                next(want)
                 found.append(_addend_gain(term, now[1], now[0].shape))
                 new.append(None)
                 continue

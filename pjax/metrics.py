@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -40,11 +40,20 @@ INFINITE = 2**15
 class Measures(Protocol):
     """What a metric can ask of a problem; [`pjax.Problem`][] is one."""
 
-    graph: Graph
-    #: For each slot what the forward pass before returned in its place, or None.
-    vectors: Sequence[Any]
-    #: For each slot the row weights of the loss that reads it, relative to the largest; or None.
-    loss_weights: Mapping[int, Any]
+    @property
+    def graph(self) -> Graph:
+        """The nodes and slots."""
+        ...
+
+    @property
+    def vectors(self) -> Sequence[Any]:
+        """For each slot where its power iteration begins, or None."""
+        ...
+
+    @property
+    def loss_weights(self) -> Mapping[int, Any]:
+        """For each loss the weights of its rows, relative to the largest of all."""
+        ...
 
     def shapes(self, node: Node, /) -> tuple[tuple[int, ...], ...]:
         """The shapes of a node's slots."""
@@ -94,7 +103,7 @@ class Metric(ABC):
     prox_per_row: bool = False
     #: Steps of conjugate gradients for the projection onto a layer.
     iterations: int = 8
-    #: What a hidden layer is asked for, as a share of its size; None for what the weights make of it.
+    #: What hidden layers are asked for, as a share of their size; None: what the weights make of it.
     request: float | None = None
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:
@@ -223,7 +232,7 @@ class Spectral(Metric):
     def weigh(self, measures: Measures) -> Weighing:
         graph = measures.graph
         stiffness = _by_parameter("parameters", self.parameters, graph)
-        resting = self.resting(graph)
+        resting, curved = self.resting(graph), self.curved(graph)
         readers = graph.readers()
         order = graph.backward_order()
         level = self.activations * len(graph.level_groups())
@@ -255,11 +264,10 @@ class Spectral(Metric):
                     weights[slot] = Weight(1.0, INFINITE)
                     continue
                 factor: Any = level
-                if graph.slots[slot].kind == "weight" and _reads_parameters(graph, slot):
-                    if not resting[slot]:
-                        shared = max(len(readers[p]) for p in graph.slots[slot].producers)
-                        given = min(v for v in stiffness[slot] if v != "stiff")
-                        factor = given / (rows * shared)
+                if curved[slot]:
+                    shared = max(len(readers[p]) for p in graph.slots[slot].producers)
+                    given = min(v for v in stiffness[slot] if v != "stiff")
+                    factor = given / (rows * shared)
                 weights[slot] = _relative(factor * gain * largest, asked.exponent)
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
 
@@ -283,7 +291,7 @@ class Curved(Spectral):
     - `request`: the share of its size that all layers together are asked to move.
     """
 
-    parameters: Any = 8.0
+    parameters: Any = 16.0
     prox_step: float = 0.3
     request: float | None = 1.0
     prox_per_row: bool = True

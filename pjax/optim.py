@@ -324,7 +324,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
             splitting,
             check,
             metric.request is not None if extrapolate is None else extrapolate,
-            averaging if averaging is not None or metric.request is None else 100.0,
+            averaging if averaging is not None or metric.request is None else 30.0,
         )
 
     make.__name__ = make.__qualname__ = solver.__name__
@@ -339,7 +339,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         λ = 5; `"layer"`: one constraint for each array operation, with the metric that
         `pjax.optim.default_metric` has for the solver.
     - `metric`, `fanout`, `check`, `extrapolate`, `averaging`: see [`Optimizer`][]; with the metric
-        `Curved`, the default for `"layer"`, moves are extrapolated, and iterates averaged by 100.
+        `Curved`, the default for `"layer"`, moves are extrapolated, and iterates averaged by 30.
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].
@@ -371,7 +371,8 @@ def default_metric(solver: type[Solver], **options: Any) -> Metric:
     - `options`: of the metric, to change.
     """
     if solver.reflecting:
-        return Spectral(**{"activations": 0.01, "parameters": 3.0, "prox_step": 5.0, **options})
+        soft: dict[str, Any] = {"activations": 0.01, "parameters": 3.0, "prox_step": 5.0}
+        return Spectral(**{**soft, **options})
     return Curved(**options)
 
 

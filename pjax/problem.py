@@ -622,7 +622,8 @@ class Problem:
         """What a deviation of 1 in the node's unit stands for, if its request is of the size that
         the metric asks for.
         """
-        assert node.output is not None and self.layout.metric.request is not None
+        assert node.output is not None
+        assert self.layout.metric.request is not None
         if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
                for i in self._readers[node.index]):  # fmt: skip
             return jnp.asarray(scaling.power(-self._exponent(node)), jnp.float32)
@@ -648,8 +649,8 @@ class Problem:
         return jax.tree_util.tree_map(jnp.add, before, moved)
 
     def _targets(self, nodes: Sequence[int], state: State) -> dict[int, Array]:
-        """The consensus of each node's readers, in the node's unit: the weighted mean of the entries
-        that read it.
+        """The consensus of each node's readers: the weighted mean of the entries that read it, in
+        the node's unit.
         """
         members = set(nodes)
         sums: dict[int, Any] = {}

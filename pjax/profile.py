@@ -19,8 +19,8 @@ class Profile:
     **Attributes:**
 
     - `names`: `"<index> <name>"` of each node, from the losses backwards, the parameters last.
-    - `deviation`: `(Σ ρ |δ|²)^½` over the slots of each node, after each step; slots that rest count
-        the length of the force on them.
+    - `deviation`: `(Σ ρ |δ|²)^½` over the slots of each node, after each step; slots that rest
+        count the length of the force on them.
     - `residual`: the distance to each node's constraint; of a loss, how far its prox would move it.
     """
 

@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
     **Attributes:**
 
     - `exponent`: deviations, targets and results of the node are in a unit of `2**−exponent`.
-    - `gains`: for each slot a bound on how much the output moves with it, squared (layer splitting).
+    - `gains`: for each slot of a layer a bound on how much the output moves with it, squared.
     - `curved`: for each slot whether its response is solved for, or only bounded.
     - `iterations`: conjugate gradient steps for that.
     """
@@ -131,7 +131,7 @@ class Rule(ABC):
         - `vectors`: for each slot where a power iteration begins, as returned before, or None.
         - `iterations`: its steps.
 
-        **Returns:** the bounds, and the vectors to begin with next time (None where none is needed).
+        **Returns:** the bounds, and the vectors to begin with next time, or None.
         """
         none = (None,) * len(reference.inputs)
         return (1.0,) * len(reference.inputs), none

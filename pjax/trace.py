@@ -281,6 +281,7 @@ class _Flattener:
         atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
         cut = len(atoms) if num_outputs is None else num_outputs
         outputs, aux = atoms[:cut], atoms[cut:]
+        self._exchange_operands(_live(self.equations, outputs))
         equations = _live(self.equations, outputs)
         for equation in equations:
             self._check_integer_parameter(equation)
@@ -288,6 +289,35 @@ class _Flattener:
         done = set(map(id, equations))
         auxiliary = [e for e in _live(self.equations, aux) if id(e) not in done]
         return self._renumber(leaves, equations, outputs, auxiliary, aux)
+
+    def _exchange_operands(self, live: Sequence[Equation]) -> None:
+        """A product that is read once, transposed, is the product of its operands exchanged: so the
+        batch of `w @ x + b` by `vmap` is the layer `x @ wᵀ + b`.
+        """
+        reads = Counter(atom for e in live for atom in e.inputs if isinstance(atom, int))
+        products = {e.outputs[0]: e for e in live if e.primitive is P.dot_general_p}
+        for place, equation in enumerate(self.equations):
+            if equation.primitive is not P.transpose_p:
+                continue
+            (atom,) = equation.inputs
+            if not isinstance(atom, int) or atom not in products or reads[atom] != 1:
+                continue
+            product = products[atom]
+            (contract_l, contract_r), (batch_l, batch_r) = product.params["dimension_numbers"]
+            # The result's axes: the batch's, the left operand's, the right operand's.
+            left, batch = product.inputs[0], len(batch_l)
+            rank = len(left.shape) if isinstance(left, Scalar) else self.avals[left].ndim
+            middle = rank - len(contract_l)
+            axes = tuple(range(len(equation.params["permutation"])))
+            exchanged = axes[:batch] + axes[middle:] + axes[batch:middle]
+            sharded = product.params.get("out_sharding") is not None
+            if sharded or tuple(equation.params["permutation"]) != exchanged:
+                continue
+            numbers = (contract_r, contract_l), (batch_r, batch_l)
+            params = {**product.params, "dimension_numbers": numbers}
+            self.equations[place] = Equation(
+                P.dot_general_p, product.inputs[::-1], equation.outputs, params, product.source
+            )
 
     def _renumber(
         self,
