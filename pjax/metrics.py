@@ -103,7 +103,7 @@ class Metric(ABC):
     prox_per_row: bool = False
     #: Steps of conjugate gradients for the projection onto a layer.
     iterations: int = 8
-    #: What hidden layers are asked for, as a share of their size; None: what the weights make of it.
+    #: What hidden layers are asked for, as a share of their size; None: what the weights give.
     request: float | None = None
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:

@@ -313,7 +313,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     ) -> Optimizer:
         layers = splitting == "layer"
         if metric is None:
-            given = {} if prox_step is None else {"prox_step": prox_step}
+            given: dict[str, Any] = {} if prox_step is None else {"prox_step": prox_step}
             metric = default_metric(solver, **given) if layers else Uniform(**given)
         if steps_per_update is None:
             steps_per_update = _LAYER_STEPS[solver] if layers else 50
