@@ -105,7 +105,8 @@ def main() -> None:
             measured = compiled[method]
             if direction is not None:
                 measured = jax.jit(direction).lower(params, (x, y)).compile()
-            memory[method] = measured.memory_analysis().temp_size_in_bytes / 1e6
+            analysis: Any = measured.memory_analysis()
+            memory[method] = analysis.temp_size_in_bytes / 1e6
         repeats = 2 if name == "2x2048" else 10
         times = {method: [] for method in compiled}
         for _ in range(options.rounds + 1):

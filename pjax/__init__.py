@@ -4,8 +4,8 @@ from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
 from pjax import solvers as solvers
-from pjax.displacement import displacement as displacement
-from pjax.displacement import value_and_displacement as value_and_displacement
+from pjax.displacements import displacement as displacement
+from pjax.displacements import value_and_displacement as value_and_displacement
 from pjax.graph import Graph as Graph
 from pjax.graph import UnusedParameterWarning as UnusedParameterWarning
 from pjax.numpy import add as add
@@ -41,8 +41,8 @@ from pjax.primitives import squared_error as squared_error
 from pjax.primitives import step as step
 from pjax.problem import Problem as Problem
 from pjax.problem import feasibility_problem as feasibility_problem
-from pjax.profile import Profile as Profile
-from pjax.profile import profile as profile
+from pjax.profiles import Profile as Profile
+from pjax.profiles import profile as profile
 from pjax.rules import register_projection as register_projection
 from pjax.trace import TraceError as TraceError
 

@@ -38,7 +38,7 @@ INFINITE = 2**15
 
 
 class Measures(Protocol):
-    """What a metric can ask of a problem; [`pjax.Problem`][] is one."""
+    """What a metric can ask of a problem; `pjax.Problem` is one."""
 
     @property
     def graph(self) -> Graph:

@@ -273,7 +273,7 @@ def test_integer_and_unused_leaves():
 
 
 def test_fresh_closures_compile_once():
-    from pjax.displacement import _displace
+    from pjax.displacements import _displace
 
     params, x, y = make_mlp(7, 2)
     compiled: Any = _displace
