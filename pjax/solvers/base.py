@@ -60,10 +60,6 @@ class Sets(Protocol):
         """The state to start from: zero in every entry."""
         ...
 
-    def at_rest(self) -> Any:
-        """`initial`, or a cheaper form of it for solvers that do not combine states."""
-        ...
-
     def project(self, group: int, state: Any, /) -> Any:
         """The nearest point of a set."""
         ...
@@ -251,7 +247,7 @@ class Solver(ABC):
             (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
         else:
             # Single steps need no loop, and what of their history is not used is not computed.
-            carry, found = (problem.at_rest(), initial), []
+            carry, found = (_at_rest(problem), initial), []
             for _ in range(self.steps):
                 carry, row = body(carry, None)
                 found.append(row)
@@ -269,7 +265,7 @@ class Solver(ABC):
         **Raises:** `ValueError` if the problem was made for another kind of solver.
         """
         problem.require(self.grouping, self.reflecting)
-        state = problem.initial() if self.reflecting else problem.at_rest()
+        state = problem.initial() if self.reflecting else _at_rest(problem)
         first = min(self.steps, 1 if self.steps > _UNROLLED else self.steps)
         for _ in range(first):
             state = self.step(problem, state).state
@@ -278,6 +274,11 @@ class Solver(ABC):
                 0, self.steps - first, lambda _, now: self.step(problem, now).state, state
             )
         return self.solution(problem, state)
+
+
+def _at_rest(problem: Sets) -> State:
+    """The initial state, in the cheaper form that some problems have for it."""
+    return getattr(problem, "at_rest", problem.initial)()
 
 
 #: Up to so many steps are compiled one after the other.
