@@ -1,4 +1,4 @@
-"""Validation accuracy against training seconds on MNIST, 784-128-10: methods in turn, in one process.
+"""Validation accuracy against training seconds on MNIST, 784-128-10, methods in turn.
 
     python -m benchmarks.accuracy_seconds --data-dir DIR [--seeds 3] [--figure FILE]
 
