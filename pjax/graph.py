@@ -566,11 +566,9 @@ class _Builder:
                 knowns += [atom for atom, _, _ in term.factors]
         if not has_product:
             return None
-        name = "dot" if len(found) == 1 and own is None else (own or equation).name
-        if len(found) > 1:
-            name = "layer"
-        elif own is not None:
-            name = "mul" if own.primitive is P.mul_p else "dot"
+        name = "layer" if len(found) > 1 else "dot"
+        if own is not None and own.primitive is P.mul_p:
+            name = "mul"
         rule = LayerSum(tuple(found), name)
         return _Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
 

@@ -199,7 +199,7 @@ class Optimizer:
     - `check`: raise an error for parameters, data or a loss that are not finite, and for a loss
         with a negative weight; it waits for the result of each update.
     - `extrapolate`: scale the whole move so that the losses, along the line to the predictions that
-        it leads to, are least (with the prox step as a brake): one more forward pass.
+        it leads to, are least (with a brake): one more forward pass.
     - `averaging`: with a state, the parameters are a mean of the iterates, with weights that grow
         like the `averaging`-th power of the number of the batch; None: the last iterate.
     """
