@@ -8,7 +8,7 @@ judged, at the losses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from pjax.problem import Problem
 from pjax.trace import read
 
 _ITERATIONS = 10
+#: A Newton step of less than this share of the length is the last.
+_RESTING = 1e-4
 #: Measured on MNIST at batch 32: 97.5 %; with 2 for each row 97.3 %, without a brake 95 % and less.
 _BRAKE = 16.0
 
@@ -71,22 +73,42 @@ def line_search(
     return minimise_convex(lambda length: losses(length) + far * length**2 / (2 * brake))
 
 
+class _Bracket(NamedTuple):
+    """Where the minimum lies, the iterate, and whether it rests; whether the way ahead falls."""
+
+    low: Array
+    high: Array
+    at: Array
+    count: Array
+    done: Array
+    falls: Array
+
+
 def minimise_convex(value: Any) -> Float[Array, ""]:
     """`argmin_{τ ≥ 0}` of a convex function of one number, by Newton steps inside a bracket."""
     slope = jax.grad(value)
-    curvature = jax.grad(slope)
 
-    def body(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, at = state
-        rise, bend = slope(at), curvature(at)
-        low, high = jnp.where(rise < 0, at, low), jnp.where(rise < 0, high, at)
-        step = at - rise / jnp.where(bend > 0, bend, jnp.inf)
+    def bend_at(at: Array) -> tuple[Array, Array]:
+        return jax.jvp(slope, (at,), (jnp.ones_like(at),))
+
+    def body(state: _Bracket) -> _Bracket:
+        rise, bend = bend_at(state.at)
+        low = jnp.where(rise < 0, state.at, state.low)
+        high = jnp.where(rise < 0, state.high, state.at)
+        step = state.at - rise / jnp.where(bend > 0, bend, jnp.inf)
         # Outside of the bracket, or where the function is flat: halve it, or go further out.
         inner = jnp.where(jnp.isinf(high), 10 * low + 10, (low + high) / 2)
-        good = (step >= low) & (step <= jnp.minimum(high, 10 * at + 10)) & (bend > 0)
-        return low, high, jnp.where(good, step, inner)
+        good = (step >= low) & (step <= jnp.minimum(high, 10 * state.at + 10)) & (bend > 0)
+        new = jnp.where(good, step, inner)
+        rests = jnp.abs(new - state.at) <= _RESTING * state.at
+        falls = jnp.where(state.count == 0, rise < 0, state.falls)
+        return _Bracket(low, high, new, state.count + 1, rests | ~falls, falls)
 
     zero = jnp.zeros(())
-    start = (zero, jnp.asarray(jnp.inf), zero)
-    _, _, at = jax.lax.fori_loop(0, _ITERATIONS, body, start)
-    return jnp.where(slope(zero) < 0, at, 0.0)
+    start = _Bracket(
+        zero, jnp.asarray(jnp.inf), zero, jnp.zeros((), int), jnp.array(False), jnp.array(True)
+    )
+    found = jax.lax.while_loop(
+        lambda state: (state.count < _ITERATIONS) & ~state.done, body, start
+    )
+    return jnp.where(found.falls, found.at, 0.0)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from pjax.rules import Exactness, Geometry, Rule, Term
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 _MARGIN = 1.4
+#: Up to so many of its steps are compiled one after the other.
+_UNROLLED = 16
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class LayerSum(Rule):
         parts = self._parts(at, weights, geometry, target)
         target_weight = jnp.asarray(target_weight, target.dtype)
         request = target - value
-        moves, change = layer.solve(parts, request, target_weight, geometry.iterations)
+        normal = self._normal(at, geometry)
+        moves, change = layer.solve(parts, request, target_weight, geometry.iterations, normal)
         second, is_free = self._second_order(moves, geometry)
         if second is not None and not is_free:
             # A bounded or resting operand moves little: the product of the moves is not in the way.
@@ -151,6 +154,26 @@ class LayerSum(Rule):
                 normal = _gram(term, side, now, geometry.iterations)
             parts.append(layer.Part(apply, transpose, weight, gain, curved, normal))
         return parts
+
+    def _normal(self, at: Any, geometry: Geometry) -> layer.Normal | None:
+        """`JᵀJ` of a product and of biases that are added to all its rows, where that costs less."""
+        curved = iter(geometry.curved)
+        product, biases, order = None, [], []
+        for term, now in zip(self.terms, at, strict=True):
+            if isinstance(term, Addend):
+                if next(curved):
+                    order.append(len(biases))
+                    biases.append((term, now[0].shape))
+                continue
+            for side, free in zip(_SIDES, term.is_slot, strict=True):
+                if free and next(curved):
+                    if product is not None:
+                        return None
+                    product = term, side, now
+                    order.append(-1)
+        if product is None:
+            return None
+        return _covariance(*product, biases, order, geometry.iterations)
 
     def _second_order(
         self, moves: Sequence[Array], geometry: Geometry
@@ -234,30 +257,129 @@ def _product(term: Product, side: Side, now: tuple[Any, ...]) -> tuple[Any, Any]
     )
 
 
-def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> Any:
-    """`J Jᵀ Λ` by the Gram matrix of the other operand's rows, where that costs less."""
-    op = term.operation
+class _Rows(NamedTuple):
+    """A `dot_general` without batch axes as a product of matrices, `rows × length × columns`.
+
+    **Attributes:**
+
+    - `other`: the operand that is held, `rows × length`.
+    - `columns`: the shape of the free operand's part of the output.
+    - `axes`: of the free operand, the contracted ones first.
+    """
+
+    other: Array
+    columns: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def _rows(op: Bilinear, side: Side, now: tuple[Any, ...]) -> _Rows | None:
     if not isinstance(op, DotGeneral) or op.dimension_numbers[1][0]:
         return None
-    (contract_l, contract_r), _ = op.dimension_numbers
-    other, contracting = (now[1], contract_r) if side == "left" else (now[0], contract_l)
-    kept = tuple(axis for axis in range(other.ndim) if axis not in contracting)
-    rows = math.prod(other.shape[axis] for axis in kept)
-    length, columns = op.slice_length, math.prod(op.output_shape) // max(rows, 1)
-    if rows * length + iterations * rows * columns >= 2 * iterations * length * columns:
-        return None
-    matrix = jnp.transpose(other, (*kept, *contracting)).reshape(rows, length)
-    dot = functools.partial(
-        jnp.matmul,
-        precision=op.precision,
-        preferred_element_type=op.preferred_element_type,
+    (left, right), _ = op.dimension_numbers
+    other, contracted, shape, own = (
+        (now[1], right, op.left_shape, left) if side == "left"
+        else (now[0], left, op.right_shape, right)
+    )  # fmt: skip
+    kept = tuple(axis for axis in range(other.ndim) if axis not in contracted)
+    matrix = jnp.transpose(other, (*kept, *contracted)).reshape(-1, op.slice_length)
+    free = tuple(axis for axis in range(len(shape)) if axis not in own)
+    return _Rows(matrix, tuple(shape[axis] for axis in free), (*own, *free))
+
+
+class _Costs(NamedTuple):
+    """Multiplications of the forms of conjugate gradients, see `pjax.projections.layer`."""
+
+    direct: int
+    gram: int
+    covariance: int
+
+
+def _costs(rows: int, length: int, columns: int, iterations: int) -> _Costs:
+    product = rows * length * columns
+    return _Costs(
+        (2 * iterations + 1) * product,
+        rows * rows * (length + iterations * columns) + product,
+        length * length * (rows + iterations * columns) + 2 * product,
     )
-    gram = term.scale**2 * dot(matrix, matrix.T)
+
+
+def _dot(op: Bilinear) -> Any:
+    assert isinstance(op, DotGeneral)
+    return functools.partial(
+        jnp.matmul, precision=op.precision, preferred_element_type=op.preferred_element_type
+    )
+
+
+def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> Any:
+    """`J Jᵀ Λ` by the Gram matrix of the other operand's rows, where that costs less."""
+    found = _rows(term.operation, side, now)
+    if found is None:
+        return None
+    rows, length = found.other.shape
+    columns = math.prod(found.columns)
+    costs = _costs(rows, length, columns, iterations)
+    if costs.gram >= costs.direct:
+        return None
+    dot = _dot(term.operation)
+    gram = term.scale**2 * dot(found.other, found.other.T)
 
     def normal(force: Array) -> Array:
         if side == "left":  # the other operand's rows are the output's last axes
             return dot(force.reshape(columns, rows), gram).reshape(force.shape)
         return dot(gram, force.reshape(rows, columns)).reshape(force.shape)
+
+    return normal
+
+
+def _covariance(
+    term: Product,
+    side: Side,
+    now: tuple[Any, ...],
+    biases: Sequence[tuple[Addend, tuple[int, ...]]],
+    order: Sequence[int],
+    iterations: int,
+) -> layer.Normal | None:
+    """`JᵀJ` of an operand and of biases by the covariance of the other operand's columns, where
+    that costs less; `order` has a bias's number, and −1 for the operand.
+    """
+    found = _rows(term.operation, side, now)
+    if found is None:
+        return None
+    rows, length = found.other.shape
+    count = math.prod(found.columns)
+    costs = _costs(rows, length, count, iterations)
+    if costs.covariance >= min(costs.direct, costs.gram):
+        return None
+    first = 0 if side == "left" else len(term.operation.output_shape) - len(found.columns)
+    places = [(first + axis, n) for axis, n in enumerate(found.columns) if n > 1]
+    for addend, shape in biases:
+        if addend.dimensions is None:
+            return None
+        if [(d, n) for d, n in zip(addend.dimensions, shape, strict=True) if n > 1] != places:
+            return None
+    dot = _dot(term.operation)
+    covariance = term.scale**2 * dot(found.other.T, found.other)
+    total = term.scale * jnp.sum(found.other, axis=0)
+    inverse = tuple(int(axis) for axis in np.argsort(found.axes))
+
+    def normal(moves: Sequence[Array]) -> list[Array]:
+        move = moves[order.index(-1)]
+        matrix = jnp.transpose(move, found.axes)
+        into = dot(covariance, matrix.reshape(length, count))
+        added = None
+        for number, bias in zip(order, moves, strict=True):
+            if number >= 0:
+                part = biases[number][0].term.scale * bias.reshape(count)
+                added = part if added is None else added + part
+        if added is None:
+            return [jnp.transpose(into.reshape(matrix.shape), inverse)]
+        into = into + total[:, None] * added
+        summed = dot(total, matrix.reshape(length, count)) + rows * added
+        into = jnp.transpose(into.reshape(matrix.shape), inverse)
+        return [
+            into if number < 0 else biases[number][0].term.scale * summed.reshape(bias.shape)
+            for number, bias in zip(order, moves, strict=True)
+        ]
 
     return normal
 
@@ -326,16 +448,23 @@ def largest_gain(
         norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
         return x / jnp.maximum(norm, tiny), norm * largest
 
-    vector, _ = normal(vector)
-    size = jnp.zeros(())
-    for _ in range(iterations):
+    def step(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        vector, _ = state
         image = operation(vector, other) if left else operation(other, vector)
         pulled = (
             operation.transpose_left(image, other)
             if left
             else operation.transpose_right(image, other)
         )
-        vector, size = normal(pulled)
+        return normal(pulled)
+
+    state = normal(vector)
+    if iterations > _UNROLLED:
+        state = jax.lax.fori_loop(0, iterations, step, state)
+    else:
+        for number in range(iterations):
+            state = step(number, state)
+    vector, size = state
     return _MARGIN * jnp.max(size), vector
 
 

@@ -141,6 +141,83 @@ def test_a_dense_layer_with_bias_is_the_joint_least_squares_solution(x64, dtype,
     np.testing.assert_allclose(output, data @ best, atol=tolerance * np.abs(output).max())
 
 
+DENSE = {
+    "rows first": (lambda x, w: jnp.einsum("nk,kc->nc", x, w), (30, 6), (6, 4), (4,)),
+    "transposed": (lambda x, w: jnp.einsum("kn,ck->nc", x, w), (6, 30), (4, 6), (4,)),
+    "columns first": (lambda x, w: jnp.einsum("ck,kn->cn", w, x), (6, 30), (4, 6), (4,)),
+    "several axes": (
+        lambda x, w: jnp.einsum("abkl,lkcd->abcd", x, w), (5, 6, 2, 3), (3, 2, 2, 4), (2, 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("biases", [0, 1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 60])
+@pytest.mark.parametrize("name", DENSE)
+def test_steps_in_the_weights_are_those_in_the_outputs(x64, name, steps, biases):
+    """By the inputs' covariance conjugate gradients take the steps that they take without it, and
+    end at the nearest point, for every order of axes.
+    """
+    fn, data, weights, bias = DENSE[name]
+    rng = np.random.default_rng(steps)
+    x, w, *b = (
+        jnp.asarray(rng.normal(size=shape)) for shape in (data, weights, *[bias] * biases)
+    )
+
+    def output(w, b):
+        total = 2.0 * fn(x, w)
+        for c in b:
+            total = total + 0.5 * (c[:, None] if name == "columns first" else c)
+        return total
+
+    target = jnp.asarray(rng.normal(size=jax.eval_shape(output, w, b).shape))
+    problem = make_problem(
+        lambda p: pjax.squared_error(output(p[0], p[1:]).reshape(1, -1), target.reshape(1, -1)),
+        [w, *b],
+        metrics.Uniform(iterations=steps),
+    )
+    nodes = [n for n in problem.graph.nodes if isinstance(n.rule, LayerSum)]
+    node = next(n for n in nodes if any(isinstance(term, Product) for term in n.rule.terms))
+    rule, reference = node.rule, problem._references[node.index]
+    assert isinstance(rule, LayerSum)
+    assert len(node.slots) == 1 + biases
+    like = reference.output
+    assert like is not None
+    geometry = Geometry(0, (None,) * len(node.slots), (True,) * len(node.slots), steps)
+    at = rule._operands(reference.inputs, reference.knowns)
+    stiffness = tuple(0.3 + 0.4 * number for number in range(len(node.slots)))
+    parts = rule._parts(at, stiffness, geometry, like)
+    normal = rule._normal(at, geometry)
+    request = jnp.asarray(rng.normal(size=like.shape))
+    weight = jnp.asarray(0.8)
+    plain, plain_change = layer.solve(parts, request, weight, steps)
+    moves, change = layer.solve(parts, request, weight, steps, normal)
+    assert normal is not None or steps == 1
+    assert_all_close(moves, plain, 1e-8)
+    assert_all_close([change], [plain_change], 1e-8)
+    if steps == 60:
+        matrix = np.concatenate(
+            [
+                np.asarray(jax.jacobian(part.apply)(jnp.zeros_like(move))).reshape(like.size, -1)
+                for part, move in zip(parts, moves, strict=True)
+            ],
+            axis=1,
+        )
+        stiff = np.concatenate(
+            [np.full(move.size, s) for move, s in zip(moves, stiffness, strict=True)]
+        )
+        best = np.linalg.solve(
+            0.8 * matrix.T @ matrix + np.diag(stiff), 0.8 * matrix.T @ np.asarray(request).ravel()
+        )
+        found = np.concatenate([np.asarray(move).ravel() for move in moves])
+        np.testing.assert_allclose(found, best, atol=1e-9 * np.abs(best).max())
+
+
+def assert_all_close(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.max(jnp.abs(b))))
+
+
 BILINEAR_FUNCTIONS = {
     "matmul": ((4, 5), (5, 3), lambda a, b: a @ b),
     "batched": ((2, 4, 5), (2, 5, 3), lambda a, b: a @ b),

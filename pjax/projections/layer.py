@@ -8,7 +8,8 @@ over the moves `δ_s` of all operands at once: no copy of any entry exists, so t
 number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ_s = J_sᵀΛ/ρ_s` and
 `Λ/W + Σ_s J_s J_sᵀ Λ/ρ_s = R`. Two kinds of parts take part in that system:
 
-- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients;
+- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients (on the moves instead of Λ where that costs
+  less);
 - *diagonal*: a bound `λ_s` on it in its place, exact where `J_s J_sᵀ` is that multiple of the
   identity; else the step is a contraction, and iterated projections meet the nearest point.
 """
@@ -62,7 +63,17 @@ class Solution(NamedTuple):
     change: Array
 
 
-def solve(parts: Sequence[Part], request: Array, target_weight: Any, iterations: int) -> Solution:
+#: `δ_1, … ↦ J_1ᵀ Σ_s J_s δ_s, …` over the curved parts.
+Normal = Callable[[Sequence[Array]], Sequence[Array]]
+
+
+def solve(
+    parts: Sequence[Part],
+    request: Array,
+    target_weight: Any,
+    iterations: int,
+    normal: Normal | None = None,
+) -> Solution:
     """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
 
     **Arguments:**
@@ -72,6 +83,8 @@ def solve(parts: Sequence[Part], request: Array, target_weight: Any, iterations:
     - `target_weight`: `W ≥ 0`, broadcasting to the output; 0 where nothing is asked.
     - `iterations`: steps of conjugate gradients on the curved parts. Each decreases the objective;
         with fewer than the rank the result is a regularised one, and inexact.
+    - `normal`: `JᵀJ` of the curved parts together, where that is cheaper than `J Jᵀ`. It is of use
+        where all outputs weigh the same.
 
     **Returns:** a `Solution`.
     """
@@ -81,7 +94,10 @@ def solve(parts: Sequence[Part], request: Array, target_weight: Any, iterations:
             shift = shift + part.gain / part.weight
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
-    if curved:
+    if curved and normal is not None and jnp.ndim(stiffness) == 0:
+        found, change = _in_operands(curved, request, stiffness, iterations, normal)
+        force = stiffness * (request - change)
+    elif curved:
         found, change = _conjugate_gradients(curved, request, stiffness, iterations)
         force = stiffness * (request - change)
     else:
@@ -135,6 +151,50 @@ def _conjugate_gradients(
         ratio = new / jnp.where(gamma > 0, gamma, 1)
         direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
     return [size * part.transpose(force) / part.weight for part in parts], size * change
+
+
+def _in_operands(
+    parts: Sequence[Part], request: Array, weight: Any, iterations: int, normal: Normal
+) -> tuple[list[Array], Array]:
+    """The same steps as `_conjugate_gradients`, on the moves themselves: `ω` is one number."""
+    size = jnp.max(jnp.abs(request))
+    size = jnp.where(size > 0, size, 1)
+    asked = weight * (request / size)
+    rest = [part.transpose(asked) for part in parts]
+
+    def pulled() -> tuple[list[Array], Array]:
+        found = [r / part.weight for r, part in zip(rest, parts, strict=True)]
+        return found, _inner(rest, found)
+
+    direction, gamma = pulled()
+    moves = [jnp.zeros_like(r) for r in rest]
+    for count in range(iterations):
+        image = [
+            part.weight * d + weight * n
+            for part, d, n in zip(parts, direction, normal(direction), strict=True)
+        ]
+        curvature = _inner(direction, image)
+        rate = gamma / jnp.where(curvature > 0, curvature, 1)
+        moves = [m + rate * d for m, d in zip(moves, direction, strict=True)]
+        if count + 1 == iterations:
+            break
+        rest = [r - rate * i for r, i in zip(rest, image, strict=True)]
+        scaled, new = pulled()
+        ratio = new / jnp.where(gamma > 0, gamma, 1)
+        direction = [z + ratio * d for z, d in zip(scaled, direction, strict=True)]
+        gamma = new
+    moves = [size * move for move in moves]
+    change = parts[0].apply(moves[0])
+    for part, move in zip(parts[1:], moves[1:], strict=True):
+        change = change + part.apply(move)
+    return moves, change
+
+
+def _inner(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    total = jnp.sum(a[0] * b[0])
+    for x, y in zip(a[1:], b[1:], strict=True):
+        total = total + jnp.sum(x * y)
+    return total
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.
