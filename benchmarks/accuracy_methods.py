@@ -98,15 +98,7 @@ def descend(
     def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
         return scale().init(params)  # pyright: ignore[reportArgumentType]
 
-    def step(
-        loss_fn: Loss,
-        params: Params,
-        state: Any,
-        x: Array,
-        y: Array,
-        progress: Array,
-        settings: Settings,
-    ) -> tuple[Params, Any]:
+    def step(loss_fn, params, state, x, y, progress, settings):
         _, found = direction(loss_fn)(params, (x, y))
         updates, state = scale().update(found, state, params)  # pyright: ignore[reportArgumentType]
         rate = rate_at(progress, settings)
@@ -145,15 +137,7 @@ def projection(
     def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
         return optimizer.init(lambda params: loss_fn(params, batch), params)
 
-    def step(
-        loss_fn: Loss,
-        params: Params,
-        state: Any,
-        x: Array,
-        y: Array,
-        progress: Array,
-        settings: Settings,
-    ) -> tuple[Params, Any]:
+    def step(loss_fn, params, state, x, y, progress, settings):
         relaxation = 0.5 * (1 + jnp.cos(jnp.pi * progress))
         params, _, state = optimizer.update(
             lambda params: loss_fn(params, (x, y)), params, state, relaxation=relaxation

@@ -20,9 +20,10 @@ from jaxtyping import Array
 
 from pjax.graph import Splitting
 from pjax.metrics import Metric
-from pjax.problem import Fanout, Layout, Problem, default_metric, layout
+from pjax.problem import Fanout, Layout, Problem, default_metric
 from pjax.solvers import CyclicProjections, Solver
-from pjax.trace import Program, read, trace
+from pjax.solvers.base import first_vectors, layout_for
+from pjax.trace import read, trace
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -36,19 +37,15 @@ def _displace(
     """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
     problem = Problem(found, leaves, consts, vectors)
     state = solver.run(problem)
-    # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1.
-    scale = problem.largest_coefficient / problem.prox_step / _arrivals(solver)
+    # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and
+    # each step of a solver hands on a request of its own.
+    scale = problem.largest_coefficient / problem.prox_step / solver.steps
     moved = [
         _zero(leaf) if force is None else (-scale * force).astype(jnp.result_type(leaf))
         for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)
     ]
     aux = [read(problem.values, atom) for atom in found.graph.program.auxiliary_outputs]
     return problem.loss, aux, moved, problem.vectors
-
-
-def _arrivals(solver: Solver) -> int:
-    """How often the losses ask in a solve: each step of a solver hands on a request of its own."""
-    return solver.steps
 
 
 def _zero(leaf: Any) -> Array:
@@ -91,14 +88,9 @@ class ValueAndDisplacement:
 
     def init(self, *args: Any) -> DisplacementState:
         """A state for `update`, from arguments of the right shapes."""
-        shapes = jax.eval_shape(lambda given: self._solve(given, None)[1], args)
-        vectors = tuple(
-            None if vector is None else _first_vector(vector)
-            for vector in jax.tree_util.tree_leaves(
-                shapes.vectors, is_leaf=lambda leaf: leaf is None
-            )
+        return DisplacementState(
+            first_vectors(lambda given: self._solve(given, None)[1].vectors, args)
         )
-        return DisplacementState(vectors)
 
     def update(
         self, state: DisplacementState, *args: Any
@@ -127,7 +119,7 @@ class ValueAndDisplacement:
 
         program, leaves, consts, aux_tree = trace(fn, params, self.has_aux)
         value, aux, moved, vectors = _displace(
-            self._layout(program),
+            layout_for(self.solver, program, self.metric, self.fanout, self.splitting),
             self.solver,
             leaves,
             consts,
@@ -138,20 +130,6 @@ class ValueAndDisplacement:
         if self.has_aux:
             result = value, jax.tree_util.tree_unflatten(aux_tree, aux)
         return (result, displacement), DisplacementState(tuple(vectors))
-
-    def _layout(self, program: Program) -> Layout:
-        return layout(
-            program,
-            metric=self.metric,
-            fanout=self.fanout,
-            splitting=self.splitting,
-            grouping=self.solver.grouping,
-            reflecting=self.solver.reflecting,
-        )
-
-
-def _first_vector(shape: Any) -> Array:
-    return jnp.ones(shape.shape, shape.dtype)
 
 
 def value_and_displacement(
@@ -183,6 +161,11 @@ def value_and_displacement(
     - `fanout`: see [`pjax.feasibility_problem`][].
     - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
     - `argnums`: which arguments are parameters: a number, or several. The others are data.
+
+    Integer parameters have displacements of `float0`, as with `jax.grad(…, allow_int=True)`. Optax
+    does not take those: let `fn` have such leaves in an argument that `argnums` leaves out, or give
+    Optax zeros in their place, `jax.tree.map(lambda p, d: jnp.zeros_like(p) if d.dtype ==
+    jax.dtypes.float0 else d, params, displacement)`.
 
     **Returns:** a [`ValueAndDisplacement`][], called with the arguments of `fn`. Its `init` and
     `update` carry a state from batch to batch, which saves most of the power iteration.

@@ -108,7 +108,5 @@ def minimise_convex(value: Any) -> Float[Array, ""]:
     start = _Bracket(
         zero, jnp.asarray(jnp.inf), zero, jnp.zeros((), int), jnp.array(False), jnp.array(True)
     )
-    found = jax.lax.while_loop(
-        lambda state: (state.count < _ITERATIONS) & ~state.done, body, start
-    )
+    found = jax.lax.while_loop(lambda state: (state.count < _ITERATIONS) & ~state.done, body, start)
     return jnp.where(found.falls, found.at, 0.0)

@@ -156,7 +156,7 @@ class LayerSum(Rule):
         return parts
 
     def _normal(self, at: Any, geometry: Geometry) -> layer.Normal | None:
-        """`JᵀJ` of a product and of biases that are added to all its rows, where that costs less."""
+        """`JᵀJ` of a product and of biases added to all its rows, where that costs less."""
         curved = iter(geometry.curved)
         product, biases, order = None, [], []
         for term, now in zip(self.terms, at, strict=True):

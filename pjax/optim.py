@@ -25,8 +25,9 @@ from jaxtyping import Array, PyTree
 from pjax import solvers
 from pjax.extrapolation import line_search
 from pjax.metrics import Curved, Metric, Spectral, Uniform
-from pjax.problem import Fanout, Layout, Problem, Splitting, layout
+from pjax.problem import Fanout, Layout, Problem, Splitting
 from pjax.solvers import ResidualHistory, Solver
+from pjax.solvers.base import first_vectors, layout_for
 from pjax.trace import Program, trace
 
 
@@ -62,17 +63,18 @@ class OptimizerState:
     count: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _solve(
     layout: Layout,
     solver: Solver,
     extrapolate: bool,
     averaging: float | None,
+    check: bool,
     leaves: Sequence[Any],
     consts: Sequence[Any],
     state: OptimizerState | None,
     relaxation: Any,
-) -> tuple[list[Any], ResidualHistory, _Checks, OptimizerState | None]:
+) -> tuple[list[Any], ResidualHistory, _Checks | None, OptimizerState | None]:
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
     solution, history = solver.solve(problem)
     moves = problem.parameter_moves(solution)
@@ -89,15 +91,19 @@ def _solve(
         leaf if step is None else (leaf + step).astype(jnp.result_type(leaf))
         for leaf, step in zip(leaves, steps, strict=True)
     ]
-    checks = _Checks(
-        leaves=[_is_finite(leaf) for leaf in leaves],
+    checks = _check(problem, consts, history.loss, moved) if check else None
+    return moved, history, checks, new
+
+
+def _check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> _Checks:
+    return _Checks(
+        leaves=[_is_finite(leaf) for leaf in problem.leaves],
         not_nan=[_has_no_nan(const) for const in consts],
         finite=[_is_finite(const) for const in consts],
-        loss=_is_finite(history.loss),
+        loss=_is_finite(loss),
         solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
         minimises=problem.minimises,
     )
-    return moved, history, checks, new
 
 
 def _averaged(
@@ -216,9 +222,7 @@ class Optimizer:
         """A state for `update`, from a function and parameters of the right shapes."""
         program, leaves, consts, _ = trace(fn, params)
         found = self.layout(program)
-        problem = functools.partial(Problem, found)
-        shapes = jax.eval_shape(lambda *args: problem(*args).vectors, leaves, consts)
-        vectors = tuple(None if v is None else jnp.ones(v.shape, v.dtype) for v in shapes)
+        vectors = first_vectors(lambda *args: Problem(found, *args).vectors, leaves, consts)
         read = {node.output for node in found.graph.parameters}
         offset = tuple(
             jnp.zeros_like(leaf) if number in read else None for number, leaf in enumerate(leaves)
@@ -266,13 +270,13 @@ class Optimizer:
         moved, history, checks, new = _solve(
             self.layout(program), *self._options(), leaves, consts, state, relaxation
         )
-        if self.check:
+        if checks is not None:
             _raise_if_unsound(program, consts, checks)
         result = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
         return (result, history) if new is None else (result, history, new)
 
-    def _options(self) -> tuple[Solver, bool, float | None]:
-        return self.solver, self.extrapolate, self.averaging
+    def _options(self) -> tuple[Solver, bool, float | None, bool]:
+        return self.solver, self.extrapolate, self.averaging, self.check
 
     def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
         """The problem that `update` would solve, to look at."""
@@ -288,14 +292,7 @@ class Optimizer:
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
-        return layout(
-            program,
-            metric=self.metric,
-            fanout=self.fanout,
-            splitting=self.splitting,
-            grouping=self.solver.grouping,
-            reflecting=self.solver.reflecting,
-        )
+        return layout_for(self.solver, program, self.metric, self.fanout, self.splitting)
 
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:

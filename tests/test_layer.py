@@ -160,9 +160,7 @@ def test_steps_in_the_weights_are_those_in_the_outputs(x64, name, steps, biases)
     """
     fn, data, weights, bias = DENSE[name]
     rng = np.random.default_rng(steps)
-    x, w, *b = (
-        jnp.asarray(rng.normal(size=shape)) for shape in (data, weights, *[bias] * biases)
-    )
+    x, w, *b = (jnp.asarray(rng.normal(size=shape)) for shape in (data, weights, *[bias] * biases))
 
     def output(w, b):
         total = 2.0 * fn(x, w)
@@ -176,8 +174,7 @@ def test_steps_in_the_weights_are_those_in_the_outputs(x64, name, steps, biases)
         [w, *b],
         metrics.Uniform(iterations=steps),
     )
-    nodes = [n for n in problem.graph.nodes if isinstance(n.rule, LayerSum)]
-    node = next(n for n in nodes if any(isinstance(term, Product) for term in n.rule.terms))
+    node = next(n for n in problem.graph.nodes if isinstance(n.rule, LayerSum))
     rule, reference = node.rule, problem._references[node.index]
     assert isinstance(rule, LayerSum)
     assert len(node.slots) == 1 + biases

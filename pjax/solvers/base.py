@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pjax.problem import Grouping, State
+from pjax.graph import Splitting
+from pjax.metrics import Metric
+from pjax.problem import Fanout, Grouping, Layout, State, layout
+from pjax.trace import Program
 
 
 class Verdict(enum.IntEnum):
@@ -283,6 +287,26 @@ def _at_rest(problem: Sets) -> State:
 
 #: Up to so many steps are compiled one after the other.
 _UNROLLED = 2
+
+
+def layout_for(
+    solver: Solver, program: Program, metric: Metric, fanout: Fanout, splitting: Splitting
+) -> Layout:
+    """The layout of a traced program's problem, as a solver needs it."""
+    return layout(
+        program,
+        metric=metric,
+        fanout=fanout,
+        splitting=splitting,
+        grouping=solver.grouping,
+        reflecting=solver.reflecting,
+    )
+
+
+def first_vectors(vectors: Callable[..., Sequence[Any]], *args: Any) -> tuple[Any, ...]:
+    """Where power iterations begin: vectors of ones, of the shapes that `vectors(*args)` has."""
+    shapes = jax.eval_shape(vectors, *args)
+    return tuple(None if v is None else jnp.ones(v.shape, v.dtype) for v in shapes)
 
 
 def require_two(problem: Sets, order: bool) -> tuple[int, int]:
