@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.graph import Splitting
+from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
 from pjax.problem import Fanout, Layout, Problem, default_metric
 from pjax.solvers import CyclicProjections, Solver
@@ -80,6 +80,7 @@ class ValueAndDisplacement:
     fanout: Fanout
     has_aux: bool
     argnums: int | tuple[int, ...]
+    fallback: Fallback | None = None
 
     def __call__(self, *args: Any) -> tuple[Any, Any]:
         """`(value, displacement)`, or `((value, aux), displacement)` with `has_aux`."""
@@ -119,7 +120,9 @@ class ValueAndDisplacement:
 
         program, leaves, consts, aux_tree = trace(fn, params, self.has_aux)
         value, aux, moved, vectors = _displace(
-            layout_for(self.solver, program, self.metric, self.fanout, self.splitting),
+            layout_for(
+                self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
+            ),
             self.solver,
             leaves,
             consts,
@@ -141,6 +144,7 @@ def value_and_displacement(
     fanout: Fanout = "exact",
     has_aux: bool = False,
     argnums: int | Sequence[int] = 0,
+    fallback: Fallback | None = None,
 ) -> ValueAndDisplacement:
     """`(value, displacement)`, the drop-in for `jax.value_and_grad`: what a solver moves each
     parameter by, as a force `W (p − p')/λ`.
@@ -161,6 +165,7 @@ def value_and_displacement(
     - `fanout`: see [`pjax.feasibility_problem`][].
     - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
     - `argnums`: which arguments are parameters: a number, or several. The others are data.
+    - `fallback`: see [`pjax.feasibility_problem`][].
 
     Integer parameters have displacements of `float0`, as with `jax.grad(…, allow_int=True)`. Optax
     does not take those: let `fn` have such leaves in an argument that `argnums` leaves out, or give
@@ -187,6 +192,7 @@ def value_and_displacement(
         fanout,
         has_aux,
         argnums if isinstance(argnums, int) else tuple(argnums),
+        fallback,
     )
 
 

@@ -20,8 +20,11 @@ import numpy as np
 from pjax import _compat, fusion
 from pjax._compat import P
 from pjax.colouring import two_colour
+from pjax.cones import SMOOTH, Cones, Piece, single
 from pjax.fusion import Cone, SumTerm
 from pjax.layer import Addend, LayerSum, Product
+from pjax.numeric import ArrayFunction, ScalarFunction
+from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
     IDENTITY,
@@ -46,6 +49,8 @@ from pjax.wiring import (
 Kind = Literal["parameter", "operation", "loss", "identity"]
 #: How finely a bilinear operation is cut: a constraint for each scalar product, or for the array.
 Splitting = Literal["neuron", "layer"]
+#: What an operation without a rule gets.
+Fallback = Literal["gauss-newton"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,18 +199,21 @@ class UnusedParameterWarning(UserWarning):
     """A parameter that the loss does not depend on; it stays as it is."""
 
 
-def build_graph(program: Program, splitting: Splitting = "neuron") -> Graph:
+def build_graph(
+    program: Program, splitting: Splitting = "neuron", fallback: Fallback | None = None
+) -> Graph:
     """The graph of a program: nodes for the operations, slots for their operands, routes between.
 
     **Arguments:**
 
     - `splitting`: `"neuron"` fuses sums with the piecewise linear function behind them; `"layer"`
         fuses them with the products before them.
+    - `fallback`: `"gauss-newton"`: an operation without a rule gets a numeric projection.
 
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
     """
-    return _Builder(program, splitting).build()
+    return _Builder(program, splitting, fallback).build()
 
 
 def warn_unused(graph: Graph) -> None:
@@ -303,8 +311,9 @@ class _Unit:
 
 
 class _Builder:
-    def __init__(self, program: Program, splitting: Splitting):
+    def __init__(self, program: Program, splitting: Splitting, fallback: Fallback | None = None):
         self.program = program
+        self.fallback = fallback
         self.layers = splitting == "layer"
         self.definitions = {out: e for e in program.equations for out in e.outputs}
         # A loss of data alone is a number that nothing can move.
@@ -321,6 +330,11 @@ class _Builder:
         self._check_signs()
         self.predictions = [e.inputs[0] for e in self.loss_equations]
         self.cones = fusion.find_cones(
+            program,
+            frozenset(self.predictions),  # pyright: ignore[reportArgumentType]
+            self.registered,
+        )
+        self.functions = Cones(
             program,
             frozenset(self.predictions),  # pyright: ignore[reportArgumentType]
             self.registered,
@@ -437,6 +451,9 @@ class _Builder:
     # What is read how often, and what depends on parameters alone.
 
     def _operands(self, var: int) -> list[int]:
+        found = self.functions.base(var)
+        if found is not None:
+            return [found[0]]
         cone = self.cones[var]
         if cone.base != var:
             return [cone.base]
@@ -472,6 +489,7 @@ class _Builder:
             equation is not None
             and var not in self.registered
             and self.cones[var].base == var
+            and self.functions.base(var) is None
             and is_wiring(self.program, equation)
         )
 
@@ -493,6 +511,8 @@ class _Builder:
 
     def _open(self, term: SumTerm) -> list[SumTerm] | None:
         cone = self.cones[term.variable]
+        if self.functions.base(term.variable) is not None:
+            return None
         if cone.base != term.variable:
             pieces = cone.function.pieces
             if len(pieces) != 1:
@@ -506,10 +526,13 @@ class _Builder:
     def _unit(self, var: int) -> _Unit:
         cone = self.cones[var]
         equation = self.definitions[var]
+        piece = self.functions.piece(var)
+        if piece is not None:
+            return self._function_unit(piece, equation)
         if cone.base != var:
             return self._cone_unit(var, cone, equation)
         if var in self.registered:
-            return self._rule_unit(equation)
+            return self._rule_unit(equation, var)
         if self.layers:
             unit = self._layer_unit(var, equation)
             if unit is not None:
@@ -523,7 +546,24 @@ class _Builder:
         if terms is not None:
             terms = self._expand(SumTerm(var), own=True)
             return self._affine_unit(equation.name, terms, None, None, equation)
-        return self._rule_unit(equation)
+        return self._rule_unit(equation, var)
+
+    def _is_differentiable(self, equation: Equation, var: int) -> bool:
+        """Whether a numeric projection can move the operands: all of them real numbers."""
+        operands = [a for a in equation.inputs if self.program.is_variable(a)]
+        return all(jnp.issubdtype(self.program.dtype(a), jnp.floating) for a in (*operands, var))
+
+    def _function_unit(self, piece: Piece, equation: Equation) -> _Unit:
+        """A cone, or an operation without a rule, by a numeric projection."""
+        name = _cone_name(piece)
+        if piece.elementwise:
+            rule = ScalarFunction(piece.function, self.layers, name)
+        else:
+            shapes = [self.program.shape(var) for var in piece.inputs]
+            inputs, output = tuple(a for a, _ in piece.rows), tuple(b for _, b in piece.rows)
+            kept = Rows((inputs,) * len(shapes), output)
+            rule = ArrayFunction(piece.function, self.layers, name, kept)
+        return _Unit(name, NodeSpec(rule, piece.inputs, piece.knowns), None, equation.source)
 
     # Layer splitting: products and what is added to them.
 
@@ -531,6 +571,8 @@ class _Builder:
         """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
         equation = self.definitions.get(var)
         if equation is None or var in self.registered or self.cones[var].base != var:
+            return None
+        if self.functions.base(var) is not None:
             return None
         builder = find_builder(equation.primitive)
         if builder is None or equation.primitive not in BILINEAR:
@@ -609,9 +651,11 @@ class _Builder:
             return Addend(spec), source
         return Addend(spec, shape, dimensions), source
 
-    def _rule_unit(self, equation: Equation) -> _Unit:
+    def _rule_unit(self, equation: Equation, var: int) -> _Unit:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
+            if self.fallback is not None and self._is_differentiable(equation, var):
+                return self._function_unit(single(self.program, equation, var), equation)
             raise TraceError(_no_rule(self.program, equation))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
@@ -727,6 +771,14 @@ class _Builder:
             inner=unit.inner,
             source=unit.source,
         )
+
+
+def _cone_name(piece: Piece) -> str:
+    """The operations that say what a cone is: those that have no exact rule."""
+    names = [e.name for e in piece.function.equations if e.primitive in SMOOTH]
+    if not names:
+        return piece.function.equations[-1].name
+    return "-".join(dict.fromkeys(names))
 
 
 def _no_rule(program: Program, equation: Equation) -> str:

@@ -24,6 +24,7 @@ from jaxtyping import Array, PyTree
 
 from pjax import solvers
 from pjax.extrapolation import line_search
+from pjax.graph import Fallback
 from pjax.metrics import Curved, Metric, Spectral, Uniform
 from pjax.problem import Fanout, Layout, Problem, Splitting
 from pjax.solvers import ResidualHistory, Solver
@@ -208,6 +209,7 @@ class Optimizer:
         it leads to, are least (with a brake): one more forward pass.
     - `averaging`: with a state, the parameters are a mean of the iterates, with weights that grow
         like the `averaging`-th power of the number of the batch; None: the last iterate.
+    - `fallback`: see [`pjax.feasibility_problem`][].
     """
 
     solver: Solver
@@ -217,6 +219,7 @@ class Optimizer:
     check: bool = True
     extrapolate: bool = False
     averaging: float | None = None
+    fallback: Fallback | None = None
 
     def init(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> OptimizerState:
         """A state for `update`, from a function and parameters of the right shapes."""
@@ -292,7 +295,9 @@ class Optimizer:
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
-        return layout_for(self.solver, program, self.metric, self.fanout, self.splitting)
+        return layout_for(
+            self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
+        )
 
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
@@ -306,6 +311,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         check: bool = True,
         extrapolate: bool | None = None,
         averaging: float | None = None,
+        fallback: Fallback | None = None,
         **options: Any,
     ) -> Optimizer:
         layers = splitting == "layer"
@@ -322,6 +328,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
             check,
             metric.request is not None if extrapolate is None else extrapolate,
             averaging if averaging is not None or metric.request is None else 30.0,
+            fallback,
         )
 
     make.__name__ = make.__qualname__ = solver.__name__
@@ -335,8 +342,9 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
         λ = 5; `"layer"`: one constraint for each array operation, with the metric that
         `pjax.optim.default_metric` has for the solver.
-    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`: see [`Optimizer`][]; with the metric
-        `Curved`, the default for `"layer"`, moves are extrapolated, and iterates averaged by 30.
+    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`, `fallback`: see [`Optimizer`][]; with
+        the metric `Curved`, the default for `"layer"`, moves are extrapolated, and iterates
+        averaged by 30.
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].

@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from pjax import _compat
-from pjax.graph import Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
+from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
@@ -83,21 +83,24 @@ def layout(
     splitting: Splitting = "neuron",
     grouping: Grouping = "colours",
     reflecting: bool = False,
+    fallback: Fallback | None = None,
 ) -> Layout:
     """The layout of a program's problem; equal programs share one, so nothing compiles twice."""
     if fanout not in ("exact", "paper"):
         raise ValueError(f'`fanout` must be "exact" or "paper", got {fanout!r}.')
     if splitting not in ("neuron", "layer"):
         raise ValueError(f'`splitting` must be "neuron" or "layer", got {splitting!r}.')
+    if fallback not in (None, "gauss-newton"):
+        raise ValueError(f'`fallback` must be None or "gauss-newton", got {fallback!r}.')
     if splitting == "neuron" and isinstance(metric, Spectral):
         raise ValueError(
             '`pjax.metrics.Spectral` weighs whole layers: it needs `splitting="layer"`, and '
             '`splitting="neuron"` needs `pjax.metrics.Uniform`.'
         )
-    key = (program.key, metric, fanout, splitting, grouping, reflecting)
+    key = (program.key, metric, fanout, splitting, grouping, reflecting, fallback)
     found = _LAYOUTS.get(key)
     if found is None:
-        found = _make_layout(program, metric, fanout, splitting, grouping, reflecting)
+        found = _make_layout(program, metric, fanout, splitting, grouping, reflecting, fallback)
         _LAYOUTS[key] = found
         if len(_LAYOUTS) > _MAX_LAYOUTS:
             _LAYOUTS.popitem(last=False)
@@ -112,8 +115,9 @@ def _make_layout(
     splitting: Splitting,
     grouping: Grouping,
     reflecting: bool,
+    fallback: Fallback | None,
 ) -> Layout:
-    graph = build_graph(program, splitting)
+    graph = build_graph(program, splitting, fallback)
     warn_unused(graph)
     for slot in graph.slots:
         if 0 in slot.shape:
@@ -885,6 +889,7 @@ def feasibility_problem(
     splitting: Splitting = "neuron",
     grouping: Grouping = "colours",
     reflecting: bool = False,
+    fallback: Fallback | None = None,
 ) -> Problem:
     """Find edge values that satisfy every operation, every loss and every parameter of
     `fn(params, *args)`.
@@ -901,6 +906,8 @@ def feasibility_problem(
         operation, without copies.
     - `grouping`: `"colours"` (two groups, identities inserted) or `"levels"` (reverse topological).
     - `reflecting`: store copies in the form that reflecting algorithms need.
+    - `fallback`: `"gauss-newton"` allows operations without a rule: each gets a numeric projection
+        that linearises the operation itself. None: they are an error.
 
     **Returns:** a [`Problem`][].
 
@@ -915,5 +922,6 @@ def feasibility_problem(
         splitting=splitting,
         grouping=grouping,
         reflecting=reflecting,
+        fallback=fallback,
     )
     return Problem(found, leaves, consts)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pjax.graph import Splitting
+from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
 from pjax.problem import Fanout, Grouping, Layout, State, layout
 from pjax.trace import Program
@@ -290,7 +290,12 @@ _UNROLLED = 2
 
 
 def layout_for(
-    solver: Solver, program: Program, metric: Metric, fanout: Fanout, splitting: Splitting
+    solver: Solver,
+    program: Program,
+    metric: Metric,
+    fanout: Fanout,
+    splitting: Splitting,
+    fallback: Fallback | None = None,
 ) -> Layout:
     """The layout of a traced program's problem, as a solver needs it."""
     return layout(
@@ -300,6 +305,7 @@ def layout_for(
         splitting=splitting,
         grouping=solver.grouping,
         reflecting=solver.reflecting,
+        fallback=fallback,
     )
 
 

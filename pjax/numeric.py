@@ -1,0 +1,212 @@
+"""Rules for functions without a closed form: smooth scalar functions, functions of rows, and any
+operation that the user allows by `fallback="gauss-newton"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pjax.cones import Function
+from pjax.projections import layer, numeric, scaling
+from pjax.projections.numeric import Rows
+from pjax.rules import Exactness, Reference, Rule
+
+#: The power iteration underestimates: after the few steps it is given, by up to this factor.
+_MARGIN = 1.4
+
+
+@dataclass(frozen=True)
+class _Numeric(Rule):
+    """What the two rules share: a step of a linearised constraint, for layer splitting."""
+
+    exactness: ClassVar[Exactness] = "inexact"
+    accepts_rest: ClassVar[bool] = True
+
+    function: Function
+    layers: bool
+    name: str = "function"
+
+    def _call(self, reference: Reference) -> Any:
+        return lambda *inputs: self.function(inputs, reference.knowns)
+
+    def _linear_step(
+        self,
+        reference: Reference,
+        states: Sequence[Any],
+        parts: Sequence[layer.Part],
+        value: Array | None,
+        target: Array,
+        target_weight: Any,
+    ) -> tuple[tuple[Array, ...], Array]:
+        """One Gauss-Newton step from where the operands are; shortened if it does not decrease."""
+        exponent = reference.geometry.exponent
+        iterations = reference.geometry.iterations
+        weight = jnp.asarray(target_weight, target.dtype)
+        height = jnp.zeros_like(target) if value is None else value
+        moves, _ = layer.solve(parts, target - height, weight, iterations)
+        starts = [
+            jnp.zeros_like(m) if state is None else state
+            for m, state in zip(moves, states, strict=True)
+        ]
+
+        def at(length: Any) -> tuple[list[Array], Array]:
+            points = [s + length * m for s, m in zip(starts, moves, strict=True)]
+            there = numeric.difference(
+                self._call(reference), reference.inputs, reference.output, points, exponent
+            )
+            return points, there
+
+        # In units of the request, whose square might underflow.
+        size = jnp.max(jnp.abs(target - height))
+        size = jnp.where(size > 0, size, 1)
+        before = jnp.sum(weight * jnp.square((target - height) / size))
+        energy = sum(
+            (jnp.sum(p.weight * jnp.square(m / size)) for p, m in zip(parts, moves, strict=True)),
+            start=jnp.zeros((), target.dtype),
+        )
+
+        # A stiff step gains less than what the sums are rounded by.
+        rounding = 1e2 * jnp.finfo(target.dtype).eps * before
+
+        def too_far(length: Array) -> Array:
+            _, there = at(length)
+            cost = jnp.sum(weight * jnp.square((there - target) / size)) + length**2 * energy
+            return ~(cost <= before + rounding) & (length > 1e-4)
+
+        length = jax.lax.while_loop(too_far, lambda t: 0.25 * t, jnp.ones((), target.dtype))
+        points, there = at(jnp.where(length > 1e-4, length, 0))
+        return tuple(points), there
+
+
+@dataclass(frozen=True)
+class ScalarFunction(_Numeric):
+    """`y_i = φ_i(x_i)`, a chain of elementwise operations.
+
+    In neuron splitting the nearest point is looked for in the whole interval that can hold it; in
+    layer splitting it is one safeguarded Gauss-Newton step, as for every other part of a layer.
+    """
+
+    def project(self, reference, states, weights, target, target_weight):
+        (state,), (weight,) = states, weights
+        call = self._call(reference)
+        if not self.layers:
+            moved, output = numeric.scalar(
+                call, reference.inputs[0], reference.output, state, weight, target, target_weight
+            )
+            return (moved,), output
+        exponent = reference.geometry.exponent
+        point, value = reference.inputs[0], None
+        if state is not None:
+            value = numeric.difference(call, reference.inputs, reference.output, states, exponent)
+            point = point + scaling.from_unit(state, exponent)
+        slope = self._slope(call, point)
+        part = layer.Part(
+            lambda move: slope * move, lambda force: slope * force, weight, 0.0, False
+        )
+        # The response to a force is the slope's square for each entry: solved for as it is.
+        part = part._replace(gain=jnp.square(slope))
+        return self._linear_step(reference, states, [part], value, target, target_weight)
+
+    def _slope(self, call: Any, point: Array) -> Array:
+        _, slope = jax.jvp(call, (point,), (jnp.ones_like(point),))
+        return jnp.where(jnp.isfinite(slope), slope, 0)
+
+    def gains(self, reference, wanted, vectors, iterations):
+        slope = self._slope(self._call(reference), reference.inputs[0])
+        return (jnp.max(jnp.square(slope)),), (None,)
+
+
+@dataclass(frozen=True)
+class ArrayFunction(_Numeric):
+    """`y = φ(x_1, …)` of rows or of whole arrays: softmax, norms, and what has no rule.
+
+    In neuron splitting damped Gauss-Newton steps, each row by itself; in layer splitting one
+    safeguarded step of the linearised constraint.
+    """
+
+    rows: Rows = Rows((), ())  # noqa: RUF009 - immutable
+
+    def project(self, reference, states, weights, target, target_weight):
+        call = self._call(reference)
+        if not self.layers:
+            return numeric.gauss_newton(
+                call, self.rows, reference.inputs, reference.output, states, weights, target,
+                target_weight,
+            )  # fmt: skip
+        geometry = reference.geometry
+        value = None
+        if any(state is not None for state in states):
+            full = [
+                jnp.zeros_like(r) if state is None else state
+                for r, state in zip(reference.inputs, states, strict=True)
+            ]
+            value = numeric.difference(
+                call, reference.inputs, reference.output, full, geometry.exponent
+            )
+        point = [
+            r if state is None else r + scaling.from_unit(state, geometry.exponent)
+            for r, state in zip(reference.inputs, states, strict=True)
+        ]
+        parts = [
+            layer.Part(*_linear(call, point, place), weight, gain, curved)
+            for place, (weight, gain, curved) in enumerate(
+                zip(weights, geometry.gains, geometry.curved, strict=True)
+            )
+        ]
+        return self._linear_step(reference, states, parts, value, target, target_weight)
+
+    def gains(self, reference, wanted, vectors, iterations):
+        call = self._call(reference)
+        found, new = [], []
+        for place, (want, vector) in enumerate(zip(wanted, vectors, strict=True)):
+            if not want:
+                found.append(0.0)
+                new.append(None)
+                continue
+            apply, transpose = _linear(call, reference.inputs, place)
+            gain, last = self._largest(
+                apply, transpose, reference.inputs[place], place, vector, iterations
+            )
+            found.append(gain)
+            new.append(last)
+        return tuple(found), tuple(new)
+
+    def _largest(
+        self, apply: Any, transpose: Any, value: Array, place: int, vector: Any, iterations: int
+    ) -> tuple[Array, Array]:
+        """A bound on `|J|²` over all rows, by the power iteration in each."""
+        kept = self.rows.inputs[place]
+        axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
+        tiny = jnp.finfo(value.dtype).tiny
+        if vector is None:
+            steps = jnp.arange(value.size, dtype=value.dtype)
+            vector = jnp.cos(2.4 * steps).reshape(value.shape)
+
+        def normal(x: Array) -> tuple[Array, Array]:
+            largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+            x = x / jnp.maximum(largest, tiny)
+            norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+            return x / jnp.maximum(norm, tiny), norm * largest
+
+        vector, _ = normal(vector)
+        size = jnp.zeros((), value.dtype)
+        for _ in range(iterations):
+            vector, size = normal(transpose(apply(vector)))
+        return _MARGIN * jnp.max(size), vector
+
+
+def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:
+    """The derivative of `φ` in one operand at a point, and its transpose."""
+
+    def of_one(x: Array) -> Array:
+        return call(*point[:place], x, *point[place + 1 :])
+
+    _, push = jax.linearize(of_one, point[place])
+    transpose = jax.linear_transpose(push, point[place])
+    return push, lambda force: transpose(force)[0]

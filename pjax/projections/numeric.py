@@ -1,0 +1,314 @@
+"""Nearest points of differentiable functions without a closed form, by safeguarded iterations.
+
+    argmin  ρ |x' − x|² + W |φ(x') − z|²
+
+of a function of one number, of rows, or of whole arrays. Points are a reference plus a deviation,
+and differences of `φ` are formed without cancellation. The only derivatives are those of `φ`
+itself, a node of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pjax.projections import scaling
+
+#: `φ` of one or several arrays.
+Function = Callable[..., Array]
+
+#: The two nodes of Gauss' rule on [0, 1].
+_NODES = (0.5 - 0.5 / math.sqrt(3), 0.5 + 0.5 / math.sqrt(3))
+
+
+def difference(
+    function: Function,
+    at: Sequence[Array],
+    value: Array,
+    move: Sequence[Array],
+    exponent: Any = 0,
+) -> Array:
+    """`φ(x + δ) − φ(x)`, also where `δ` is far below the rounding of `x`.
+
+    The difference of the two values is right to their rounding. Where the integral of the
+    derivative along the way, by Gauss' rule, agrees to that rounding it is taken: it has no
+    cancellation.
+
+    **Arguments:**
+
+    - `function`: `φ`, of several arrays.
+    - `at`, `value`: `x`, and `φ(x)`.
+    - `move`: `δ`, in a unit of `2**−exponent`, like the result.
+    """
+    real = [scaling.from_unit(m, exponent) for m in move]
+    direct = function(*(x + m for x, m in zip(at, real, strict=True))) - value
+    integral = jnp.zeros_like(value)
+    for node in _NODES:
+        points = tuple(x + node * m for x, m in zip(at, real, strict=True))
+        _, slope = jax.jvp(function, points, tuple(move))
+        integral = integral + 0.5 * slope
+    small = scaling.from_unit(integral, exponent)
+    rounding = 16 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value + direct))
+    agree = jnp.abs(small - direct) <= rounding
+    return jnp.where(agree & jnp.isfinite(integral), integral, scaling.to_unit(direct, exponent))
+
+
+# --- Functions of one number ---------------------------------------------------------------------
+
+#: Points at which `scalar` looks for the lowest valley, and steps into it.
+_SAMPLES, _STEPS = 17, 8
+
+
+def scalar(
+    function: Function,
+    reference: Array,
+    output_reference: Array,
+    deviation: Array,
+    weight: Any,
+    target: Array,
+    target_weight: Any,
+) -> tuple[Array, Array]:
+    """`argmin ρ(x' − x)² + W(φ(x') − z)²` for each entry, as deviations of `x'` and of `φ(x')`.
+
+    The objective at `x` bounds how far the nearest point is: `|x' − x| ≤ (W/ρ)^½ |φ(x) − z|`. That
+    interval is sampled, and from the best point the valley is followed down by Newton steps between
+    the neighbours of that point, halved where they do not decrease the objective. So the result is
+    never worse than any sample: the nearest point, but for a valley narrower than the samples.
+
+    **Arguments:**
+
+    - `function`: `φ`, elementwise.
+    - `reference`, `output_reference`: `x_ref` and `φ(x_ref)`.
+    - `deviation`, `weight`: `x − x_ref` and `ρ > 0`.
+    - `target`, `target_weight`: `z − φ(x_ref)` and `W ≥ 0`.
+    """
+    dtype = deviation.dtype
+    weight = jnp.broadcast_to(jnp.asarray(weight, dtype), deviation.shape)
+    target_weight = jnp.broadcast_to(jnp.asarray(target_weight, dtype), deviation.shape)
+
+    def rise(move: Array) -> Array:
+        return difference(function, (reference,), output_reference, (move,))
+
+    def objective(move: Array, height: Array) -> Array:
+        cost = weight * jnp.square(move - deviation) + target_weight * jnp.square(height - target)
+        return jnp.where(jnp.isfinite(height), cost, jnp.inf)
+
+    start = rise(deviation)
+    safe = jnp.isfinite(start)
+    reach = jnp.sqrt(target_weight / weight) * jnp.where(safe, jnp.abs(start - target), 0)
+    spacing = 2 / (_SAMPLES - 1)
+
+    def sample(count: Any, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # Denser around the point where it is now.
+        place = count * spacing - 1
+        move = deviation + reach * place * jnp.abs(place)
+        height = rise(move)
+        cost = objective(move, height)
+        better = cost < best[2]
+        return tuple(
+            jnp.where(better, new, old) for new, old in zip((move, height, cost), best, strict=True)
+        )  # pyright: ignore[reportReturnType]
+
+    first = (deviation, start, objective(deviation, start))
+    best = lax.fori_loop(0, _SAMPLES, sample, first)
+    place = jnp.where(reach > 0, (best[0] - deviation) / jnp.where(reach > 0, reach, 1), 0)
+    root = jnp.sign(place) * jnp.sqrt(jnp.abs(place))
+    low = deviation + reach * _signed_square(root - spacing)
+    high = deviation + reach * _signed_square(root + spacing)
+
+    def slopes(move: Array) -> tuple[Array, Array]:
+        """`φ′` and `φ″`."""
+
+        def slope(x: Array) -> Array:
+            return jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+        x = reference + move
+        return jax.jvp(slope, (x,), (jnp.ones_like(x),))
+
+    def descend(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        move, height, cost = state
+        slope, bend = slopes(move)
+        gap = height - target
+        gradient = weight * (move - deviation) + target_weight * gap * slope
+        gauss = weight + target_weight * jnp.square(slope)
+        curvature = gauss + target_weight * gap * bend
+        step = -gradient / jnp.where(curvature > 0.1 * gauss, curvature, gauss)
+        step = jnp.where(jnp.isfinite(step), step, 0)
+        for _ in range(4):
+            new = jnp.clip(move + step, low, high)
+            there = rise(new)
+            lower = objective(new, there)
+            better = lower < cost
+            move, height, cost = (
+                jnp.where(better, a, b)
+                for a, b in zip((new, there, lower), (move, height, cost), strict=True)
+            )
+            step = jnp.where(better, 0, 0.25 * step)
+        return move, height, cost
+
+    moved, height, _ = lax.fori_loop(0, _STEPS, descend, best)
+    return moved, height
+
+
+def _signed_square(x: Array) -> Array:
+    return x * jnp.abs(x)
+
+
+# --- Functions of rows, and of arrays ------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Along which axes of each operand, and of the output, a function is independent."""
+
+    inputs: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
+
+
+def _row_sum(array: Array, kept: tuple[int, ...]) -> Array:
+    """The sum over each row, one number for each, in the order of the kept axes."""
+    return jnp.sum(array, axis=tuple(a for a in range(array.ndim) if a not in kept))
+
+
+def _spread(rows: Array, ndim: int, kept: tuple[int, ...]) -> Array:
+    """One number for each row, in a shape that broadcasts to the operand."""
+    return jnp.expand_dims(rows, tuple(a for a in range(ndim) if a not in kept))
+
+
+#: Gauss-Newton steps of `gauss_newton`, and conjugate gradient steps in each.
+_OUTER, _INNER = 8, 8
+
+
+def gauss_newton(
+    function: Function,
+    rows: Rows,
+    references: Sequence[Array],
+    output_reference: Array,
+    deviations: Sequence[Array],
+    weights: Sequence[Any],
+    target: Array,
+    target_weight: Any,
+    outer: int = _OUTER,
+    inner: int = _INNER,
+) -> tuple[tuple[Array, ...], Array]:
+    """`argmin Σ ρ|x' − x|² + W|φ(x') − z|²` by damped Gauss-Newton steps, each row by itself.
+
+    A step solves the linearised problem by conjugate gradients, and is halved until it decreases
+    the objective. The result is never worse than the point it began from, and stationary when
+    converged.
+
+    **Arguments:**
+
+    - `function`: `φ` of the operands.
+    - `rows`: the axes along which it is independent.
+    - `references`, `output_reference`, `deviations`, `weights`: the operands, `φ` of their
+        references, how far they are from these, and `ρ > 0`.
+    - `target`, `target_weight`: `z − φ(x_ref)` and `W ≥ 0`.
+    - `outer`, `inner`: Gauss-Newton steps, and steps of conjugate gradients in each.
+
+    **Returns:** the new deviations, and that of the output.
+    """
+    dtype = output_reference.dtype
+    target_weight = jnp.broadcast_to(jnp.asarray(target_weight, dtype), target.shape)
+    weights = [
+        jnp.broadcast_to(jnp.asarray(w, d.dtype), d.shape)
+        for w, d in zip(weights, deviations, strict=True)
+    ]
+
+    def inner_sum(arrays: Sequence[Array]) -> Array:
+        total = jnp.zeros((), dtype)
+        for array, kept in zip(arrays, rows.inputs, strict=True):
+            total = total + _row_sum(array, kept)
+        return total
+
+    def to_inputs(number: Array) -> list[Array]:
+        return [
+            _spread(number, d.ndim, kept) for d, kept in zip(deviations, rows.inputs, strict=True)
+        ]
+
+    def rise(moves: Sequence[Array]) -> Array:
+        return difference(function, references, output_reference, moves)
+
+    def objective(moves: Sequence[Array], height: Array) -> Array:
+        own = inner_sum(
+            [w * jnp.square(m - d) for w, m, d in zip(weights, moves, deviations, strict=True)]
+        )
+        other = _row_sum(target_weight * jnp.square(height - target), rows.output)
+        return jnp.where(jnp.isfinite(other), own + other, jnp.inf)
+
+    def step(_: Any, state: tuple[tuple[Array, ...], Array, Array]) -> Any:
+        moves, height, cost = state
+        point = tuple(r + m for r, m in zip(references, moves, strict=True))
+        _, push = jax.linearize(function, *point)
+        transpose = jax.linear_transpose(push, *point)
+
+        def pull(force: Array) -> tuple[Array, ...]:
+            return tuple(transpose(force))
+
+        back = [d - m for d, m in zip(deviations, moves, strict=True)]
+        pulled = pull(target_weight * (target - height))
+        gradient = [w * b + p for w, b, p in zip(weights, back, pulled, strict=True)]
+        way = _solve(
+            push, pull, weights, target_weight, gradient, inner_sum, to_inputs, rows, inner
+        )
+        length = jnp.ones_like(cost)
+        for _ in range(6):
+            new = tuple(m + s * d for m, s, d in zip(moves, to_inputs(length), way, strict=True))
+            there = rise(new)
+            lower = objective(new, there)
+            better = lower < cost
+            moves = tuple(
+                jnp.where(b, n, m) for b, n, m in zip(to_inputs(better), new, moves, strict=True)
+            )
+            height = jnp.where(_spread(better, height.ndim, rows.output), there, height)
+            cost = jnp.where(better, lower, cost)
+            length = jnp.where(better, 0, 0.4 * length)
+        return moves, height, cost
+
+    start = tuple(deviations)
+    height = rise(start)
+    moves, height, _ = lax.fori_loop(0, outer, step, (start, height, objective(start, height)))
+    return moves, height
+
+
+def _solve(
+    push: Any,
+    pull: Any,
+    weights: Sequence[Array],
+    target_weight: Array,
+    gradient: Sequence[Array],
+    inner_sum: Any,
+    to_inputs: Any,
+    rows: Rows,
+    iterations: int,
+) -> list[Array]:
+    """`(ρ + Jᵀ W J)⁻¹ gradient` for each row, by conjugate gradients in units of `ρ`."""
+
+    def body(_: Any, state: Any) -> Any:
+        found, residual, way, gamma = state
+        image = push(*way)
+        bend = inner_sum([w * jnp.square(d) for w, d in zip(weights, way, strict=True)])
+        bend = bend + _row_sum(target_weight * jnp.square(image), rows.output)
+        rate = to_inputs(gamma / jnp.where(bend > 0, bend, 1))
+        found = [f + r * d for f, r, d in zip(found, rate, way, strict=True)]
+        pulled = pull(target_weight * image)
+        residual = [
+            g - r * (w * d + p)
+            for g, r, w, d, p in zip(residual, rate, weights, way, pulled, strict=True)
+        ]
+        scaled = [g / w for g, w in zip(residual, weights, strict=True)]
+        new = inner_sum([g * s for g, s in zip(residual, scaled, strict=True)])
+        ratio = to_inputs(new / jnp.where(gamma > 0, gamma, 1))
+        way = [s + r * d for s, r, d in zip(scaled, ratio, way, strict=True)]
+        return found, residual, way, new
+
+    way = [g / w for g, w in zip(gradient, weights, strict=True)]
+    gamma = inner_sum([g * d for g, d in zip(gradient, way, strict=True)])
+    zero = [jnp.zeros_like(g) for g in gradient]
+    found, _, _, _ = lax.fori_loop(0, iterations, body, (zero, list(gradient), way, gamma))
+    return found
