@@ -255,7 +255,8 @@ def sizes(layout: Layout) -> Sizes:
         count = stored = size = 0
         for index in node.slots:
             slot, storage = layout.graph.slots[index], layout.storages[index]
-            count += int(np.prod(slot.shape, dtype=np.int64)) * storage.copies
+            copies = np.asarray(storage.copies, np.int64)
+            count += int(np.sum(copies)) * (_size(slot.shape) // max(copies.size, 1))
             numbers = storage.numbers(slot.shape)
             stored += numbers
             size += numbers * np.dtype(slot.dtype).itemsize
@@ -331,21 +332,24 @@ class Problem:
         total: Any = 0.0
         for slot in slots:
             mantissa, own, _ = weights[slot.index]
-            copies = self.layout.storages[slot.index].copies
-            weight = mantissa * copies * _power_between(own, exponent)
+            weight = mantissa * self._copies(slot) * _power_between(own, exponent)
             if slot.route.direct:
                 total = total + weight
                 continue
             for producer, count in zip(slot.producers, self.layout.counts[slot.index], strict=True):
                 if producer != node:
                     continue
-                if count is None:
+                if count is None or jnp.ndim(weight):
                     full = jnp.broadcast_to(jnp.asarray(weight, slot.dtype), slot.shape)
                     place = slot.producers.index(producer)
                     total = total + slot.route.pull(full, self.values)[place]
                     break
                 total = total + weight * count
         return Weight(total, exponent)
+
+    def _copies(self, slot: Slot) -> Any:
+        copies = self.layout.storages[slot.index].copies
+        return copies if isinstance(copies, int) else jnp.asarray(copies, slot.dtype)
 
     def _sum_weights(self) -> dict[int, Weight]:
         weights = dict(enumerate(self.weights))
@@ -667,7 +671,7 @@ class Problem:
                     if producer in members:
                         sums.setdefault(producer, jnp.zeros_like(self.values[var]))
                 continue
-            weight = self.weights[slot.index].mantissa * self.layout.storages[slot.index].copies
+            weight = self.weights[slot.index].mantissa * self._copies(slot)
             pulled = slot.route.pull((mean * weight).astype(mean.dtype), self.values)
             for producer, part in zip(slot.producers, pulled, strict=True):
                 if producer in members:
@@ -828,6 +832,10 @@ class Problem:
     def sizes(self) -> Sizes:
         """Edge variables and bytes of the state, per node and in all."""
         return sizes(self.layout)
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def _infinite_ratio(dtype: Any) -> float:
