@@ -105,6 +105,10 @@ def reads(op: Convolution):
     return found
 
 
+def jitted(project):
+    return jax.jit(project, static_argnums=0)
+
+
 def draw(op, seed=0):
     rng = np.random.default_rng(seed)
     return (
@@ -190,30 +194,30 @@ def test_compact_is_the_mean_of_the_lifted_copies(x64, name, weighting):
     )
     output_ref = op(left_ref, right_ref)
     asked = (left_weight, right_weight, target, target_weight, output_ref)
-    compact = project_compact(op, left_ref, right_ref, left, right, *asked)
-    lifted = project_lifted(
+    compact = jitted(project_compact)(op, left_ref, right_ref, left, right, *asked)
+    lifted = jitted(project_lifted)(
         op, left_ref, right_ref, op.lift_left(left), op.lift_right(right), *asked
     )
-    # The copies, slice by slice of the entries that are there.
-    full_left, full_right = np.asarray(op.lift_left(left_ref)), np.asarray(op.lift_right(right_ref))
-    dev_left, dev_right = np.asarray(op.lift_left(left)), np.asarray(op.lift_right(right))
-    for output in np.ndindex(*op.output_shape):
-        weights = [np.broadcast_to(w, op.output_shape)[output] for w in asked[:2]]
-        problem = ScalarProducts(
-            full_left[output][None], full_right[output][None], dev_left[output][None],
-            dev_right[output][None], np.array([weights[0]]), np.array([weights[1]]),
-            np.asarray(target)[output][None],
-            np.array([np.broadcast_to(target_weight, op.output_shape)[output]]),
-        )  # fmt: skip
-        moved = np.asarray(lifted.left_copies[output])[None], np.asarray(
-            lifted.right_copies[output]
-        )[None]
-        change = problem.output_change(*moved)
-        np.testing.assert_allclose(change, lifted.output[output], atol=1e-12)
-        if full_left[output].any():
-            assert problem.objective(*moved) <= least_objective(problem) * (1 + 1e-9) + 1e-12
-        else:
-            assert not lifted.output[output]
+    def flat(copies):
+        return np.asarray(copies).reshape(-1, op.slice_length)
+
+    def per_output(value):
+        return np.broadcast_to(value, op.output_shape).reshape(-1)
+
+    problem = ScalarProducts(
+        flat(op.lift_left(left_ref)), flat(op.lift_right(right_ref)),
+        flat(op.lift_left(left)), flat(op.lift_right(right)),
+        per_output(left_weight), per_output(right_weight),
+        per_output(target), per_output(target_weight),
+    )  # fmt: skip
+    moved = flat(lifted.left_copies), flat(lifted.right_copies)
+    np.testing.assert_allclose(
+        problem.output_change(*moved), per_output(lifted.output), atol=1e-12
+    )
+    reading = per_output(op.slice_lengths) > 0
+    least = least_objective(problem)
+    assert np.all(problem.objective(*moved)[reading] <= least[reading] * (1 + 1e-9) + 1e-12)
+    assert not per_output(lifted.output)[~reading].any()
     mask = np.asarray(op.lift_left(jnp.ones_like(left))) == 0
     assert not np.asarray(lifted.left_copies)[mask].any()
     assert not np.asarray(lifted.right_copies)[mask].any()
@@ -241,13 +245,13 @@ def test_slices_of_zeros_move_along_entries_that_are_there(x64, name):
     left, right = jnp.zeros(op.left_shape), jnp.zeros(op.right_shape)
     target = jnp.full(op.output_shape, 5.0)
     asked = (1.0, 1.0, target, 2.0, jnp.zeros(op.output_shape))
-    lifted = project_lifted(op, left, right, op.lift_left(left), op.lift_right(right), *asked)
+    lifted = jitted(project_lifted)(op, left, right, op.lift_left(left), op.lift_right(right), *asked)
     output = jnp.sum(lifted.left_copies * lifted.right_copies, axis=-1)
     np.testing.assert_allclose(output, lifted.output, atol=1e-12)
     lengths = np.broadcast_to(op.slice_lengths, op.output_shape)
     # |x|² = |w|² = y and 2 (z − y) = 1.
     np.testing.assert_allclose(output, np.where(lengths > 0, 4.5, 0.0), atol=1e-9)
-    compact = project_compact(op, left, right, left, right, *asked)
+    compact = jitted(project_compact)(op, left, right, left, right, *asked)
     mean = op.lower_left(lifted.left_copies) / np.maximum(op.left_copies, 1)
     np.testing.assert_allclose(compact.left, mean, atol=1e-12)
 
