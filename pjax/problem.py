@@ -503,7 +503,13 @@ class Problem:
 
     def _no_requests(self) -> tuple[Array, ...]:
         """What a state holds behind its slots before anything is asked for."""
-        return tuple(jnp.ones(()) for _ in self.layout.asked)
+        return tuple(jnp.ones((), self._number_type(node)) for node in self.layout.asked)
+
+    def _number_type(self, node: int) -> Any:
+        """The type of a number that belongs to a node's output: at least float32."""
+        output = self.graph.nodes[node].output
+        assert output is not None
+        return jnp.promote_types(self.values[output].dtype, jnp.float32)
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -630,10 +636,11 @@ class Problem:
         assert self.layout.metric.request is not None
         if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
                for i in self._readers[node.index]):  # fmt: skip
-            return jnp.asarray(scaling.power(-self._exponent(node)), jnp.float32)
+            return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
         wanted = self.layout.metric.request / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
-        return wanted * size / jnp.where(found > 0, found, 1)
+        asked = wanted * size / jnp.where(found > 0, found, 1)
+        return asked.astype(self._number_type(node.index))
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""

@@ -531,7 +531,7 @@ def _maximum(program: Program, equation: Equation) -> NodeSpec:
 @_builder(P.reduce_max_p, P.reduce_min_p)
 def _reduce_max(program: Program, equation: Equation) -> NodeSpec:
     sign = 1 if equation.primitive is P.reduce_max_p else -1
-    rule = Extremum(tuple(equation.params["axes"]), sign, equation.name)
+    rule = Extremum(tuple(map(int, equation.params["axes"])), sign, equation.name)
     return NodeSpec(rule, equation.inputs)
 
 

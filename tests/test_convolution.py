@@ -12,7 +12,6 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.layer import LayerSum, largest_gain
-from pjax.projections import bilinear
 from pjax.projections.bilinear import (
     project_compact,
     project_lifted,
@@ -316,3 +315,150 @@ def test_gains_are_bounds_and_close(x64, name, side):
 def test_an_empty_slice_is_refused():
     with pytest.raises(ValueError, match="sums over no entries"):
         conv((2, 4, 4, 0), (3, 3, 0, 2))
+
+
+# Graphs
+
+
+def features(p, x, options, pool):
+    x = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, p["k0"], dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                     **options) + p["b0"]
+    )  # fmt: skip
+    if pool:
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+    x = jax.lax.conv_general_dilated(
+        x, p["k1"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.relu(x + p["b1"])
+    return x.reshape(len(x), -1)
+
+
+def example(options, pool=False, groups=1):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 5, 6, 2)))
+    params = {"k0": rng.normal(size=(3, 3, 2 // groups, 4)), "b0": rng.normal(size=4),
+              "k1": rng.normal(size=(3, 3, 4, 3)), "b1": rng.normal(size=3)}  # fmt: skip
+    params = {name: jnp.asarray(0.4 * value) for name, value in params.items()}
+    width = jax.eval_shape(lambda: features(params, x, options, pool)).shape[-1]
+    params["w"] = jnp.asarray(0.3 * rng.normal(size=(width, 4)))
+    labels = jax.nn.one_hot(jnp.arange(3) % 4, 4)
+
+    def loss(p):
+        return pjax.cross_entropy(features(p, x, options, pool) @ p["w"], labels).mean()
+
+    return loss, params
+
+
+CONFIGURATIONS = {
+    "strided": ({"window_strides": (2, 2), "padding": "SAME"}, False, 1),
+    "pooled": ({"window_strides": (1, 1), "padding": "SAME"}, True, 1),
+    "groups": (
+        {"window_strides": (2, 1), "padding": "SAME", "feature_group_count": 2}, False, 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_alternating_projections_on_means_are_those_on_all_copies(x64, name):
+    """In neuron splitting, until the first layer moves: borders, strides and groups included."""
+    loss, params = example(*CONFIGURATIONS[name])
+    found, sizes = [], []
+    for reflecting in (False, True):
+        problem = pjax.feasibility_problem(loss, params, reflecting=reflecting)
+        project = jax.jit(problem.project, static_argnums=0)
+        state = problem.initial()
+        for _ in range(5):
+            for group in range(problem.num_groups):
+                state = project(group, state)
+        # The parameters' consensus, after a projection onto the operations.
+        found.append(problem.parameter_deviations(state))
+        sizes.append(problem.sizes())
+    assert sizes[0].edge_variables == sizes[1].edge_variables
+    assert sizes[0].stored < sizes[1].stored
+    for compact, lifted in zip(*found, strict=True):
+        assert np.abs(lifted).max() > 1e-10
+        np.testing.assert_allclose(compact, lifted, atol=1e-7 * np.abs(lifted).max())
+
+
+@pytest.mark.parametrize("splitting", ["neuron", "layer"])
+@pytest.mark.parametrize(
+    "solver", ["AlternatingProjections", "CyclicProjections", "DouglasRachford"]
+)
+def test_every_solver_trains_a_convolutional_network(x64, splitting, solver):
+    loss, params = example(*CONFIGURATIONS["pooled"])
+    options = {} if solver == "CyclicProjections" else {"steps_per_update": 30}
+    optimizer = getattr(pjax.optim, solver)(splitting=splitting, check=False, **options)
+    state, start = optimizer.init(loss, params), float(loss(params))
+    for _ in range(6):
+        params, _, state = optimizer.update(loss, params, state)
+    assert float(loss(params)) < 0.97 * start
+
+
+def test_the_displacement_of_stiff_activations_is_the_gradient(x64):
+    """Convolution, bias, max-pooling and dense layer: in the limit, `jax.grad` of the loss."""
+    loss, params = example(*CONFIGURATIONS["pooled"])
+    metric = metrics.Spectral(activations=1e7, prox_step=1e-7)
+    value, found = pjax.value_and_displacement(loss, metric=metric)(params)
+    expected_value, expected = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-12)
+    for name in params:
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4 * scale, err_msg=name)
+
+
+def test_layers_of_flax_and_equinox_are_convolutions_without_copies():
+    """Convolution with bias is one node in layer splitting (Flax), and no patch is stored."""
+    nnx = pytest.importorskip("flax.nnx")
+    eqx = pytest.importorskip("equinox")
+    x, labels = jnp.ones((2, 8, 8, 3)), jax.nn.one_hot(jnp.arange(2), 4)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+            self.deep = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+            self.up = nnx.ConvTranspose(8, 4, (2, 2), strides=(2, 2), rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.conv(x))
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            x = nnx.relu(self.deep(x))
+            return nnx.avg_pool(self.up(x), (4, 4)).reshape(len(x), -1)
+
+    graphdef, flax_params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
+
+    def flax_loss(p):
+        return pjax.cross_entropy(nnx.merge(graphdef, p, copy=True)(x), labels).mean()
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    model = eqx.nn.Sequential([
+        eqx.nn.Conv2d(3, 8, 3, stride=2, padding=1, key=keys[0]),
+        eqx.nn.Lambda(jax.nn.relu),
+        eqx.nn.MaxPool2d(3, 1, padding=1),
+        eqx.nn.AvgPool2d(2, 2),
+        eqx.nn.Conv2d(8, 4, 2, key=keys[1]),
+        eqx.nn.AdaptiveAvgPool2d(1),
+    ])  # fmt: skip
+    eqx_params, static = eqx.partition(model, eqx.is_inexact_array)
+    images = jnp.moveaxis(x, -1, 1)
+
+    def eqx_loss(p):
+        logits = jax.vmap(eqx.combine(p, static))(images)
+        return pjax.cross_entropy(logits.reshape(2, 4), labels).mean()
+
+    for loss, params, convolutions in ((flax_loss, flax_params, 3), (eqx_loss, eqx_params, 2)):
+        for splitting in ("neuron", "layer"):
+            problem = pjax.feasibility_problem(loss, params, splitting=splitting)
+            np.testing.assert_allclose(problem.loss, loss(params), rtol=1e-5)
+            operations = [
+                product.operation
+                for node in problem.graph.nodes
+                if node.rule is not None
+                for product in getattr(node.rule, "terms", (node.rule,))
+                if isinstance(getattr(product, "operation", None), Convolution)
+            ]
+            assert len(operations) == convolutions
+            residuals = problem.residuals()
+            assert all(np.isfinite(float(value)) for value in residuals.values())
+    nodes = pjax.feasibility_problem(flax_loss, flax_params, splitting="layer").graph.nodes
+    assert [len(n.rule.terms) for n in nodes if isinstance(n.rule, LayerSum)] == [2, 2, 2]
