@@ -281,10 +281,12 @@ def _cifar10(data_dir: str | None) -> data.Dataset:
     import io
 
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
         from PIL import Image
     except ImportError as error:
-        raise data.DataError(f"cifar10 needs pyarrow and pillow to be installed: {error}.") from error
+        raise data.DataError(
+            f"cifar10 needs pyarrow and pillow to be installed: {error}."
+        ) from error
 
     place = data_dir if data_dir is not None else os.environ.get(data.DATA_DIR_VARIABLE)
     if not place:

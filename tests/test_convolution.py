@@ -197,6 +197,7 @@ def test_compact_is_the_mean_of_the_lifted_copies(x64, name, weighting):
     lifted = jitted(project_lifted)(
         op, left_ref, right_ref, op.lift_left(left), op.lift_right(right), *asked
     )
+
     def flat(copies):
         return np.asarray(copies).reshape(-1, op.slice_length)
 
@@ -210,9 +211,7 @@ def test_compact_is_the_mean_of_the_lifted_copies(x64, name, weighting):
         per_output(target), per_output(target_weight),
     )  # fmt: skip
     moved = flat(lifted.left_copies), flat(lifted.right_copies)
-    np.testing.assert_allclose(
-        problem.output_change(*moved), per_output(lifted.output), atol=1e-12
-    )
+    np.testing.assert_allclose(problem.output_change(*moved), per_output(lifted.output), atol=1e-12)
     reading = per_output(op.slice_lengths) > 0
     least = least_objective(problem)
     assert np.all(problem.objective(*moved)[reading] <= least[reading] * (1 + 1e-9) + 1e-12)
@@ -244,7 +243,9 @@ def test_slices_of_zeros_move_along_entries_that_are_there(x64, name):
     left, right = jnp.zeros(op.left_shape), jnp.zeros(op.right_shape)
     target = jnp.full(op.output_shape, 5.0)
     asked = (1.0, 1.0, target, 2.0, jnp.zeros(op.output_shape))
-    lifted = jitted(project_lifted)(op, left, right, op.lift_left(left), op.lift_right(right), *asked)
+    lifted = jitted(project_lifted)(
+        op, left, right, op.lift_left(left), op.lift_right(right), *asked
+    )
     output = jnp.sum(lifted.left_copies * lifted.right_copies, axis=-1)
     np.testing.assert_allclose(output, lifted.output, atol=1e-12)
     lengths = np.broadcast_to(op.slice_lengths, op.output_shape)
@@ -309,7 +310,8 @@ def test_gains_are_bounds_and_close(x64, name, side):
     matrix = np.asarray(jax.jacobian(apply)(free)).reshape(-1, free.size)
     exact = np.linalg.norm(matrix, 2) ** 2
     assert 0.95 * exact < float(gain) < 1.5 * exact
-    assert vector is not None and vector.size <= free.size
+    assert vector is not None
+    assert vector.size <= free.size
 
 
 def test_an_empty_slice_is_refused():
@@ -451,11 +453,11 @@ def test_layers_of_flax_and_equinox_are_convolutions_without_copies():
             problem = pjax.feasibility_problem(loss, params, splitting=splitting)
             np.testing.assert_allclose(problem.loss, loss(params), rtol=1e-5)
             operations = [
-                product.operation
+                operation
                 for node in problem.graph.nodes
                 if node.rule is not None
                 for product in getattr(node.rule, "terms", (node.rule,))
-                if isinstance(getattr(product, "operation", None), Convolution)
+                if isinstance(operation := getattr(product, "operation", None), Convolution)
             ]
             assert len(operations) == convolutions
             residuals = problem.residuals()

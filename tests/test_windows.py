@@ -1,8 +1,7 @@
-"""Reductions over windows: the values of `jax.lax`, exact nearest points, and no needless copies."""
+"""Reductions over windows: the values of `jax.lax`, nearest points, and no needless copies."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,10 +70,6 @@ def test_the_graph_has_the_values_of_the_operation_and_no_nan(x64, name, window)
 @pytest.mark.parametrize("name", ["max", "sum"])
 def test_windows_side_by_side_are_not_copied(name, window):
     params = {"x": jnp.ones(SHAPE)}
-
-    def loss(p):
-        return pjax.squared_error(pooled(p["x"], name, window), 0.0 * pooled(p["x"], "sum", window))
-
     target = jnp.zeros(pooled(params["x"], "sum", window).shape)
     problem = pjax.feasibility_problem(
         lambda p: pjax.squared_error(pooled(p["x"], name, window), target).sum(), params
@@ -99,6 +94,7 @@ def test_one_padded_window_is_the_nearest_point(x64):
     for group in range(problem.num_groups):
         state = problem.project(group, state)
     (deviation,) = problem.parameter_deviations(state)
+    assert deviation is not None
     # max(x₀, x₁) is asked to fall to 0.2, by lowering both entries that are above the level
     # that costs least; the second window has one entry, which moves half of the way.
     levels = np.linspace(0.2, 1.0, 800001)

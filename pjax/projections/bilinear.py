@@ -125,9 +125,7 @@ class Bilinear(ABC):
     def lower_right(self, copies: Float[Array, "*output slice"]) -> Float[Array, "*right"]:
         """The transpose of `lift_right`: the sum of all copies of each entry."""
 
-    def mask_slices(
-        self, copies: Float[Array, "*output slice"]
-    ) -> Float[Array, "*output slice"]:
+    def mask_slices(self, copies: Float[Array, "*output slice"]) -> Float[Array, "*output slice"]:
         """`copies`, with 0 where a slice reads a constant."""
         return copies
 
@@ -544,9 +542,8 @@ def _scalar_product_moves(
         cross=cross / denominator,
         near=near_pole / denominator,
         sign=sign,
-        fill=jnp.where(vanishing, sigma * length, 0) / jnp.sqrt(
-            2 * np.maximum(slice_length, 1) * target_weight
-        ),
+        fill=jnp.where(vanishing, sigma * length, 0)
+        / jnp.sqrt(2 * np.maximum(slice_length, 1) * target_weight),
         output=jnp.where(root.set_valued, residual - sign * sigma / target_weight, output),
     )
 

@@ -310,9 +310,7 @@ class Convolution(Bilinear):
 
 
 @functools.lru_cache(maxsize=1024)
-def _axis(
-    size: int, taps: int, stride: int, padding: tuple[int, int], lhs: int, rhs: int
-) -> _Axis:
+def _axis(size: int, taps: int, stride: int, padding: tuple[int, int], lhs: int, rhs: int) -> _Axis:
     dilated = max((size - 1) * lhs + 1, 0) if size else 0
     span = dilated + sum(padding) - ((taps - 1) * rhs + 1)
     out = max(span // stride + 1, 0)
