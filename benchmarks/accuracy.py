@@ -127,23 +127,27 @@ class Trainer:
                 return method.step(loss, params, state, *batch, progress, settings), None
 
             numbers = at + jnp.arange(len(rows), dtype=jnp.float32)
+            if not task.in_loop:
+                return body((params, state), (numbers[0], rows[0]))[0]
             return jax.lax.scan(body, (params, state), (numbers, rows))[0]
 
         every = task.measure_every or per_epoch
         seconds = compile_seconds = 0.0
         points = []
         for start in range(0, total, every):
-            chunk = jnp.asarray(rows[start : start + every])
-            given = (params, state, traced, train_x, train_y, chunk, jnp.float32(start))
-            key = (task, method.name, len(chunk))
-            if key not in self._programs:
+            done = min(start + every, total)
+            length = done - start if task.in_loop else 1
+            for at in range(start, done, length):
+                chunk = jnp.asarray(rows[at : at + length])
+                given = (params, state, traced, train_x, train_y, chunk, jnp.float32(at))
+                key = (task, method.name, length)
+                if key not in self._programs:
+                    begin = time.perf_counter()
+                    self._programs[key] = jax.jit(advance).lower(*given).compile()
+                    compile_seconds += time.perf_counter() - begin
                 begin = time.perf_counter()
-                self._programs[key] = jax.jit(advance).lower(*given).compile()
-                compile_seconds += time.perf_counter() - begin
-            begin = time.perf_counter()
-            params, state = jax.block_until_ready(self._programs[key](*given))
-            seconds += time.perf_counter() - begin
-            done = start + len(chunk)
+                params, state = jax.block_until_ready(self._programs[key](*given))
+                seconds += time.perf_counter() - begin
             logits = self._logits(task, params, dataset.validation.x)
             validation = accuracy_tasks.score(task, logits, dataset.validation.y)
             entropy = accuracy_tasks.cross_entropy(logits, dataset.validation.y)
@@ -170,7 +174,7 @@ class Cache:
         number = hashlib.sha256(key.encode()).hexdigest()[:10]
         values = "-".join(f"{name}{value:g}" for name, value in settings.items())
         name = f"{values or 'fixed'}-seed{seed}-{number}.json"
-        depth = "x".join(str(width) for width in task.hidden)
+        depth = "x".join(str(width) for width in task.widths)
         return self._folder / f"{task.dataset}-{depth}" / method.name / name
 
     def read(self, task: Task, method: Method, settings: Settings, seed: int) -> Run | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -51,6 +53,16 @@ class Task:
     def uses_auc(self) -> bool:
         return self.dataset == "higgs"
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of all layers but the last."""
+        return self.hidden
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether batches are looped over in compiled code."""
+        return True
+
     def init(self, num_features: int, num_classes: int, seed: int) -> Params:
         """He-normal weights and zero biases, on every layer."""
         widths = [num_features, *self.hidden]
@@ -78,6 +90,50 @@ class Task:
         """The mean cross-entropy, in Optax's words for gradients, in pjax's for projections."""
         rows = optax.softmax_cross_entropy if kind == "gradient" else pjax.cross_entropy
         return lambda params, batch: jnp.mean(rows(self.network(params, batch[0]), batch[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionalTask(Task):
+    """Strided 3x3 convolutions with relu, and a dense layer, on CIFAR-10.
+
+    **Arguments:**
+
+    - `channels`: of the convolutions.
+    """
+
+    hidden: tuple[int, ...] = ()
+    channels: tuple[int, ...] = (32, 64)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.channels
+
+    @property
+    def in_loop(self) -> bool:
+        # XLA on a CPU runs a convolution in a loop several times slower.
+        return jax.default_backend() != "cpu"
+
+    def init(self, num_features: int, num_classes: int, seed: int) -> Params:
+        side = -(-round((num_features // 3) ** 0.5) // 2 ** len(self.channels))
+        kernels = [(3, 3, *pair) for pair in itertools.pairwise((3, *self.channels))]
+        shapes = [*kernels, (side * side * self.channels[-1], num_classes)]
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        he = jax.nn.initializers.he_normal()
+        return {
+            "w": [he(key, shape) for key, shape in zip(keys, shapes, strict=True)],
+            "b": [jnp.zeros(shape[-1]) for shape in shapes],
+        }
+
+    def network(self, params: Params, x: Array) -> Array:
+        side = round((x.shape[-1] // 3) ** 0.5)
+        *layers, (last_weight, last_bias) = zip(params["w"], params["b"], strict=True)
+        x = x.reshape(len(x), side, side, 3)
+        for kernel, bias in layers:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.relu(x + bias)
+        return x.reshape(len(x), -1) @ last_weight + last_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +234,8 @@ def _rows() -> list[Row]:
         ):
             half = _within(0.005)
             rows.append(Row(f"{dataset}-{name}", task, half, half, note=note))
+    convolutional = ConvolutionalTask("cifar10", epochs=3)
+    rows.append(Row("cifar10-cnn", convolutional, _within(0.005), note="channels standardised"))
     rows.append(
         Row(
             "mnist-1x128-reflecting",
@@ -196,6 +254,8 @@ ROWS: dict[str, Row] = {row.name: row for row in _rows()}
 @functools.cache
 def load(name: str, data_dir: str | None) -> data.Dataset:
     """The data set, with MNIST's validation rows the last 10,000 of the 60,000."""
+    if name == "cifar10":
+        return _cifar10(data_dir)
     dataset = data.load(name, data_dir)
     if name != "mnist":
         return dataset
@@ -211,6 +271,55 @@ def load(name: str, data_dir: str | None) -> data.Dataset:
         data.Split(rows["x"][part], rows["y"][part]) for part in (back[:cut], back[cut:])
     )
     return dataclasses.replace(dataset, train=train, validation=validation)
+
+
+def _cifar10(data_dir: str | None) -> data.Dataset:
+    """CIFAR-10 from Parquet files of images, its channels standardised by the training rows.
+
+    Validation rows are 5,000 of the training rows, drawn once.
+    """
+    import io
+
+    try:
+        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+        from PIL import Image
+    except ImportError as error:
+        raise data.DataError(
+            f"cifar10 needs pyarrow and pillow to be installed: {error}."
+        ) from error
+
+    place = data_dir if data_dir is not None else os.environ.get(data.DATA_DIR_VARIABLE)
+    if not place:
+        raise data.DataError(f"cifar10 needs --data-dir DIR or {data.DATA_DIR_VARIABLE}=DIR.")
+    folder = Path(place).expanduser()
+    folder = folder / "cifar10" if (folder / "cifar10").is_dir() else folder
+
+    def part(name: str) -> tuple[np.ndarray, np.ndarray]:
+        path = folder / f"{name}.parquet"
+        if not path.is_file():
+            raise data.DataError(f"{folder}: {path.name} is not there.")
+        table = parquet.read_table(path)
+        rows = table.column("img").to_pylist()
+        images = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows]
+        x = np.stack(images).astype(np.float32) / 255
+        return x, table.column("label").to_numpy().astype(np.int32)
+
+    (x, y), (test_x, test_y) = part("train"), part("test")
+    order = np.random.default_rng(0).permutation(len(x))
+    validation, train = np.split(order, [len(x) // 10])
+    mean = x[train].mean(axis=(0, 1, 2), dtype=np.float64)
+    deviation = x[train].std(axis=(0, 1, 2), dtype=np.float64)
+
+    def split(x: np.ndarray, y: np.ndarray) -> data.Split:
+        return data.Split(((x - mean) / deviation).reshape(len(x), -1).astype(np.float32), y)
+
+    return data.Dataset(
+        "cifar10",
+        split(x[train], y[train]),
+        split(x[validation], y[validation]),
+        split(test_x, test_y),
+        10,
+    )
 
 
 def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:

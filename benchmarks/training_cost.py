@@ -1,6 +1,6 @@
 """What a whole training step costs beside backprop and Adam: batch in, parameters out.
 
-    python -m benchmarks.training_cost [--networks 1x128 4x128 2x2048] [--rounds 15]
+    python -m benchmarks.training_cost [--networks 1x128 4x128 2x2048 cnn32-64] [--rounds 15]
 
 Candidates take turns within each round; times are medians of their ratios to backprop with Adam.
 Temporaries are those of XLA's `memory_analysis`: of the gradient or the displacement, and of the
@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import optax
 
 import pjax
-from benchmarks.accuracy_tasks import Task
+from benchmarks.accuracy_tasks import ConvolutionalTask, Task
 
+#: Widths of dense layers on MNIST's shape, or channels of strided convolutions on CIFAR-10's.
 NETWORKS = {
     "1x128": (128,),
     "4x128": (128,) * 4,
     "2x2048": (2048, 2048),
     "12x128": (128,) * 12,
+    "cnn32-64": (32, 64),
 }
 #: What the issue of the default training step asks: time and temporaries over backprop's.
 ASKED = {"displacement": (1.2, 2.0), "projection": (2.5, None)}
@@ -92,9 +94,14 @@ def main() -> None:
     columns = ("ms", "x backprop", "asked", "temp MB", "x backprop", "asked", "compile s")
     print(f"{'network':10s}{'step':16s}" + "".join(f"{column:>12s}" for column in columns))
     for name in options.networks:
-        task = Task("mnist", NETWORKS[name], batch_size=options.batch_size)
-        params = task.init(784, 10, seed=0)
-        x = jax.random.uniform(jax.random.key(0), (options.batch_size, 784))
+        if name.startswith("cnn"):
+            features = 3072
+            task = ConvolutionalTask("cifar10", channels=NETWORKS[name])
+        else:
+            features = 784
+            task = Task("mnist", NETWORKS[name], batch_size=options.batch_size)
+        params = task.init(features, 10, seed=0)
+        x = jax.random.uniform(jax.random.key(0), (options.batch_size, features))
         y = jax.nn.one_hot(jnp.arange(options.batch_size) % 10, 10)
         found = candidates(task, params, x, y)
         compiled, compiling, memory = {}, {}, {}
@@ -107,7 +114,7 @@ def main() -> None:
                 measured = jax.jit(direction).lower(params, (x, y)).compile()
             analysis: Any = measured.memory_analysis()
             memory[method] = analysis.temp_size_in_bytes / 1e6
-        repeats = 2 if name == "2x2048" else 10
+        repeats = 2 if name in ("2x2048", "cnn32-64") else 10
         times = {method: [] for method in compiled}
         for _ in range(options.rounds + 1):
             for method, run in compiled.items():

@@ -209,7 +209,8 @@ def sum_step(program: Program, equation: Equation, outer: SumTerm) -> list[SumTe
     if primitive is P.reduce_sum_p:
         if outer.axes:
             return None
-        return [outer.of(inputs[0]).reduced(tuple(equation.params["axes"]))]  # pyright: ignore
+        axes = tuple(map(int, equation.params["axes"]))
+        return [outer.of(inputs[0]).reduced(axes)]  # pyright: ignore
     if primitive in (P.mul_p, P.div_p) and sum(variable) == 1:
         operand, factor = inputs if variable[0] else inputs[::-1]
         divides = primitive is P.div_p

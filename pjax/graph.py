@@ -33,6 +33,7 @@ from pjax.rules import (
     NodeSpec,
     Rule,
     Term,
+    bilinear_name,
     bilinear_operands,
     find_builder,
 )
@@ -609,8 +610,8 @@ class _Builder:
         if not has_product:
             return None
         name = "layer" if len(found) > 1 else "dot"
-        if own is not None and own.primitive is P.mul_p:
-            name = "mul"
+        if own is not None:
+            name = bilinear_name(own)
         rule = LayerSum(tuple(found), name)
         return _Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
 

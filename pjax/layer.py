@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
+from pjax.projections.convolution import Convolution
 from pjax.rules import Exactness, Geometry, Rule, Term
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
@@ -210,7 +211,7 @@ class LayerSum(Rule):
             for count, free in zip(counts, term.is_slot, strict=True):
                 if free:
                     next(shape)
-                    found.append(count)
+                    found.append(int(np.max(count)))
         return tuple(found)
 
     def gains(self, reference, wanted, vectors, iterations):
@@ -417,7 +418,8 @@ def largest_gain(
     """A bound on `max |B(x, other)|²/|x|²` over `x`, the free operand on `side`.
 
     Of a product entry by entry the largest square; else by the power iteration, for each batch
-    index of a `dot_general` by itself, with a margin for what a few steps leave out.
+    index of a `dot_general` by itself, of a convolution for one example, with a margin for what a
+    few steps leave out.
 
     **Arguments:**
 
@@ -429,10 +431,11 @@ def largest_gain(
     """
     if isinstance(operation, Multiply):
         return jnp.max(jnp.square(other)), None
+    batch: tuple[int, ...] = ()
     if isinstance(operation, DotGeneral):
         operation, batch = _narrow(operation, side)
-    else:
-        batch = ()
+    elif isinstance(operation, Convolution):
+        operation = operation.with_one_row(side)
     left = side == "left"
     shape = operation.left_shape if left else operation.right_shape
     axes = tuple(axis for axis in range(len(shape)) if axis not in batch)

@@ -259,7 +259,8 @@ def sizes(layout: Layout) -> Sizes:
         count = stored = size = 0
         for index in node.slots:
             slot, storage = layout.graph.slots[index], layout.storages[index]
-            count += int(np.prod(slot.shape, dtype=np.int64)) * storage.copies
+            copies = np.asarray(storage.copies, np.int64)
+            count += int(np.sum(copies)) * (_size(slot.shape) // max(copies.size, 1))
             numbers = storage.numbers(slot.shape)
             stored += numbers
             size += numbers * np.dtype(slot.dtype).itemsize
@@ -335,21 +336,24 @@ class Problem:
         total: Any = 0.0
         for slot in slots:
             mantissa, own, _ = weights[slot.index]
-            copies = self.layout.storages[slot.index].copies
-            weight = mantissa * copies * _power_between(own, exponent)
+            weight = mantissa * self._copies(slot) * _power_between(own, exponent)
             if slot.route.direct:
                 total = total + weight
                 continue
             for producer, count in zip(slot.producers, self.layout.counts[slot.index], strict=True):
                 if producer != node:
                     continue
-                if count is None:
+                if count is None or jnp.ndim(weight):
                     full = jnp.broadcast_to(jnp.asarray(weight, slot.dtype), slot.shape)
                     place = slot.producers.index(producer)
                     total = total + slot.route.pull(full, self.values)[place]
                     break
                 total = total + weight * count
         return Weight(total, exponent)
+
+    def _copies(self, slot: Slot) -> Any:
+        copies = self.layout.storages[slot.index].copies
+        return copies if isinstance(copies, int) else jnp.asarray(copies, slot.dtype)
 
     def _sum_weights(self) -> dict[int, Weight]:
         weights = dict(enumerate(self.weights))
@@ -503,7 +507,13 @@ class Problem:
 
     def _no_requests(self) -> tuple[Array, ...]:
         """What a state holds behind its slots before anything is asked for."""
-        return tuple(jnp.ones(()) for _ in self.layout.asked)
+        return tuple(jnp.ones((), self._number_type(node)) for node in self.layout.asked)
+
+    def _number_type(self, node: int) -> Any:
+        """The type of a number that belongs to a node's output: at least float32."""
+        output = self.graph.nodes[node].output
+        assert output is not None
+        return jnp.promote_types(self.values[output].dtype, jnp.float32)
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -630,10 +640,11 @@ class Problem:
         assert self.layout.metric.request is not None
         if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
                for i in self._readers[node.index]):  # fmt: skip
-            return jnp.asarray(scaling.power(-self._exponent(node)), jnp.float32)
+            return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
         wanted = self.layout.metric.request / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
-        return wanted * size / jnp.where(found > 0, found, 1)
+        asked = wanted * size / jnp.where(found > 0, found, 1)
+        return asked.astype(self._number_type(node.index))
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""
@@ -671,7 +682,7 @@ class Problem:
                     if producer in members:
                         sums.setdefault(producer, jnp.zeros_like(self.values[var]))
                 continue
-            weight = self.weights[slot.index].mantissa * self.layout.storages[slot.index].copies
+            weight = self.weights[slot.index].mantissa * self._copies(slot)
             pulled = slot.route.pull((mean * weight).astype(mean.dtype), self.values)
             for producer, part in zip(slot.producers, pulled, strict=True):
                 if producer in members:
@@ -832,6 +843,10 @@ class Problem:
     def sizes(self) -> Sizes:
         """Edge variables and bytes of the state, per node and in all."""
         return sizes(self.layout)
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def _infinite_ratio(dtype: Any) -> float:

@@ -24,6 +24,7 @@ from pjax._compat import P
 from pjax.projections import bilinear, extrema, linear, losses, scaling
 from pjax.projections import quantize as quantizer
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
+from pjax.projections.convolution import Convolution
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
 from pjax.slots import Compact, Dense, Lifted, Storage, Structured
 from pjax.trace import REGISTRATIONS, Atom, Equation, Program, canonical
@@ -230,7 +231,7 @@ class NeuronBilinear(Rule):
             return Dense(), Dense()
         if reflecting:
             return Lifted(op, "left"), Lifted(op, "right")
-        return Compact(op.left_copies), Compact(op.right_copies)
+        return Compact(op, "left"), Compact(op, "right")
 
     def project(self, reference, states, weights, target, target_weight):
         op, (left, right) = self.operation, states
@@ -260,7 +261,7 @@ class PinnedBilinear(Rule):
         op = self.operation
         # Of one scalar product every entry has one copy, and nothing to be compact about.
         if not reflecting and op.output_shape:
-            return (Compact(op.right_copies if self.pinned == "left" else op.left_copies),)
+            return (Compact(op, "right" if self.pinned == "left" else "left"),)
         if shared[0]:
             # Entries that one group writes and another keeps leave the structured form.
             return (Lifted(op, "right" if self.pinned == "left" else "left"),)
@@ -455,6 +456,12 @@ def bilinear_operands(program: Program, equation: Equation) -> BilinearOperands:
     )
 
 
+def bilinear_name(equation: Equation) -> str:
+    """What a node with one of the primitives in `BILINEAR` is called."""
+    short = {P.dot_general_p: "dot", P.conv_general_dilated_p: "conv"}
+    return short.get(equation.primitive, equation.name)
+
+
 def _dot_general_operation(program: Program, equation: Equation) -> Bilinear:
     left, right = equation.inputs
     (contract_l, contract_r), (batch_l, batch_r) = equation.params["dimension_numbers"]
@@ -474,9 +481,31 @@ def _multiply_operation(program: Program, equation: Equation) -> Bilinear:
     return Multiply(program.shape(equation.inputs[0]))
 
 
+def _convolution_operation(program: Program, equation: Equation) -> Bilinear:
+    left, right = equation.inputs
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    return Convolution(
+        left_shape=program.shape(left),
+        right_shape=program.shape(right),
+        window_strides=tuple(params["window_strides"]),
+        padding=tuple((low, high) for low, high in params["padding"]),
+        lhs_dilation=tuple(params["lhs_dilation"]),
+        rhs_dilation=tuple(params["rhs_dilation"]),
+        dimension_numbers=(
+            tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec)
+        ),
+        feature_group_count=params["feature_group_count"],
+        batch_group_count=params["batch_group_count"],
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )  # fmt: skip
+
+
 #: How the operation of each bilinear primitive is made.
 BILINEAR: Mapping[Any, Callable[[Program, Equation], Bilinear]] = {
     P.dot_general_p: _dot_general_operation,
+    P.conv_general_dilated_p: _convolution_operation,
     P.mul_p: _multiply_operation,
 }
 
@@ -485,7 +514,7 @@ BILINEAR: Mapping[Any, Callable[[Program, Equation], Bilinear]] = {
 def _bilinear(program: Program, equation: Equation) -> NodeSpec:
     left, right = equation.inputs
     operation, free = bilinear_operands(program, equation)
-    name = "mul" if equation.primitive is P.mul_p else "dot"
+    name = bilinear_name(equation)
     if not free[0]:
         return NodeSpec(PinnedBilinear(operation, "left", name), (right,), (left,))
     if not free[1]:
@@ -502,7 +531,7 @@ def _maximum(program: Program, equation: Equation) -> NodeSpec:
 @_builder(P.reduce_max_p, P.reduce_min_p)
 def _reduce_max(program: Program, equation: Equation) -> NodeSpec:
     sign = 1 if equation.primitive is P.reduce_max_p else -1
-    rule = Extremum(tuple(equation.params["axes"]), sign, equation.name)
+    rule = Extremum(tuple(map(int, equation.params["axes"])), sign, equation.name)
     return NodeSpec(rule, equation.inputs)
 
 

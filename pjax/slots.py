@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pjax.projections import bilinear
-from pjax.projections.bilinear import Bilinear, Side
+from pjax.projections.bilinear import Bilinear, Copies, Side
 
 
 class Storage(ABC):
@@ -28,8 +29,8 @@ class Storage(ABC):
     `other` is the value of the operand that is data, for the forms that need it.
     """
 
-    #: How many copies of each entry the slot stands for.
-    copies: int = 1
+    #: How many copies of each entry the slot stands for; 0 for an entry that nothing reads.
+    copies: Copies = 1
 
     @abstractmethod
     def fill(self, value: Array) -> Any:
@@ -47,7 +48,8 @@ class Storage(ABC):
         self, state: Any, value: Array, mask: Any, weight: Any, other: Any = None
     ) -> Float[Array, ""]:
         """`Σ ρ |copy − value|²` over all copies of the entries where `mask` is 1."""
-        return jnp.sum(weight * mask * jnp.square(self.mean(state, other) - value)) * self.copies
+        squared = jnp.square(self.mean(state, other) - value)
+        return jnp.sum(weight * mask * squared * self.copies)
 
     def difference(self, a: Any, b: Any) -> Any:
         """`a − b` as a state."""
@@ -90,7 +92,13 @@ class Compact(Storage):
     level to write counts the whole spread.
     """
 
-    copies: int
+    operation: Bilinear
+    side: Side
+
+    @property
+    def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
+        op = self.operation
+        return op.left_copies if self.side == "left" else op.right_copies
 
     def fill(self, value):
         return value, jnp.zeros((), value.dtype)
@@ -100,7 +108,7 @@ class Compact(Storage):
 
     def squared_distance(self, a, b, weight, other=None):
         (mean_a, spread_a), (mean_b, spread_b) = a, b
-        means = self.copies * jnp.sum(weight * jnp.square(mean_a - mean_b))
+        means = jnp.sum(weight * jnp.square(mean_a - mean_b) * self.copies)
         return means + jnp.square(jnp.sqrt(spread_a) - jnp.sqrt(spread_b))
 
     def squared_distance_to(self, state, value, mask, weight, other=None):
@@ -124,7 +132,7 @@ class Lifted(Storage):
     side: Side
 
     @property
-    def copies(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
         op = self.operation
         return op.left_copies if self.side == "left" else op.right_copies
 
@@ -135,7 +143,7 @@ class Lifted(Storage):
     def mean(self, state, other=None):
         op = self.operation
         total = op.lower_left(state) if self.side == "left" else op.lower_right(state)
-        return total / self.copies
+        return total / np.maximum(self.copies, 1)
 
     def squared_distance(self, a, b, weight, other=None):
         if jnp.ndim(weight):  # constant over each slice: one weight per output
@@ -165,7 +173,7 @@ class Structured(Storage):
     pinned: Side
 
     @property
-    def copies(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
         op = self.operation
         return op.right_copies if self.pinned == "left" else op.left_copies
 

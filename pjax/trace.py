@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat
+from pjax import _compat, windows
 from pjax._compat import P
 
 
@@ -435,8 +435,25 @@ class _Flattener:
             if eqn.primitive is P.clamp_p and any(map(self._is_variable, inputs)):
                 self._clamp(inputs, self._new(env, eqn.outvars[0]), source)
                 continue
+            if self._rewrite(eqn, inputs, env, source):
+                continue
             outputs = tuple(self._new(env, var) for var in eqn.outvars)
             self._add(Equation(eqn.primitive, inputs, outputs, eqn.params, source))
+
+    def _rewrite(self, eqn: Any, inputs: tuple[Atom, ...], env: Any, source: str) -> bool:
+        """Inlines what stands for a reduction over windows; whether `eqn` is one."""
+        if REGISTRATIONS[eqn.primitive] or not any(map(self._is_variable, inputs)):
+            return False
+        operands = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+        closed = windows.rewrite(eqn.primitive, eqn.params, operands)
+        if closed is None:
+            return False
+        inner: dict[Any, Atom] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            inner[var] = self._constant(value, var.aval.dtype)
+        self._inline(closed.jaxpr, inner, source, foreign=True)
+        env[eqn.outvars[0]] = self._atom(inner, closed.jaxpr.outvars[0])
+        return True
 
     def _is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -33,13 +34,17 @@ Weight: TypeAlias = Float[Array, "..."] | float
 
 Side: TypeAlias = Literal["left", "right"]
 
+Copies: TypeAlias = int | np.ndarray
+"""How many copies each entry has: one number, or counts that broadcast to the operand."""
+
 
 class Bilinear(ABC):
     """A map `B` linear in each of two operands, every output a scalar product of two slices.
 
     Each output entry reads a slice of `slice_length` entries of each operand. An entry of `left` is
-    read by `left_copies` outputs, an entry of `right` by `right_copies`. Implementations are
-    hashable, so that they can be static arguments.
+    read by `left_copies` outputs, an entry of `right` by `right_copies`: a number, or counts that
+    broadcast to the operand where they differ. Implementations are hashable, so that they can be
+    static arguments.
     """
 
     left_shape: tuple[int, ...]
@@ -56,13 +61,18 @@ class Bilinear(ABC):
         """How many products are summed in one output entry."""
 
     @property
+    def slice_lengths(self) -> Copies:
+        """How many entries each output reads: fewer than `slice_length` where some are constant."""
+        return self.slice_length
+
+    @property
     @abstractmethod
-    def left_copies(self) -> int:
+    def left_copies(self) -> Copies:
         """How many outputs read each entry of `left`."""
 
     @property
     @abstractmethod
-    def right_copies(self) -> int:
+    def right_copies(self) -> Copies:
         """How many outputs read each entry of `right`."""
 
     @abstractmethod
@@ -114,6 +124,10 @@ class Bilinear(ABC):
     @abstractmethod
     def lower_right(self, copies: Float[Array, "*output slice"]) -> Float[Array, "*right"]:
         """The transpose of `lift_right`: the sum of all copies of each entry."""
+
+    def mask_slices(self, copies: Float[Array, "*output slice"]) -> Float[Array, "*output slice"]:
+        """`copies`, with 0 where a slice reads a constant."""
+        return copies
 
 
 @dataclass(frozen=True)
@@ -222,7 +236,7 @@ class _Operand:
 
     def sum(self, cotangent: Array) -> Array:
         summed = jnp.sum(cotangent, axis=self.other_axes)
-        summed = jnp.transpose(summed, _inverse(self.kept))
+        summed = jnp.transpose(summed, inverse(self.kept))
         return jnp.expand_dims(summed, self.contracting)
 
     def lift(self, array: Array, output_shape: tuple[int, ...]) -> Array:
@@ -234,7 +248,7 @@ class _Operand:
         order = self.kept + self.contracting
         summed = jnp.sum(copies, axis=self.other_axes)
         summed = summed.reshape([self.shape[axis] for axis in order])
-        return jnp.transpose(summed, _inverse(order))
+        return jnp.transpose(summed, inverse(order))
 
 
 @dataclass(frozen=True)
@@ -321,15 +335,15 @@ class DotGeneral(Bilinear):
         batch = tuple(range(len(x.batch)))
         result = self._dot(cotangent, right, ((x.other_axes, w.free), (batch, w.batch)))
         # `dot_general` leaves the contracted axes in the order in which `right` has them.
-        contracting = tuple(x.contracting[place] for place in _inverse(w.contracting))
-        return jnp.transpose(result, _inverse(x.kept + contracting))
+        contracting = tuple(x.contracting[place] for place in inverse(w.contracting))
+        return jnp.transpose(result, inverse(x.kept + contracting))
 
     def transpose_right(self, cotangent, left):
         x, w = self._left, self._right
         batch = tuple(range(len(w.batch)))
         result = self._dot(left, cotangent, ((x.free, w.other_axes), (x.batch, batch)))
-        contracting = tuple(w.contracting[place] for place in _inverse(x.contracting))
-        return jnp.transpose(result, _inverse(w.batch + contracting + w.free))
+        contracting = tuple(w.contracting[place] for place in inverse(x.contracting))
+        return jnp.transpose(result, inverse(w.batch + contracting + w.free))
 
     def left_energy(self, left):
         return self._left.energy(left)
@@ -360,7 +374,7 @@ def _axes(axes: Any) -> tuple[int, ...]:
     return tuple(int(axis) for axis in axes)
 
 
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
     """The places of the entries of `order` from the least to the greatest."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
@@ -482,7 +496,7 @@ def _scalar_product_moves(
     residual: Array,
     sigma: Array,
     target_weight: Array,
-    slice_length: int,
+    slice_length: Copies,
     *,
     slices_at_hand: bool,
 ) -> _Moves:
@@ -528,18 +542,27 @@ def _scalar_product_moves(
         cross=cross / denominator,
         near=near_pole / denominator,
         sign=sign,
-        fill=jnp.where(vanishing, sigma * length, 0) / jnp.sqrt(2 * slice_length * target_weight),
+        fill=jnp.where(vanishing, sigma * length, 0)
+        / jnp.sqrt(2 * np.maximum(slice_length, 1) * target_weight),
         output=jnp.where(root.set_valued, residual - sign * sigma / target_weight, output),
     )
 
 
-def _copies_weight(weight: Weight, copies: int, total: Any, output_shape: tuple[int, ...]) -> Array:
+def _copies_weight(
+    weight: Weight, copies: Copies, total: Any, output_shape: tuple[int, ...]
+) -> Array:
     """The sum of the weights of all copies of each entry, 1 where there is no copy."""
     weight = jnp.asarray(weight)
     if weight.ndim == 0:
-        return weight * max(copies, 1)
+        return weight * np.maximum(copies, 1)
     summed = total(jnp.broadcast_to(weight, output_shape))
-    return summed if copies else jnp.ones_like(summed)
+    return jnp.where(np.asarray(copies) > 0, summed, 1)
+
+
+def _asked(op: Bilinear, target_weight: Any, dtype: Any) -> Array:
+    """The target's weight, 0 where the output reads constants only."""
+    weight, lengths = jnp.asarray(target_weight, dtype), np.asarray(op.slice_lengths)
+    return weight if lengths.all() else jnp.where(lengths > 0, weight, 0)
 
 
 class CompactProjection(NamedTuple):
@@ -621,14 +644,14 @@ def project_compact(
         jnp.maximum(half - product / sigma, 0),
         target_dev - change,
         sigma,
-        jnp.asarray(target_weight, dtype),
-        op.slice_length,
+        _asked(op, target_weight, dtype),
+        op.slice_lengths,
         slices_at_hand=False,
     )
 
     def spread(weight, scale, cross, fill, own, other, total, move):
         squared = scale**2 * own + cross**2 * other + 2 * scale * cross * product
-        squared = squared + op.slice_length * fill**2
+        squared = squared + op.slice_lengths * fill**2
         return jnp.maximum(jnp.sum(weight * squared) - jnp.sum(total * move**2), 0)
 
     left_scale, left_fill = moves.left_scale, moves.fill / left_root
@@ -806,8 +829,8 @@ def _lifted_moves(
         minus,
         target_dev - change,
         left_root * right_root,
-        jnp.asarray(target_weight, dtype),
-        op.slice_length,
+        _asked(op, target_weight, dtype),
+        op.slice_lengths,
         slices_at_hand=True,
     )
     near, sign, cross = moves.near[..., None], moves.sign[..., None], moves.cross[..., None]
@@ -816,8 +839,8 @@ def _lifted_moves(
     left_move = near * (w + sign * x) + left_scale * x + cross * w
     right_move = near * (x + sign * w) + right_scale * w + cross * x
     return LiftedProjection(
-        _per_slice(right_root) * left_move + left_fill[..., None],
-        _per_slice(left_root) * right_move + right_fill[..., None],
+        _per_slice(right_root) * left_move + op.mask_slices(left_fill[..., None]),
+        _per_slice(left_root) * right_move + op.mask_slices(right_fill[..., None]),
         change + moves.output,
     )
 
@@ -878,7 +901,7 @@ class PinnedBilinear:
         return self.op.left_energy(squared) if left else self.op.right_energy(squared)
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> Copies:
         """How many outputs read each free entry."""
         return self.op.right_copies if self.side == "left" else self.op.left_copies
 
@@ -1026,7 +1049,7 @@ def structured_squared_norm(
     """
     linear = PinnedBilinear(op, side, pinned_value)
     free_weight = jnp.asarray(free_weight, common.dtype)
-    shared = linear.copies_weight(free_weight) if linear.copies else 0.0
+    shared = linear.copies_weight(free_weight) * (np.asarray(linear.copies) > 0)
     weighted = free_weight * multiplier
     mixed = linear.transpose(weighted)
     squared = jnp.sum(shared * common**2 + 2 * common * mixed)

@@ -1,0 +1,352 @@
+"""Convolution as a bilinear operation: `jax.lax.conv_general_dilated` with all that it takes.
+
+Along each spatial axis, output `o` reads with tap `k` of the kernel the input `i` for which
+`lhs_dilation · i = stride · o + rhs_dilation · k − padding`, if there is one. What a tap reads
+beside that, padding and the zeros between dilated entries, is a constant: it is no copy of
+anything, and moves nothing. So entries near a border have fewer copies than others, entries that a
+stride skips have none, and slices near a border are shorter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from pjax.projections.bilinear import Bilinear, inverse
+
+
+class _Axis(NamedTuple):
+    """One spatial axis.
+
+    **Attributes:**
+
+    - `index`: `[out, tap]`, the input that is read (any, where none is).
+    - `taps`: `[out, tap]`, 1 where an input is read.
+    - `inputs`: `[out, in]`, the number of taps (0 or 1) by which an output reads an input.
+    """
+
+    index: np.ndarray
+    taps: np.ndarray
+    inputs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Convolution(Bilinear):
+    """`B(left, right) = jax.lax.conv_general_dilated(left, right, …)`; `right` is the kernel.
+
+    Arguments:
+        left_shape, right_shape: the shapes of the operands.
+        window_strides, padding, lhs_dilation, rhs_dilation: one entry for each spatial axis;
+            of `padding` a pair, which may be negative.
+        dimension_numbers: `(lhs_spec, rhs_spec, out_spec)` as in `jax.lax.ConvDimensionNumbers`.
+        feature_group_count, batch_group_count: as in `jax.lax.conv_general_dilated`.
+        precision, preferred_element_type: as there; used by the transposes too.
+
+    Raises:
+        ValueError: if a slice has no entry: the output is a constant.
+    """
+
+    left_shape: tuple[int, ...]
+    right_shape: tuple[int, ...]
+    window_strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    dimension_numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    feature_group_count: int = 1
+    batch_group_count: int = 1
+    precision: Any = None
+    preferred_element_type: Any = None
+
+    def __post_init__(self) -> None:
+        if self.slice_length == 0:
+            raise ValueError(
+                f"`conv_general_dilated` of shapes {self.left_shape} and {self.right_shape} sums "
+                "over no entries, so its output does not depend on its operands."
+            )
+
+    # The operands and the output with their axes in one order: [group, batch, output channel,
+    # input channel, *spatial], without the axes that one of them does not have.
+
+    @property
+    def _groups(self) -> int:
+        return self.feature_group_count * self.batch_group_count
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Groups, and in each group examples, output channels and input channels."""
+        lhs, rhs, _ = self.dimension_numbers
+        groups = self._groups
+        return (
+            groups,
+            self.left_shape[lhs[0]] // self.batch_group_count,
+            self.right_shape[rhs[0]] // groups,
+            self.right_shape[rhs[1]],
+        )
+
+    @property
+    def _axes(self) -> tuple[_Axis, ...]:
+        lhs, rhs, _ = self.dimension_numbers
+        return tuple(
+            _axis(self.left_shape[i], self.right_shape[k], *rest)
+            for i, k, *rest in zip(
+                lhs[2:],
+                rhs[2:],
+                self.window_strides,
+                self.padding,
+                self.lhs_dilation,
+                self.rhs_dilation,
+                strict=True,
+            )
+        )
+
+    @property
+    def _taps(self) -> tuple[int, ...]:
+        return tuple(self.right_shape[axis] for axis in self.dimension_numbers[1][2:])
+
+    @property
+    def _spatial(self) -> tuple[int, ...]:
+        return tuple(len(axis.taps) for axis in self._axes)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        groups, batch, channels, _ = self._sizes
+        shape = (batch, groups * channels, *self._spatial)
+        return tuple(shape[place] for place in inverse(self.dimension_numbers[2]))
+
+    @property
+    def slice_length(self) -> int:
+        return self._sizes[3] * math.prod(self._taps)
+
+    @property
+    def slice_lengths(self) -> Any:
+        channels = self._sizes[3]
+        lengths = channels * _outer([axis.taps.sum(1) for axis in self._axes])
+        return _constant(_placed(lengths, self.dimension_numbers[2]))
+
+    @property
+    def left_copies(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        counts = self._sizes[2] * _outer([axis.inputs.sum(0) for axis in self._axes])
+        return _constant(_placed(counts, self.dimension_numbers[0]))
+
+    @property
+    def right_copies(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        counts = self._sizes[1] * _outer([axis.taps.sum(0) for axis in self._axes])
+        return _constant(_placed(counts, self.dimension_numbers[1]))
+
+    def _split_left(self, left: Array) -> Array:
+        """`[group, batch, input channel, *in]`."""
+        left = jnp.transpose(left, self.dimension_numbers[0])
+        batch, channels, *spatial = left.shape
+        if self.feature_group_count > 1:
+            groups = self.feature_group_count
+            left = left.reshape(batch, groups, channels // groups, *spatial)
+            return jnp.moveaxis(left, 1, 0)
+        return left.reshape(self.batch_group_count, -1, channels, *spatial)
+
+    def _join_left(self, left: Array) -> Array:
+        """The inverse of `_split_left`, also of arrays with one example or channel for all."""
+        groups, batch, _, channels = self._sizes
+        spatial = left.shape[3:]
+        if groups > 1:
+            left = jnp.broadcast_to(left, (groups, batch, channels, *spatial))
+        if self.feature_group_count > 1:
+            left = jnp.moveaxis(left, 0, 1).reshape(batch, groups * channels, *spatial)
+        else:
+            left = left.reshape(-1, *left.shape[2:])
+        return jnp.transpose(left, inverse(self.dimension_numbers[0]))
+
+    def _split_right(self, right: Array) -> Array:
+        """`[group, output channel, input channel, *taps]`."""
+        right = jnp.transpose(right, self.dimension_numbers[1])
+        return right.reshape(self._groups, -1, *right.shape[1:])
+
+    def _join_right(self, right: Array) -> Array:
+        right = right.reshape(-1, *right.shape[2:])
+        return jnp.transpose(right, inverse(self.dimension_numbers[1]))
+
+    def _split_output(self, output: Array) -> Array:
+        """`[group, batch, output channel, *out]`."""
+        output = jnp.transpose(output, self.dimension_numbers[2])
+        batch, channels, *spatial = output.shape
+        output = output.reshape(batch, self._groups, channels // self._groups, *spatial)
+        return jnp.moveaxis(output, 1, 0)
+
+    def _join_output(self, output: Array) -> Array:
+        """The inverse of `_split_output`; axes behind `[*out]` stay behind."""
+        groups, _, channels, _ = self._sizes
+        if groups > 1:
+            shape = (groups, output.shape[1], channels, *output.shape[3:])
+            output = jnp.broadcast_to(output, shape)
+        output = jnp.moveaxis(output, 0, 1)
+        output = output.reshape(output.shape[0], -1, *output.shape[3:])
+        order = inverse(self.dimension_numbers[2])
+        return jnp.transpose(output, (*order, *range(len(order), output.ndim)))
+
+    # The operation and its transposes.
+
+    def __call__(self, left, right):
+        return lax.conv_general_dilated(
+            left,
+            right,
+            self.window_strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            lax.ConvDimensionNumbers(*self.dimension_numbers),
+            self.feature_group_count,
+            self.batch_group_count,
+            self.precision,
+            self.preferred_element_type,
+        )
+
+    def transpose_left(self, cotangent, right):
+        operand = jax.ShapeDtypeStruct(self.left_shape, right.dtype)
+        return jax.linear_transpose(lambda left: self(left, right), operand)(cotangent)[0]
+
+    def transpose_right(self, cotangent, left):
+        operand = jax.ShapeDtypeStruct(self.right_shape, left.dtype)
+        return jax.linear_transpose(lambda right: self(left, right), operand)(cotangent)[0]
+
+    # Sums over slices and readers factor over the spatial axes.
+
+    def left_energy(self, left):
+        summed = jnp.sum(self._split_left(left), axis=2, keepdims=True)
+        return self._join_output(_along_axes(summed, [axis.inputs for axis in self._axes]))
+
+    def right_energy(self, right):
+        summed = jnp.sum(self._split_right(right), axis=2)[:, None]
+        return self._join_output(_along_axes(summed, [axis.taps for axis in self._axes]))
+
+    def left_sum(self, cotangent):
+        summed = jnp.sum(self._split_output(cotangent), axis=2, keepdims=True)
+        return self._join_left(_along_axes(summed, [axis.inputs.T for axis in self._axes]))
+
+    def right_sum(self, cotangent):
+        summed = jnp.sum(self._split_output(cotangent), axis=1)[:, :, None]
+        return self._join_right(_along_axes(summed, [axis.taps.T for axis in self._axes]))
+
+    # The copies for real.
+
+    def lift_left(self, left):
+        lifted = self._split_left(left)
+        count = len(self._axes)
+        for place, axis in enumerate(self._axes):
+            # The axes done before are two each: [out, tap].
+            lifted = jnp.take(lifted, axis.index, axis=3 + 2 * place)
+        outs = [3 + 2 * place for place in range(count)]
+        taps = [4 + 2 * place for place in range(count)]
+        return self._slices(jnp.transpose(lifted, (0, 1, *outs, 2, *taps))[:, :, None])
+
+    def lift_right(self, right):
+        lifted = self._split_right(right)[:, None]
+        return self._slices(jnp.expand_dims(lifted, tuple(range(3, 3 + len(self._axes)))))
+
+    def _slices(self, lifted: Array) -> Array:
+        """`[*output, slice]` of `[group, batch, output channel, *out, input channel, *taps]`."""
+        groups, batch, channels, inputs = self._sizes
+        shape = (groups, batch, channels, *self._spatial, inputs, *self._taps)
+        lifted = jnp.broadcast_to(lifted * self._mask(lifted.dtype), shape)
+        return self._join_output(lifted.reshape(*shape[: 3 + len(self._axes)], -1))
+
+    def _mask(self, dtype: Any) -> Array:
+        """`[*out, 1, *taps]`: 1 where a tap reads an entry."""
+        count = len(self._axes)
+        mask = np.ones((1,) * (2 * count + 1))
+        for place, axis in enumerate(self._axes):
+            shape = [1] * (2 * count + 1)
+            shape[place], shape[count + 1 + place] = axis.taps.shape
+            mask = mask * axis.taps.reshape(shape)
+        return jnp.asarray(mask, dtype)
+
+    def mask_slices(self, copies):
+        if all(axis.taps.all() for axis in self._axes):
+            return copies
+        lengths = (*self._spatial, self._sizes[3], *self._taps)
+        mask = jnp.broadcast_to(self._mask(copies.dtype), lengths)
+        mask = mask.reshape(1, 1, 1, *self._spatial, -1)
+        return copies * self._join_output(mask)
+
+    def lower_left(self, copies):
+        operand = jax.ShapeDtypeStruct(self.left_shape, copies.dtype)
+        return jax.linear_transpose(self.lift_left, operand)(copies)[0]
+
+    def lower_right(self, copies):
+        operand = jax.ShapeDtypeStruct(self.right_shape, copies.dtype)
+        return jax.linear_transpose(self.lift_right, operand)(copies)[0]
+
+    def with_one_row(self, side: str) -> Convolution:
+        """The operation with one example (or one output channel) of a side in each group: all of
+        them see the same linear map.
+        """
+        lhs, rhs, _ = self.dimension_numbers
+        left, right = list(self.left_shape), list(self.right_shape)
+        if side == "left":
+            left[lhs[0]] = self.batch_group_count
+        else:
+            right[rhs[0]] = self._groups
+        return Convolution(
+            tuple(left),
+            tuple(right),
+            self.window_strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            self.dimension_numbers,
+            self.feature_group_count,
+            self.batch_group_count,
+            self.precision,
+            self.preferred_element_type,
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _axis(size: int, taps: int, stride: int, padding: tuple[int, int], lhs: int, rhs: int) -> _Axis:
+    dilated = max((size - 1) * lhs + 1, 0) if size else 0
+    span = dilated + sum(padding) - ((taps - 1) * rhs + 1)
+    out = max(span // stride + 1, 0)
+    place = stride * np.arange(out)[:, None] + rhs * np.arange(taps)[None, :] - padding[0]
+    valid = (place >= 0) & (place < dilated) & (place % lhs == 0)
+    index = np.where(valid, place // lhs, 0)
+    inputs = np.zeros((out, size))
+    rows, columns = np.nonzero(valid)
+    np.add.at(inputs, (rows, index[rows, columns]), 1)
+    return _Axis(index, valid.astype(np.float64), inputs)
+
+
+def _outer(factors: Sequence[np.ndarray]) -> np.ndarray:
+    found = np.ones(())
+    for factor in factors:
+        found = np.multiply.outer(found, factor)
+    return found
+
+
+def _placed(spatial: np.ndarray, spec: tuple[int, ...]) -> np.ndarray:
+    """An array over the spatial axes, broadcasting to an operand."""
+    return np.transpose(spatial[None, None], inverse(spec))
+
+
+def _constant(counts: np.ndarray) -> Any:
+    """A number where all are the same."""
+    if counts.size and (counts == counts.flat[0]).all():
+        return int(counts.flat[0])
+    return counts.astype(np.int64)
+
+
+def _along_axes(array: Array, matrices: Sequence[np.ndarray]) -> Array:
+    """Each matrix applied to one of the axes from the third on."""
+    apply: Callable[..., Array] = functools.partial(jnp.matmul, precision="highest")
+    for place, matrix in enumerate(matrices):
+        moved = jnp.moveaxis(array, 3 + place, -1)
+        moved = apply(moved, jnp.asarray(matrix.T, array.dtype))
+        array = jnp.moveaxis(moved, -1, 3 + place)
+    return array
