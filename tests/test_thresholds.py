@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ RULES = {
 def brute_branch(function, ends, x, direction):
     """All intervals between thresholds, by their value in the middle: the nearest one beyond."""
     pieces = []
-    for lower, upper in zip(ends[:-1], ends[1:], strict=True):
+    for lower, upper in itertools.pairwise(ends):
         inside = np.clip(0.5 * (max(lower, -1e3) + min(upper, 1e3)), lower, upper)
         pieces.append((lower, upper, float(function(jnp.asarray(inside)))))
     here = float(function(jnp.asarray(x)))
@@ -83,7 +85,8 @@ def test_opinions_grow_with_the_request_and_vanish_out_of_reach():
     reference = Reference((x,), (), jnp.sign(x))
     (moved,), _ = Threshold(SIGN).project(reference, (jnp.zeros_like(x),), (1.0,), g, 1.0)
     assert moved[1] > moved[0] > 0
-    assert moved[2] == 0 and moved[4] == 0
+    assert moved[2] == 0
+    assert moved[4] == 0
     assert moved[3] < 0  # already on its side: towards its margin
 
 

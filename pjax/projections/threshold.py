@@ -1,12 +1,14 @@
-"""Piecewise constant functions under small requests: which branch is asked for, and how far to go.
+"""Piecewise constant functions under small requests: the branch that is asked for.
 
-A request for the output of `sign`, of a step or of a quantizer that is far smaller than a jump moves
-nothing by the nearest point of the whole graph: to stay is nearer. Here it asks for a *branch*, the
-nearest piece whose value lies where the request points. No slope is made up for the function.
+A request for the output of `sign`, of a step or of a quantizer that is far smaller than a jump
+moves nothing by the nearest point of the whole graph: to stay is nearer. Here it asks for a
+*branch*, the nearest piece whose value lies where the request points. No slope is made up for the
+function.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,9 +38,7 @@ def asked_piece(
     dtype = reference.dtype
     values = [piece.intercept for piece in function.pieces]
     # Values that are the same up to rounding are no rise.
-    least = 1e-4 * min(
-        abs(a - b) for a, b in zip(values[:-1], values[1:], strict=True) if abs(a - b) > 0
-    )
+    least = 1e-4 * min(abs(a - b) for a, b in itertools.pairwise(values) if abs(a - b) > 0)
     lower, upper = jnp.full_like(reference, -jnp.inf), jnp.full_like(reference, jnp.inf)
     for beyond in (False, True):  # the own piece first: it stays where none is beyond
         nearest = jnp.full_like(reference, jnp.inf)
