@@ -37,6 +37,7 @@ from pjax.rules import (
     bilinear_operands,
     find_builder,
 )
+from pjax.thresholds import as_threshold
 from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, read, run
 from pjax.wiring import (
     Route,
@@ -726,6 +727,8 @@ class _Builder:
         for var in sorted(units):
             index_of[var] = len(nodes)
             unit = units[var]
+            if self.layers:
+                unit = replace(unit, spec=unit.spec._replace(rule=as_threshold(unit.spec.rule)))
             nodes.append(self._node(len(nodes), "operation", unit, var, producers, index_of))
         for equation in self.loss_equations:
             builder = find_builder(equation.primitive)

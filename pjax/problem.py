@@ -27,6 +27,7 @@ from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
 from pjax.slots import Compact, Dense, Lifted, Storage
+from pjax.thresholds import Threshold
 from pjax.trace import Program, TraceError, read, trace
 
 Fanout = Literal["exact", "paper"]
@@ -641,7 +642,11 @@ class Problem:
         if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
                for i in self._readers[node.index]):  # fmt: skip
             return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
-        wanted = self.layout.metric.request / len(self.layout.asked)
+        wanted = self.layout.metric.request
+        readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
+        # What only thresholds read has no size that the loss sees, and is asked for all of it.
+        if not all(isinstance(reader.rule, Threshold) for reader in readers):
+            wanted = wanted / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
         asked = wanted * size / jnp.where(found > 0, found, 1)
         return asked.astype(self._number_type(node.index))
