@@ -37,7 +37,6 @@ from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceErro
 from pjax.wiring import (
     Route,
     broadcast_step,
-    data_operands,
     find_route,
     is_wiring,
     structure_depends_on_parameters,
@@ -460,7 +459,8 @@ class _Builder:
         program = self.program
         pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
         for equation in program.equations:
-            if all(isinstance(a, Scalar) or a in pure for a in data_operands(equation)):
+            # Also the indices: what a table holds for the tokens of a batch depends on the batch.
+            if all(isinstance(a, Scalar) or a in pure for a in equation.inputs):
                 pure.update(equation.outputs)
         return pure
 

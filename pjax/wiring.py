@@ -120,6 +120,10 @@ class Route:
         - `deviations`: one array per source.
         - `known`: values of the known variables (indices and predicates).
         """
+        return self.values(deviations, known)[self.target]
+
+    def values(self, deviations: Sequence[Array], known: Mapping[int, Any]) -> dict[int, Any]:
+        """The deviations of the sources, and of all that the wiring makes of them."""
         values: dict[int, Any] = dict(zip(self.sources, deviations, strict=True))
         for equation in self.equations:
             structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
@@ -133,7 +137,7 @@ class Route:
                     operands.append(self._zeros(atom))
             outputs = _linear_part(equation).bind(*operands)
             values.update(zip(equation.outputs, outputs, strict=True))
-        return values[self.target]
+        return values
 
     def _zeros(self, atom: Atom) -> Array:
         return jnp.zeros(self.program.shape(atom), self.program.dtype(atom))
@@ -148,6 +152,37 @@ class Route:
         ]
         transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
         return tuple(transpose(slot))
+
+
+def pull_together(
+    routes: Sequence[Route], slots: Sequence[Array], known: Mapping[int, Any]
+) -> dict[int, Array]:
+    """The transpose of several routes at once: for each source the sum over all their slots.
+
+    What the routes have in common is transposed once, after their sum.
+    """
+    if len(routes) == 1:
+        return dict(zip(routes[0].sources, routes[0].pull(slots[0], known), strict=True))
+    program = routes[0].program
+    sources = tuple(dict.fromkeys(var for route in routes for var in route.sources))
+    # An equation defines greater numbers than those that it reads.
+    equations = sorted(
+        dict.fromkeys(equation for route in routes for equation in route.equations),
+        key=lambda equation: equation.outputs[0],
+    )
+    targets = tuple(dict.fromkeys(route.target for route in routes))
+    joint = Route(program, sources, tuple(equations), targets[-1])
+    structs = [jax.ShapeDtypeStruct(program.shape(v), program.dtype(v)) for v in sources]
+
+    def values_of(*values: Array) -> list[Array]:
+        found = joint.values(values, known)
+        return [found[target] for target in targets]
+
+    sums: dict[int, Array] = {}
+    for route, slot in zip(routes, slots, strict=True):
+        sums[route.target] = sums[route.target] + slot if route.target in sums else slot
+    transpose = jax.linear_transpose(values_of, *structs)
+    return dict(zip(sources, transpose([sums[target] for target in targets]), strict=True))
 
 
 def find_route(
