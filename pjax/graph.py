@@ -739,9 +739,15 @@ def _no_rule(program: Program, equation: Equation) -> str:
             "`jax.lax.stop_gradient`, it would need none."
         )
     if name in ("scan", "while", "cond"):
+        what_to_do = {
+            "scan": "unroll the loop in Python",
+            "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python "
+            "numbers, `jax.lax.scan`)",
+            "cond": "select with `jnp.where`, or choose the branch in Python",
+        }[name]
         return (
-            f"{message} Control flow over parameters is not supported: unroll the loop in Python, "
-            "or select with `jnp.where`."
+            f"{message} Control flow over parameters whose course depends on data is not "
+            f"supported: {what_to_do}."
         )
     if len(equation.outputs) != 1:
         return f"{message} It has several outputs, and a node has one: none can be registered."

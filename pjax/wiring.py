@@ -91,6 +91,23 @@ def _linear_part(equation: Equation) -> Equation:
     return replace(equation, params={**equation.params, "fill_value": 0})
 
 
+_SPLIT = _compat.find_primitives("split")
+
+
+def _some_parts(equation: Equation, operand: Any, used: set[Any]) -> list[Any]:
+    """The outputs of a `split` that are in `used`, None for the others: a step of a long loop
+    reads one of many.
+    """
+    axis, parts, start = equation.params["axis"], [], 0
+    for out, size in zip(equation.outputs, equation.params["sizes"], strict=True):
+        wanted = out in used
+        parts.append(
+            jax.lax.slice_in_dim(operand, start, start + size, axis=axis) if wanted else None
+        )
+        start += size
+    return parts
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
     """How one slot reads its producers: `slot = route(values of the sources)`.
@@ -120,10 +137,15 @@ class Route:
         - `deviations`: one array per source.
         - `known`: values of the known variables (indices and predicates).
         """
-        return self.values(deviations, known)[self.target]
+        return self.values(deviations, known, (self.target,))[self.target]
 
-    def values(self, deviations: Sequence[Array], known: Mapping[int, Any]) -> dict[int, Any]:
-        """The deviations of the sources, and of all that the wiring makes of them."""
+    def values(
+        self, deviations: Sequence[Array], known: Mapping[int, Any], targets: Sequence[int]
+    ) -> dict[int, Any]:
+        """The deviations of the sources, and of all that the wiring makes of them on the way to
+        `targets`.
+        """
+        used = {atom for equation in self.equations for atom in equation.inputs} | set(targets)
         values: dict[int, Any] = dict(zip(self.sources, deviations, strict=True))
         for equation in self.equations:
             structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
@@ -135,7 +157,10 @@ class Route:
                     operands.append(read(known, atom))
                 else:
                     operands.append(self._zeros(atom))
-            outputs = _linear_part(equation).bind(*operands)
+            if equation.primitive in _SPLIT and not used.issuperset(equation.outputs):
+                outputs = _some_parts(equation, operands[0], used)
+            else:
+                outputs = _linear_part(equation).bind(*operands)
             values.update(zip(equation.outputs, outputs, strict=True))
         return values
 
@@ -175,7 +200,7 @@ def pull_together(
     structs = [jax.ShapeDtypeStruct(program.shape(v), program.dtype(v)) for v in sources]
 
     def values_of(*values: Array) -> list[Array]:
-        found = joint.values(values, known)
+        found = joint.values(values, known, targets)
         return [found[target] for target in targets]
 
     sums: dict[int, Array] = {}
