@@ -37,6 +37,7 @@ from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceErro
 from pjax.wiring import (
     Route,
     broadcast_step,
+    data_operands,
     find_route,
     is_wiring,
     structure_depends_on_parameters,
@@ -456,13 +457,20 @@ class _Builder:
         return reads  # pyright: ignore[reportReturnType]
 
     def _find_pure(self) -> set[int]:
+        """What depends on parameters alone. Rows of a parameter that data asks for do as well, but
+        what is computed of them depends on the data.
+        """
         program = self.program
         pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
+        rows: set[int] = set()
         for equation in program.equations:
-            # Also the indices: what a table holds for the tokens of a batch depends on the batch.
             if all(isinstance(a, Scalar) or a in pure for a in equation.inputs):
                 pure.update(equation.outputs)
-        return pure
+            elif is_wiring(program, equation) and all(
+                isinstance(a, Scalar) or a in pure or a in rows for a in data_operands(equation)
+            ):
+                rows.update(equation.outputs)
+        return pure | rows
 
     # Units.
 
