@@ -702,7 +702,12 @@ class Problem:
                 continue
             # An identity stands for its producer in some slots: those have a sum of their own.
             feeds = dict(zip(slot.route.sources, slot.producers, strict=True))
-            keys = [(id(e), feeds[v]) for e in slot.route.equations for v in e.inputs if v in feeds]
+            keys = [
+                (id(e), feeds[v])
+                for e in slot.route.equations
+                for v in e.inputs
+                if isinstance(v, int) and v in feeds
+            ]
             place = next((group_of[key] for key in keys if key in group_of), len(groups))
             if place == len(groups):
                 groups.append([])

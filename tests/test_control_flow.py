@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,8 @@ def scanned(p, reverse=False, body=cell):
 
 def by_hand(p, reverse=False):
     xs, _, labels = data()
-    h, found = jnp.zeros((ROWS, WIDTH), xs.dtype), [None] * STEPS
+    found: list[Any] = [None] * STEPS
+    h = jnp.zeros((ROWS, WIDTH), xs.dtype)
     entries = [jax.lax.squeeze(e, (0,)) for e in jax.lax.split(xs, (1,) * STEPS)]
     for step in reversed(range(STEPS)) if reverse else range(STEPS):
         h, found[step] = cell(p, h, entries[step])
@@ -242,6 +245,7 @@ def test_the_consensus_of_repeated_tokens(x64):
     params = used(make_params(), "table", "head")
     problem = feasibility_problem(fn, params, grouping="levels")
     table = next(n for n in problem.graph.parameters if n.name == "['table']")
+    assert table.output is not None
     readers = [s for s in problem.graph.slots if table.index in s.producers]
     assert len(readers) == STEPS  # one wire per step, of one lookup
     rng = np.random.default_rng(3)
