@@ -67,11 +67,26 @@ def call_body(primitive: Any, params: dict[str, Any]) -> tuple[Any, tuple[Any, .
         return None
     for name in _BODY_PARAMETERS:
         body: Any = params.get(name)
-        if isinstance(body, ClosedJaxpr):
-            return body.jaxpr, tuple(body.consts)
-        if isinstance(body, Jaxpr):
-            return body, ()
+        if isinstance(body, (ClosedJaxpr, Jaxpr)):
+            return open_jaxpr(body)
     return None
+
+
+def open_jaxpr(body: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The `(jaxpr, consts)` of a body, which may be open or closed."""
+    return (body.jaxpr, tuple(body.consts)) if isinstance(body, ClosedJaxpr) else (body, ())
+
+
+def scan_body(params: dict[str, Any]) -> tuple[Any, tuple[Any, ...], int, int]:
+    """The `(jaxpr, consts, num_consts, num_carry)` of a `scan`.
+
+    JAX 0.11 has the structure of the inputs, `(consts, carry, xs)`, in place of the two numbers.
+    """
+    jaxpr, consts = open_jaxpr(params["jaxpr"])
+    if "num_carry" in params:
+        return jaxpr, consts, params["num_consts"], params["num_carry"]
+    num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    return jaxpr, consts, num_consts, num_carry
 
 
 def _directory(path: str) -> str:

@@ -476,12 +476,20 @@ class _Builder:
         return reads  # pyright: ignore[reportReturnType]
 
     def _find_pure(self) -> set[int]:
+        """What depends on parameters alone. Rows of a parameter that data asks for do as well, but
+        what is computed of them depends on the data.
+        """
         program = self.program
         pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
+        rows: set[int] = set()
         for equation in program.equations:
-            if all(isinstance(a, Scalar) or a in pure for a in data_operands(equation)):
+            if all(isinstance(a, Scalar) or a in pure for a in equation.inputs):
                 pure.update(equation.outputs)
-        return pure
+            elif is_wiring(program, equation) and all(
+                isinstance(a, Scalar) or a in pure or a in rows for a in data_operands(equation)
+            ):
+                rows.update(equation.outputs)
+        return pure | rows
 
     # Units.
 
@@ -795,9 +803,15 @@ def _no_rule(program: Program, equation: Equation) -> str:
             "`jax.lax.stop_gradient`, it would need none."
         )
     if name in ("scan", "while", "cond"):
+        what_to_do = {
+            "scan": "unroll the loop in Python",
+            "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python "
+            "numbers, `jax.lax.scan`)",
+            "cond": "select with `jnp.where`, or choose the branch in Python",
+        }[name]
         return (
-            f"{message} Control flow over parameters is not supported: unroll the loop in Python, "
-            "or select with `jnp.where`."
+            f"{message} Control flow over parameters whose course depends on data is not "
+            f"supported: {what_to_do}."
         )
     if len(equation.outputs) != 1:
         return f"{message} It has several outputs, and a node has one: none can be registered."

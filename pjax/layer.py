@@ -235,10 +235,29 @@ class LayerSum(Rule):
                     new.append(None)
                     continue
                 other = now[1] if side == "left" else now[0]
-                gain, last = largest_gain(term.operation, side, other, start, iterations)
+                gain, last = self._bound(reference.shared, term, side, other, start, iterations)
                 found.append(term.scale**2 * gain)
                 new.append(last)
         return tuple(found), tuple(new)
+
+    def _bound(
+        self,
+        shared: dict[Any, Any] | None,
+        term: Product,
+        side: Side,
+        other: Array,
+        start: Array | None,
+        iterations: int,
+    ) -> tuple[Array, Array | None]:
+        """`largest_gain`, once for all nodes that read the same array by the same operation."""
+        operation = term.operation
+        if shared is None:
+            return largest_gain(operation, side, other, start, iterations)
+        narrow = _narrow(operation, side) if isinstance(operation, DotGeneral) else operation
+        key = narrow, side, id(other), iterations
+        if key not in shared:  # with the array, so that its identity stays its own
+            shared[key] = largest_gain(operation, side, other, start, iterations), other
+        return shared[key][0]
 
 
 _SIDES: tuple[Side, Side] = ("left", "right")

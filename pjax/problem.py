@@ -29,6 +29,7 @@ from pjax.rules import Exactness, Geometry, Reference
 from pjax.slots import Compact, Dense, Lifted, Storage
 from pjax.thresholds import Threshold
 from pjax.trace import Program, TraceError, read, trace
+from pjax.wiring import pull_together
 
 Fanout = Literal["exact", "paper"]
 Grouping = Literal["colours", "levels"]
@@ -301,7 +302,9 @@ class Problem:
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
         self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
+        self._shared_gains: dict[Any, Any] = {}
         weighing = layout.metric.weigh(self)
+        self._shared_gains.clear()
         #: The weight of each slot; of one that stands for copies, of each copy.
         self.weights = weighing.weights
         #: For each slot where the power iterations of the next problem may begin, or None.
@@ -335,6 +338,7 @@ class Problem:
         slots = [self.graph.slots[i] for i in self._readers[node]]
         exponent = _largest([weights[slot.index].exponent for slot in slots])
         total: Any = 0.0
+        pending: list[tuple[Slot, Array]] = []
         for slot in slots:
             mantissa, own, _ = weights[slot.index]
             weight = mantissa * self._copies(slot) * _power_between(own, exponent)
@@ -346,10 +350,12 @@ class Problem:
                     continue
                 if count is None or jnp.ndim(weight):
                     full = jnp.broadcast_to(jnp.asarray(weight, slot.dtype), slot.shape)
-                    place = slot.producers.index(producer)
-                    total = total + slot.route.pull(full, self.values)[place]
+                    pending.append((slot, full))
                     break
                 total = total + weight * count
+        for producer, part in self._pull(pending):
+            if producer == node:
+                total = total + part
         return Weight(total, exponent)
 
     def _copies(self, slot: Slot) -> Any:
@@ -444,7 +450,8 @@ class Problem:
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
         assert node.rule is not None
-        return node.rule.gains(self._references[node.index], wanted, vectors, iterations)
+        reference = self._references[node.index]._replace(shared=self._shared_gains)
+        return node.rule.gains(reference, wanted, vectors, iterations)
 
     def _exponent(self, node: Node) -> Any:
         """The exponent of a node's unit: that of its output, or of the slot of a loss."""
@@ -573,8 +580,9 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
-        kept = {slot: mask for (slot, number), mask in self._kept.items() if number == group}
-        return self._project(self.layout.groups[group], kept, state)
+        members = self.layout.groups[group]
+        kept = {i: self._kept[i, group] for node in members for i in self._readers[node]}
+        return self._project(members, kept, state)
 
     def _project(
         self, members: Sequence[int], kept: dict[int, Array | None], state: State
@@ -593,9 +601,8 @@ class Problem:
             if index in self.layout.asked:
                 place = len(graph.slots) + self.layout.asked.index(index)
                 new[place] = self._asked_size(node, targets[index])
-        for slot in graph.slots:
-            if any(producer in outputs for producer in slot.producers):
-                new[slot.index] = self._write(slot, kept[slot.index], outputs, state)
+        for index in sorted({i for node in outputs for i in self._readers[node]}):
+            new[index] = self._write(graph.slots[index], kept[index], outputs, state)
         return tuple(new)
 
     def _project_node(
@@ -675,9 +682,9 @@ class Problem:
         members = set(nodes)
         sums: dict[int, Any] = {}
         single: dict[int, Array] = {}
-        for slot in self.graph.slots:
-            if members.isdisjoint(slot.producers):
-                continue
+        pending: list[tuple[Slot, Array]] = []
+        slots = {i for node in nodes for i in self._readers[node]}
+        for slot in (self.graph.slots[i] for i in sorted(slots)):
             mean = self.mean(state, slot)
             if slot.route.direct and len(self._readers[slot.producers[0]]) == 1:
                 single[slot.producers[0]] = mean
@@ -688,10 +695,10 @@ class Problem:
                         sums.setdefault(producer, jnp.zeros_like(self.values[var]))
                 continue
             weight = self.weights[slot.index].mantissa * self._copies(slot)
-            pulled = slot.route.pull((mean * weight).astype(mean.dtype), self.values)
-            for producer, part in zip(slot.producers, pulled, strict=True):
-                if producer in members:
-                    sums[producer] = sums[producer] + part if producer in sums else part
+            pending.append((slot, (mean * weight).astype(mean.dtype)))
+        for producer, part in self._pull(pending):
+            if producer in members:
+                sums[producer] = sums[producer] + part if producer in sums else part
         targets = dict(single)
         for producer, total in sums.items():
             weight = self._total_weights[producer].mantissa
@@ -699,6 +706,54 @@ class Problem:
                 weight = jnp.where(weight > 0, weight, 1)
             targets[producer] = (total / weight).astype(total.dtype)
         return targets
+
+    def _pull(self, entries: Sequence[tuple[Slot, Array]]) -> list[tuple[int, Array]]:
+        """What the entries of slots sum to for each of their producers: `(producer, part)`.
+
+        Slots that share wiring are pulled at once: the steps of a loop read their entries of one
+        array, whose transpose then is one array too.
+        """
+        found: list[tuple[int, Array]] = []
+        groups: list[list[tuple[Slot, Array]]] = []
+        group_of: dict[tuple[int, int], int] = {}
+        for slot, value in entries:
+            if slot.route.direct:
+                found.append((slot.producers[0], value))
+                continue
+            # An identity stands for its producer in some slots: those have a sum of their own.
+            feeds = dict(zip(slot.route.sources, slot.producers, strict=True))
+            keys = [
+                (id(e), feeds[v])
+                for e in slot.route.equations
+                for v in e.inputs
+                if isinstance(v, int) and v in feeds
+            ]
+            place = next((group_of[key] for key in keys if key in group_of), len(groups))
+            if place == len(groups):
+                groups.append([])
+            groups[place].append((slot, value))
+            group_of.update(dict.fromkeys(keys, place))
+        for group in groups:
+            # What an identity feeds in one slot and its producer in another cannot be told apart.
+            by_producer: dict[Any, list[tuple[Slot, Array]]] = {}
+            feeds: dict[int, int] = {}
+            for slot, value in group:
+                own = dict(zip(slot.route.sources, slot.producers, strict=True))
+                if any(feeds.get(var, producer) != producer for var, producer in own.items()):
+                    by_producer.setdefault(slot.index, []).append((slot, value))
+                    continue
+                feeds.update(own)
+                by_producer.setdefault(None, []).append((slot, value))
+            for part in by_producer.values():
+                slots, values = zip(*part, strict=True)
+                producers = {
+                    var: producer
+                    for slot in slots
+                    for var, producer in zip(slot.route.sources, slot.producers, strict=True)
+                }
+                sums = pull_together([slot.route for slot in slots], values, self.values)
+                found += [(producers[var], total) for var, total in sums.items()]
+        return found
 
     def _write(
         self, slot: Slot, kept: Array | None, outputs: dict[int, Array], state: State

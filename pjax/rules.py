@@ -59,6 +59,8 @@ class Reference(NamedTuple):
     - `output`: the node's output (None for a loss).
     - `inner`: for a piecewise linear node, the argument `u` of its function.
     - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
+    - `shared`: while gains are bounded, what nodes have found that others may need: a weight that
+        is read at every step of a loop is bounded once.
     """
 
     inputs: tuple[Array, ...]
@@ -66,6 +68,7 @@ class Reference(NamedTuple):
     output: Any
     inner: Any = None
     geometry: Geometry = Geometry()
+    shared: dict[Any, Any] | None = None
 
 
 class Rule(ABC):

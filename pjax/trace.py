@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, windows
+from pjax import _compat, control_flow, windows
 from pjax._compat import P
 
 
@@ -192,7 +192,7 @@ def trace(
         return out_leaves
 
     closed = jax.make_jaxpr(flat)(*leaves)
-    program, consts = _Flattener().flatten(closed, paths, num_outputs[0])
+    program, consts = Flattener().flatten(closed, paths, num_outputs[0])
     return program, leaves, consts, tree_out[0]
 
 
@@ -244,9 +244,11 @@ _INTEGER_ARITHMETIC = _UNIFORM_WIRING | _compat.find_primitives(
     "add", "sub", "mul", "neg", "copy", "convert_element_type", "abs",
     "concatenate", "stack", "reduce_sum", "reduce_max", "reduce_min", "dot_general",
 )  # fmt: skip
+#: What does not follow its operands in a solve.
+_RESTING = control_flow.INDICES | _compat.find_primitives("stop_gradient")
 
 
-class _Flattener:
+class Flattener:
     """Inlines and renames: two calls of one jitted function share jaxpr variables, ours do not."""
 
     def __init__(self) -> None:
@@ -256,6 +258,9 @@ class _Flattener:
         self.variable: set[int] = set()
         self.constants: dict[int, Any] = {}
         self.integer_leaves: dict[int, str] = {}
+        self.definitions: dict[int, Equation] = {}
+        # By identity: the equation is kept, so that no other one takes its place.
+        self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
 
     def flatten(
         self, closed: Any, paths: Sequence[str], num_outputs: int | None = None
@@ -276,7 +281,7 @@ class _Flattener:
             elif jnp.issubdtype(dtype, jnp.integer):
                 self.integer_leaves[number] = path
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-            env[var] = self._constant(value, var.aval.dtype)
+            env[var] = self.constant(value, var.aval.dtype)
         self._inline(closed.jaxpr, env, "")
         atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
         cut = len(atoms) if num_outputs is None else num_outputs
@@ -399,11 +404,11 @@ class _Flattener:
     def _atom(self, env: dict[Any, Atom], var: Any) -> Atom:
         if isinstance(var, _compat.Literal):
             if np.ndim(var.val):  # JAX may keep small arrays as literals
-                return self._constant(np.asarray(var.val), var.aval.dtype)
+                return self.constant(np.asarray(var.val), var.aval.dtype)
             return Scalar(np.asarray(var.val).item(), var.aval.dtype)
         return env[var]
 
-    def _constant(self, value: Any, dtype: Any) -> Atom:
+    def constant(self, value: Any, dtype: Any = None) -> Atom:
         """A captured value: a NumPy scalar is a literal, an array an input of the program."""
         if not isinstance(value, jax.Array):
             if np.ndim(value) == 0:
@@ -413,26 +418,60 @@ class _Flattener:
         self.constants[number] = value
         return number
 
+    def inline_body(
+        self, jaxpr: Any, captured: Sequence[Atom], inputs: Sequence[Atom], source: str
+    ) -> list[Atom]:
+        """The outputs of the body of a call at `source`, with its equations added."""
+        env: dict[Any, Atom] = dict(zip(jaxpr.constvars, captured, strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+        self._inline(jaxpr, env, source, _compat.is_library_function(jaxpr))
+        return [self._atom(env, out) for out in jaxpr.outvars]
+
+    def add_function(self, fn: Any, inputs: Sequence[Atom], source: str) -> list[Atom]:
+        """The outputs of a JAX function of `inputs`, with its equations added at `source`."""
+        shapes = [
+            jax.ShapeDtypeStruct(atom.shape, atom.dtype)
+            if isinstance(atom, Scalar)
+            else jax.ShapeDtypeStruct(self.avals[atom].shape, self.avals[atom].dtype)
+            for atom in inputs
+        ]
+        closed = jax.make_jaxpr(fn)(*shapes)
+        captured = [
+            self.constant(value, var.aval.dtype)
+            for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)
+        ]
+        return self.inline_body(closed.jaxpr, captured, inputs, source)
+
+    def _source(self, eqn: Any, caller: str) -> str:
+        # A body of a loop is met once per step, and tracebacks are slow to read.
+        key = (id(eqn), caller)
+        if key not in self._sources:
+            self._sources[key] = (eqn, _compat.source_line(eqn, caller))
+        return self._sources[key][1]
+
     def _inline(self, jaxpr: Any, env: dict[Any, Atom], caller: str, foreign: bool = False) -> None:
         for eqn in jaxpr.eqns:
             inputs = tuple(self._atom(env, var) for var in eqn.invars)
-            source = caller if foreign and caller else _compat.source_line(eqn, caller)
+            source = caller if foreign and caller else self._source(eqn, caller)
             body = _compat.call_body(eqn.primitive, eqn.params)
             if body is not None:
                 inner, consts = body
-                inner_env: dict[Any, Atom] = {}
-                for var, value in zip(inner.constvars, consts, strict=True):
-                    inner_env[var] = self._constant(value, var.aval.dtype)
-                inner_env.update(zip(inner.invars, inputs, strict=True))
-                self._inline(inner, inner_env, source, _compat.is_library_function(inner))
-                for var, out in zip(eqn.outvars, inner.outvars, strict=True):
+                captured = [
+                    self.constant(value, var.aval.dtype)
+                    for var, value in zip(inner.constvars, consts, strict=True)
+                ]
+                results = self.inline_body(inner, captured, inputs, source)
+            else:
+                results = control_flow.expand(self, eqn, inputs, source)
+            if results is not None:
+                for var, out in zip(eqn.outvars, results, strict=True):
                     if not isinstance(var, _compat.DropVar):
-                        env[var] = self._atom(inner_env, out)
+                        env[var] = out
                 continue
             if eqn.primitive in _BINARY:
                 aval = eqn.outvars[0].aval
                 inputs = tuple(self._broadcast(atom, aval, source) for atom in inputs)
-            if eqn.primitive is P.clamp_p and any(map(self._is_variable, inputs)):
+            if eqn.primitive is P.clamp_p and any(map(self.is_variable, inputs)):
                 self._clamp(inputs, self._new(env, eqn.outvars[0]), source)
                 continue
             if self._rewrite(eqn, inputs, env, source):
@@ -442,7 +481,7 @@ class _Flattener:
 
     def _rewrite(self, eqn: Any, inputs: tuple[Atom, ...], env: Any, source: str) -> bool:
         """Inlines what stands for a reduction over windows; whether `eqn` is one."""
-        if REGISTRATIONS[eqn.primitive] or not any(map(self._is_variable, inputs)):
+        if REGISTRATIONS[eqn.primitive] or not any(map(self.is_variable, inputs)):
             return False
         operands = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
         closed = windows.rewrite(eqn.primitive, eqn.params, operands)
@@ -455,15 +494,15 @@ class _Flattener:
         env[eqn.outvars[0]] = self._atom(inner, closed.jaxpr.outvars[0])
         return True
 
-    def _is_variable(self, atom: Atom) -> bool:
+    def is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable
 
     def _add(self, equation: Equation) -> None:
         self.equations.append(equation)
-        # What a `stop_gradient` returns rests during a solve, like any other data.
-        if equation.primitive is not P.stop_gradient_p and any(
-            map(self._is_variable, equation.inputs)
-        ):
+        self.definitions.update(dict.fromkeys(equation.outputs, equation))
+        # What a `stop_gradient` returns rests during a solve, like any other data; so does the
+        # index of a choice.
+        if equation.primitive not in _RESTING and any(map(self.is_variable, equation.inputs)):
             self.variable.update(equation.outputs)
             return
         self._propagate_uniform(equation)

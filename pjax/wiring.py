@@ -91,6 +91,23 @@ def _linear_part(equation: Equation) -> Equation:
     return replace(equation, params={**equation.params, "fill_value": 0})
 
 
+_SPLIT = _compat.find_primitives("split")
+
+
+def _some_parts(equation: Equation, operand: Any, used: set[Any]) -> list[Any]:
+    """The outputs of a `split` that are in `used`, None for the others: a step of a long loop
+    reads one of many.
+    """
+    axis, parts, start = equation.params["axis"], [], 0
+    for out, size in zip(equation.outputs, equation.params["sizes"], strict=True):
+        wanted = out in used
+        parts.append(
+            jax.lax.slice_in_dim(operand, start, start + size, axis=axis) if wanted else None
+        )
+        start += size
+    return parts
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
     """How one slot reads its producers: `slot = route(values of the sources)`.
@@ -120,6 +137,15 @@ class Route:
         - `deviations`: one array per source.
         - `known`: values of the known variables (indices and predicates).
         """
+        return self.values(deviations, known, (self.target,))[self.target]
+
+    def values(
+        self, deviations: Sequence[Array], known: Mapping[int, Any], targets: Sequence[int]
+    ) -> dict[int, Any]:
+        """The deviations of the sources, and of all that the wiring makes of them on the way to
+        `targets`.
+        """
+        used = {atom for equation in self.equations for atom in equation.inputs} | set(targets)
         values: dict[int, Any] = dict(zip(self.sources, deviations, strict=True))
         for equation in self.equations:
             structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
@@ -131,9 +157,12 @@ class Route:
                     operands.append(read(known, atom))
                 else:
                     operands.append(self._zeros(atom))
-            outputs = _linear_part(equation).bind(*operands)
+            if equation.primitive in _SPLIT and not used.issuperset(equation.outputs):
+                outputs = _some_parts(equation, operands[0], used)
+            else:
+                outputs = _linear_part(equation).bind(*operands)
             values.update(zip(equation.outputs, outputs, strict=True))
-        return values[self.target]
+        return values
 
     def _zeros(self, atom: Atom) -> Array:
         return jnp.zeros(self.program.shape(atom), self.program.dtype(atom))
@@ -148,6 +177,37 @@ class Route:
         ]
         transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
         return tuple(transpose(slot))
+
+
+def pull_together(
+    routes: Sequence[Route], slots: Sequence[Array], known: Mapping[int, Any]
+) -> dict[int, Array]:
+    """The transpose of several routes at once: for each source the sum over all their slots.
+
+    What the routes have in common is transposed once, after their sum.
+    """
+    if len(routes) == 1:
+        return dict(zip(routes[0].sources, routes[0].pull(slots[0], known), strict=True))
+    program = routes[0].program
+    sources = tuple(dict.fromkeys(var for route in routes for var in route.sources))
+    # An equation defines greater numbers than those that it reads.
+    equations = sorted(
+        dict.fromkeys(equation for route in routes for equation in route.equations),
+        key=lambda equation: equation.outputs[0],
+    )
+    targets = tuple(dict.fromkeys(route.target for route in routes))
+    joint = Route(program, sources, tuple(equations), targets[-1])
+    structs = [jax.ShapeDtypeStruct(program.shape(v), program.dtype(v)) for v in sources]
+
+    def values_of(*values: Array) -> list[Array]:
+        found = joint.values(values, known, targets)
+        return [found[target] for target in targets]
+
+    sums: dict[int, Array] = {}
+    for route, slot in zip(routes, slots, strict=True):
+        sums[route.target] = sums[route.target] + slot if route.target in sums else slot
+    transpose = jax.linear_transpose(values_of, *structs)
+    return dict(zip(sources, transpose([sums[target] for target in targets]), strict=True))
 
 
 def find_route(

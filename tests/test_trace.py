@@ -405,7 +405,7 @@ def test_closed_calls_are_inlined():
     (eqn,) = closed.jaxpr.eqns
     eqn = eqn.replace(primitive=closed_call_p, params={"call_jaxpr": eqn.params["jaxpr"]})
     closed = closed.replace(jaxpr=closed.jaxpr.replace(eqns=[eqn]))
-    program, consts = trace_module._Flattener().flatten(closed, ["w"])
+    program, consts = trace_module.Flattener().flatten(closed, ["w"])
     assert "closed_call" not in [e.name for e in program.equations]
     values = program.evaluate([params["w"][0][:, :CLASSES]], consts)
     expected = loss(jax.nn.relu(X @ params["w"][0][:, :CLASSES]))

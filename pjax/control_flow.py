@@ -1,0 +1,175 @@
+"""Control flow and choices become plain equations: loops unrolled, branches taken.
+
+- `scan` (and a `fori_loop` with fixed bounds, which is one) over values that depend on parameters
+  is unrolled: its body once per step, the entries of `xs` and `ys` by wiring. A scan of known
+  values alone stays one equation.
+- `cond` and `switch` take the branch of a predicate that the program fixes.
+- `sort` and `top_k` of values that depend on parameters read their operands in the order of the
+  forward pass: the choice rests during a solve, like any other data, and what is chosen is wiring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjax import _compat
+from pjax._compat import P
+
+if TYPE_CHECKING:
+    from pjax.trace import Atom, Equation, Flattener
+
+#: Choices whose only output is an index: known values of the forward pass.
+INDICES = _compat.find_primitives("argmax", "argmin")
+_SORT = _compat.find_primitives("sort")
+_TOP_K = _compat.find_primitives("top_k")
+#: Larger arrays than this are not evaluated to find out which branch is taken.
+_MAX_STATIC_SIZE = 2**20
+
+
+def expand(
+    flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
+) -> list[Atom] | None:
+    """The outputs of a control flow equation, as plain equations; None if it stays as it is."""
+    if eqn.primitive is P.cond_p:
+        return _branch(flattener, eqn, inputs, source)
+    if not any(map(flattener.is_variable, inputs)):
+        return None
+    if eqn.primitive is P.scan_p:
+        return _unroll(flattener, eqn, inputs, source)
+    if eqn.primitive in _SORT:
+        return flattener.add_function(_sorted(eqn.params), inputs, source)
+    if eqn.primitive in _TOP_K:
+        return flattener.add_function(_top_k(eqn.params), inputs, source)
+    return None
+
+
+def _unroll(
+    flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
+) -> list[Atom] | None:
+    jaxpr, consts, num_consts, num_carry = _compat.scan_body(eqn.params)
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    shared = list(inputs[:num_consts])
+    carry = list(inputs[num_consts : num_consts + num_carry])
+    xs = [
+        flattener.add_function(_entries(length), (atom,), source)
+        for atom in inputs[num_consts + num_carry :]
+    ]
+    num_ys = len(jaxpr.outvars) - num_carry
+    ys: list[list[Atom]] = [[] for _ in range(num_ys)]
+    captured = [
+        flattener.constant(value, var.aval.dtype)
+        for var, value in zip(jaxpr.constvars, consts, strict=True)
+    ]
+    for step in reversed(range(length)) if reverse else range(length):
+        outputs = flattener.inline_body(
+            jaxpr, captured, [*shared, *carry, *(x[step] for x in xs)], source
+        )
+        carry = outputs[:num_carry]
+        for column, out in zip(ys, outputs[num_carry:], strict=True):
+            column.append(out)
+    if reverse:
+        for column in ys:
+            column.reverse()
+    stacked: list[Atom] = []
+    for column, var in zip(ys, jaxpr.outvars[num_carry:], strict=True):
+        if column:
+            stacked += flattener.add_function(_stack, column, source)
+        else:
+            stacked.append(flattener.constant(jnp.zeros((0, *var.aval.shape), var.aval.dtype)))
+    return [*carry, *stacked]
+
+
+def _entries(length: int) -> Any:
+    """`[x[0], …, x[length − 1]]` in one wire, whose transpose joins all entries at once."""
+
+    def entries(x: Any) -> Any:
+        if length == 0:
+            return []
+        parts = jax.lax.split(x, (1,) * length) if length > 1 else [x]
+        return [jax.lax.squeeze(part, (0,)) for part in parts]
+
+    return entries
+
+
+def _stack(*parts: Any) -> Any:
+    return [jnp.stack(parts)]
+
+
+def _sorted(params: Any) -> Any:
+    axis, num_keys, is_stable = params["dimension"], params["num_keys"], params["is_stable"]
+
+    def in_order(*operands: Any) -> Any:
+        known = [jax.lax.stop_gradient(operand) for operand in operands]
+        places = jax.lax.broadcasted_iota(jnp.int32, operands[0].shape, axis)
+        *_, order = jax.lax.sort(
+            (*known, places), dimension=axis, num_keys=num_keys, is_stable=is_stable
+        )
+        return [_take(operand, order, axis) for operand in operands]
+
+    return in_order
+
+
+def _top_k(params: Any) -> Any:
+    k, axis = params["k"], params.get("axis", -1)
+
+    def top(operand: Any) -> Any:
+        known = jnp.moveaxis(jax.lax.stop_gradient(operand), axis, -1)
+        indices = jnp.moveaxis(jax.lax.top_k(known, k)[1], -1, axis)
+        return [_take(operand, indices, axis), indices]
+
+    return top
+
+
+def _take(operand: Any, indices: Any, axis: int) -> Any:
+    return jnp.take_along_axis(operand, indices, axis, mode="promise_in_bounds")
+
+
+def _branch(
+    flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
+) -> list[Atom] | None:
+    """The branch of a fixed predicate; None where the predicate is known only with the data."""
+    which = static_value(flattener, inputs[0])
+    if which is None:
+        return None
+    branches = eqn.params["branches"]
+    jaxpr, consts = _compat.open_jaxpr(branches[int(np.clip(int(which), 0, len(branches) - 1))])
+    captured = [
+        flattener.constant(value, var.aval.dtype)
+        for var, value in zip(jaxpr.constvars, consts, strict=True)
+    ]
+    return flattener.inline_body(jaxpr, captured, inputs[1:], source)
+
+
+def static_value(flattener: Flattener, atom: Atom) -> np.ndarray | None:
+    """The value of an operand that the program alone fixes; None if it depends on data."""
+    if not isinstance(atom, int):
+        return atom.array()
+    found: dict[int, np.ndarray] = {}
+
+    def value(atom: Atom) -> np.ndarray | None:
+        if not isinstance(atom, int):
+            return atom.array()
+        aval = flattener.avals[atom]
+        if flattener.is_variable(atom) or aval.size > _MAX_STATIC_SIZE:
+            return None
+        if atom in flattener.uniform:
+            return np.full(aval.shape, flattener.uniform[atom], aval.dtype)
+        if atom in found:
+            return found[atom]
+        equation: Equation | None = flattener.definitions.get(atom)
+        if equation is None:
+            return None
+        operands = [value(operand) for operand in equation.inputs]
+        if any(operand is None for operand in operands):
+            return None
+        with _compat.compile_time_eval():
+            outputs = equation.bind(*map(jnp.asarray, operands))
+        found.update(zip(equation.outputs, map(np.asarray, outputs), strict=True))
+        return found[atom]
+
+    return value(atom)
