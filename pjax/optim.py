@@ -327,7 +327,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
             splitting,
             check,
             metric.request is not None if extrapolate is None else extrapolate,
-            averaging if averaging is not None or metric.request is None else 30.0,
+            averaging if averaging is not None or metric.request is None else 45.0,
             fallback,
         )
 
@@ -344,7 +344,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         `pjax.optim.default_metric` has for the solver.
     - `metric`, `fanout`, `check`, `extrapolate`, `averaging`, `fallback`: see [`Optimizer`][]; with
         the metric `Curved`, the default for `"layer"`, moves are extrapolated, and iterates
-        averaged by 30.
+        averaged by 45.
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].

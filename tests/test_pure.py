@@ -137,7 +137,8 @@ def test_the_average_follows_the_iterates(x64):
         np.testing.assert_allclose(a, b, atol=0.1 * float(jnp.max(jnp.abs(b))))
     assert max(float(jnp.max(jnp.abs(o))) for o in state.offset if o is not None) < 1e-12
     second, _, state = OPTIMIZER.update(loss, first, state)
-    share = 31 / 32
+    exponent = OPTIMIZER.averaging
+    share = (exponent + 1) / (exponent + 2)
     for before, after, ahead in zip(
         jax.tree.leaves(first), jax.tree.leaves(second), state.offset, strict=True
     ):

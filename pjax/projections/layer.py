@@ -139,13 +139,14 @@ def _conjugate_gradients(
     gamma = jnp.sum(gradient * image)
     direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
     for count in range(iterations):
-        curvature = jnp.sum(direction * image) + jnp.sum(weight * jnp.square(image))
+        bent = direction + weight * image
+        curvature = jnp.sum(image * bent)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
         force = force + rate * direction
         change = change + rate * image
         if count + 1 == iterations:
             break
-        gradient = gradient - rate * (direction + weight * image)
+        gradient = gradient - rate * bent
         pulled = response(gradient)
         new = jnp.sum(gradient * pulled)
         ratio = new / jnp.where(gamma > 0, gamma, 1)
