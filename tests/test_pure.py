@@ -138,6 +138,7 @@ def test_the_average_follows_the_iterates(x64):
     assert max(float(jnp.max(jnp.abs(o))) for o in state.offset if o is not None) < 1e-12
     second, _, state = OPTIMIZER.update(loss, first, state)
     exponent = OPTIMIZER.averaging
+    assert exponent is not None
     share = (exponent + 1) / (exponent + 2)
     for before, after, ahead in zip(
         jax.tree.leaves(first), jax.tree.leaves(second), state.offset, strict=True
