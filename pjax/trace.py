@@ -489,7 +489,7 @@ class Flattener:
             return False
         inner: dict[Any, Atom] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-            inner[var] = self._constant(value, var.aval.dtype)
+            inner[var] = self.constant(value, var.aval.dtype)
         self._inline(closed.jaxpr, inner, source, foreign=True)
         env[eqn.outvars[0]] = self._atom(inner, closed.jaxpr.outvars[0])
         return True

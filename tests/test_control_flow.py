@@ -261,7 +261,7 @@ def test_the_consensus_of_repeated_tokens(x64):
             total[token] += rho * np.asarray(state[slot.index])[place]
             weights[token] += rho
     expected = np.where(weights > 0, total / np.where(weights > 0, weights, 1), 0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=1e-12)
 
 
 def test_a_scan_of_known_values_stays_one_equation(x64):

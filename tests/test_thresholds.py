@@ -75,7 +75,7 @@ def test_the_move_is_the_relaxed_nearest_point_of_the_asked_branch(name, x64):
         reachable = max(lower - a, a - upper, 0.0) <= 0.5 * spread
         opinion = min(abs(b) / size / 10, 1) if reachable else 0.0
         expected.append(0.25 * size * opinion * (point - a) / spread)
-    np.testing.assert_allclose(moved, expected, atol=2e-3 * size)
+    np.testing.assert_allclose(np.asarray(moved), expected, atol=float(2e-3 * size))
     assert np.any(np.abs(moved) > 0.01 * size)
 
 
