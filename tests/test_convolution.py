@@ -179,7 +179,7 @@ def test_copies_are_those_of_a_loop_and_lowering_is_the_transpose(x64, name):
     np.testing.assert_array_equal(op.mask_slices(ones), op.lift_left(jnp.ones_like(left)))
 
 
-@pytest.mark.parametrize("weighting", ["one", "per output"])
+@pytest.mark.parametrize("weighting", [pytest.param("one", marks=pytest.mark.slow), "per output"])
 @operations
 def test_compact_is_the_mean_of_the_lifted_copies(x64, name, weighting):
     """And the copies are nearest points, found by brute force; entries without copies stay."""
