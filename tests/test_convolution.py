@@ -409,6 +409,7 @@ def test_the_displacement_of_stiff_activations_is_the_gradient(x64):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_layers_of_flax_and_equinox_are_convolutions_without_copies():
     """Convolution with bias is one node in layer splitting (Flax), and no patch is stored."""
     nnx = pytest.importorskip("flax.nnx")

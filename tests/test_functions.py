@@ -229,7 +229,11 @@ def test_row_projection_decreases_and_is_stationary(name, size):
         assert jnp.all(after <= before)
         slope = jax.grad(lambda m: jnp.sum(objective(m)))(moved)
         assert jnp.max(jnp.linalg.norm(slope, axis=-1)) < 1e-4 * jnp.max(before)
-        if size == 2:  # the least of all points of a fine grid around
+        # Two entries, standardised, are signs: flat, with a valley that no step leads to.
+        if size == 2 and name not in (
+            "standardize",
+            "layer norm",
+        ):  # the least of all points of a fine grid around
             side = jnp.linspace(-2.5, 2.5, 401)
             grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
             for i in range(20):

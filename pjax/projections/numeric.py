@@ -61,8 +61,8 @@ def difference(
 
 # --- Functions of one number ---------------------------------------------------------------------
 
-#: Points at which `scalar` looks for the lowest valley, and steps into it.
-_SAMPLES, _STEPS = 17, 8
+#: Points at which `scalar` looks for the lowest valley, Newton steps into it, probes at its end.
+_SAMPLES, _STEPS, _PROBES = 65, 12, 24
 
 
 def scalar(
@@ -78,8 +78,9 @@ def scalar(
 
     The objective at `x` bounds how far the nearest point is: `|x' − x| ≤ (W/ρ)^½ |φ(x) − z|`. That
     interval is sampled, and from the best point the valley is followed down by Newton steps between
-    the neighbours of that point, halved where they do not decrease the objective. So the result is
-    never worse than any sample: the nearest point, but for a valley narrower than the samples.
+    the neighbours of that point, shortened where they do not decrease the objective, and at last by
+    probing both sides. So the result is never worse than any sample: the nearest point, but for a
+    valley narrower than the samples.
 
     **Arguments:**
 
@@ -152,7 +153,23 @@ def scalar(
             step = jnp.where(better, 0, 0.25 * step)
         return move, height, cost
 
-    moved, height, _ = lax.fori_loop(0, _STEPS, descend, best)
+    def probe(_: Any, state: Any) -> Any:
+        # To both sides, ever closer: onto a kink, where Newton steps only go to and fro.
+        move, height, cost, width = state
+        for side in (-1, 1):
+            new = jnp.clip(move + side * width, low, high)
+            there = rise(new)
+            lower = objective(new, there)
+            better = lower < cost
+            move, height, cost = (
+                jnp.where(better, a, b)
+                for a, b in zip((new, there, lower), (move, height, cost), strict=True)
+            )
+        return move, height, cost, 0.5 * width
+
+    move, height, cost = lax.fori_loop(0, _STEPS, descend, best)
+    start = (move, height, cost, 0.25 * (high - low))
+    moved, height, _, _ = lax.fori_loop(0, _PROBES, probe, start)
     return moved, height
 
 
