@@ -742,9 +742,8 @@ def product_layer(x, w):
 def unknown_in_flax(p):
     import flax.linen as nn
 
-    return ce(
-        nn.Sequential([functools.partial(jnp.cumprod, axis=1)]).apply({}, X @ p["w"])
-    )  # unknown in flax
+    model = nn.Sequential([functools.partial(jnp.cumprod, axis=1)])
+    return ce(model.apply({}, X @ p["w"]))  # unknown in flax
 
 
 def unknown_under_vmap(p):
