@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_time [--lengths 16 64 128] [--batch-size 64] [--profile]
 
-The network is the character RNN of `benchmarks.accuracy_tasks`, its cell under `jax.lax.scan`; the
-step one displacement by a cyclic sweep, beside `jax.value_and_grad` of the same loss and of the
-loss with its loop unrolled. Seconds, each of one cold run:
+The network is the paper's character RNN, its cell under `jax.lax.scan`; the step one displacement
+by a cyclic sweep, beside `jax.value_and_grad` of the same loss and of the loss with its loop
+unrolled. Seconds, each of one cold run:
 
 - trace: the function becomes a flat program (nothing of the kind for gradients);
 - graph: nodes, slots and routes;
@@ -28,8 +28,8 @@ import optax
 from jaxtyping import Array
 
 import pjax
-from pjax import problem
 from pjax.displacements import ValueAndDisplacement
+from pjax.solvers.base import layout_for
 from pjax.trace import trace
 
 Params = dict[str, Array]
@@ -88,14 +88,7 @@ def measure(step: Any, params: Params, batch: Any) -> dict[str, float]:
         program, *_ = trace(lambda p: step.fn(p, batch), params)
         found["trace"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        problem.layout(
-            program,
-            metric=step.metric,
-            fanout=step.fanout,
-            splitting=step.splitting,
-            grouping=step.solver.grouping,
-            reflecting=step.solver.reflecting,
-        )
+        layout_for(step.solver, program, step.metric, step.fanout, step.splitting, step.fallback)
         found["graph"] = time.perf_counter() - begin
     begin = time.perf_counter()
     lowered = jax.jit(step).lower(params, batch)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pjax import _compat, primitives
 from pjax._compat import P
-from pjax.trace import Atom, Equation, Program, Scalar, canonical, read, run
+from pjax.trace import Atom, Equation, Program, canonical, read, run
 
 #: Elementwise functions without an exact rule of their own.
 SMOOTH = _compat.find_primitives(
@@ -399,4 +399,4 @@ def _reshaped(
     return tuple(found)
 
 
-__all__ = ["ELEMENTWISE", "SMOOTH", "Cones", "Function", "Piece", "Scalar", "cut", "single"]
+__all__ = ["ELEMENTWISE", "SMOOTH", "Cones", "Function", "Piece", "cut", "single"]

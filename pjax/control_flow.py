@@ -61,10 +61,7 @@ def _unroll(
     ]
     num_ys = len(jaxpr.outvars) - num_carry
     ys: list[list[Atom]] = [[] for _ in range(num_ys)]
-    captured = [
-        flattener.constant(value, var.aval.dtype)
-        for var, value in zip(jaxpr.constvars, consts, strict=True)
-    ]
+    captured = flattener.capture(jaxpr, consts)
     for step in reversed(range(length)) if reverse else range(length):
         outputs = flattener.inline_body(
             jaxpr, captured, [*shared, *carry, *(x[step] for x in xs)], source
@@ -138,17 +135,12 @@ def _branch(
         return None
     branches = eqn.params["branches"]
     jaxpr, consts = _compat.open_jaxpr(branches[int(np.clip(int(which), 0, len(branches) - 1))])
-    captured = [
-        flattener.constant(value, var.aval.dtype)
-        for var, value in zip(jaxpr.constvars, consts, strict=True)
-    ]
+    captured = flattener.capture(jaxpr, consts)
     return flattener.inline_body(jaxpr, captured, inputs[1:], source)
 
 
 def static_value(flattener: Flattener, atom: Atom) -> np.ndarray | None:
     """The value of an operand that the program alone fixes; None if it depends on data."""
-    if not isinstance(atom, int):
-        return atom.array()
     found: dict[int, np.ndarray] = {}
 
     def value(atom: Atom) -> np.ndarray | None:

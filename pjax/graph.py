@@ -331,16 +331,9 @@ class _Builder:
         self._check_ends_in_loss()
         self._check_signs()
         self.predictions = [e.inputs[0] for e in self.loss_equations]
-        self.cones = fusion.find_cones(
-            program,
-            frozenset(self.predictions),  # pyright: ignore[reportArgumentType]
-            self.registered,
-        )
-        self.functions = Cones(
-            program,
-            frozenset(self.predictions),  # pyright: ignore[reportArgumentType]
-            self.registered,
-        )
+        stop: Any = frozenset(self.predictions)
+        self.cones = fusion.find_cones(program, stop, self.registered)
+        self.functions = Cones(program, stop, self.registered)
         self.reads = self._count_reads()
         self.pure = self._find_pure()
         self.specs: dict[Rule, Rule] = {}
@@ -493,14 +486,18 @@ class _Builder:
 
     # Units.
 
+    def _is_by_itself(self, var: int) -> bool:
+        """Whether the operation that defines `var` joins no cone, and has no user's rule."""
+        return (
+            var not in self.registered
+            and self.cones[var].base == var
+            and self.functions.base(var) is None
+        )
+
     def _is_wire(self, var: int) -> bool:
         equation = self.definitions.get(var)
         return (
-            equation is not None
-            and var not in self.registered
-            and self.cones[var].base == var
-            and self.functions.base(var) is None
-            and is_wiring(self.program, equation)
+            equation is not None and self._is_by_itself(var) and is_wiring(self.program, equation)
         )
 
     def _expand(self, start: SumTerm, own: bool) -> list[SumTerm]:
@@ -580,9 +577,7 @@ class _Builder:
     def _product(self, var: int) -> Equation | None:
         """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
         equation = self.definitions.get(var)
-        if equation is None or var in self.registered or self.cones[var].base != var:
-            return None
-        if self.functions.base(var) is not None:
+        if equation is None or not self._is_by_itself(var):
             return None
         builder = find_builder(equation.primitive)
         if builder is None or equation.primitive not in BILINEAR:

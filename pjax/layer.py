@@ -19,14 +19,9 @@ import numpy as np
 from jaxtyping import Array
 
 from pjax.projections import layer, scaling
-from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
+from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side, inverse
 from pjax.projections.convolution import Convolution
 from pjax.rules import Exactness, Geometry, Rule, Term
-
-#: The power iteration underestimates: after the few steps it is given, by up to this factor.
-_MARGIN = 1.4
-#: Up to so many of its steps are compiled one after the other.
-_UNROLLED = 16
 
 
 @dataclass(frozen=True)
@@ -277,6 +272,14 @@ def _product(term: Product, side: Side, now: tuple[Any, ...]) -> tuple[Any, Any]
     )
 
 
+class _Costs(NamedTuple):
+    """Multiplications of the forms of conjugate gradients, see `pjax.projections.layer`."""
+
+    direct: int
+    gram: int
+    covariance: int
+
+
 class _Rows(NamedTuple):
     """A `dot_general` without batch axes as a product of matrices, `rows × length × columns`.
 
@@ -290,6 +293,16 @@ class _Rows(NamedTuple):
     other: Array
     columns: tuple[int, ...]
     axes: tuple[int, ...]
+
+    def costs(self, iterations: int) -> _Costs:
+        """Of so many steps of conjugate gradients."""
+        (rows, length), columns = self.other.shape, math.prod(self.columns)
+        product = rows * length * columns
+        return _Costs(
+            (2 * iterations + 1) * product,
+            rows * rows * (length + iterations * columns) + product,
+            length * length * (rows + iterations * columns) + 2 * product,
+        )
 
 
 def _rows(op: Bilinear, side: Side, now: tuple[Any, ...]) -> _Rows | None:
@@ -306,23 +319,6 @@ def _rows(op: Bilinear, side: Side, now: tuple[Any, ...]) -> _Rows | None:
     return _Rows(matrix, tuple(shape[axis] for axis in free), (*own, *free))
 
 
-class _Costs(NamedTuple):
-    """Multiplications of the forms of conjugate gradients, see `pjax.projections.layer`."""
-
-    direct: int
-    gram: int
-    covariance: int
-
-
-def _costs(rows: int, length: int, columns: int, iterations: int) -> _Costs:
-    product = rows * length * columns
-    return _Costs(
-        (2 * iterations + 1) * product,
-        rows * rows * (length + iterations * columns) + product,
-        length * length * (rows + iterations * columns) + 2 * product,
-    )
-
-
 def _dot(op: Bilinear) -> Any:
     assert isinstance(op, DotGeneral)
     return functools.partial(
@@ -335,11 +331,10 @@ def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> A
     found = _rows(term.operation, side, now)
     if found is None:
         return None
-    rows, length = found.other.shape
-    columns = math.prod(found.columns)
-    costs = _costs(rows, length, columns, iterations)
+    costs = found.costs(iterations)
     if costs.gram >= costs.direct:
         return None
+    rows, columns = len(found.other), math.prod(found.columns)
     dot = _dot(term.operation)
     gram = term.scale**2 * dot(found.other, found.other.T)
 
@@ -365,11 +360,10 @@ def _covariance(
     found = _rows(term.operation, side, now)
     if found is None:
         return None
-    rows, length = found.other.shape
-    count = math.prod(found.columns)
-    costs = _costs(rows, length, count, iterations)
+    costs = found.costs(iterations)
     if costs.covariance >= min(costs.direct, costs.gram):
         return None
+    (rows, length), count = found.other.shape, math.prod(found.columns)
     first = 0 if side == "left" else len(term.operation.output_shape) - len(found.columns)
     places = [(first + axis, n) for axis, n in enumerate(found.columns) if n > 1]
     for addend, shape in biases:
@@ -380,7 +374,7 @@ def _covariance(
     dot = _dot(term.operation)
     covariance = term.scale**2 * dot(found.other.T, found.other)
     total = term.scale * jnp.sum(found.other, axis=0)
-    inverse = tuple(int(axis) for axis in np.argsort(found.axes))
+    back = inverse(found.axes)
 
     def normal(moves: Sequence[Array]) -> list[Array]:
         move = moves[order.index(-1)]
@@ -392,10 +386,10 @@ def _covariance(
                 part = biases[number][0].term.scale * bias.reshape(count)
                 added = part if added is None else added + part
         if added is None:
-            return [jnp.transpose(into.reshape(matrix.shape), inverse)]
+            return [jnp.transpose(into.reshape(matrix.shape), back)]
         into = into + total[:, None] * added
         summed = dot(total, matrix.reshape(length, count)) + rows * added
-        into = jnp.transpose(into.reshape(matrix.shape), inverse)
+        into = jnp.transpose(into.reshape(matrix.shape), back)
         return [
             into if number < 0 else biases[number][0].term.scale * summed.reshape(bias.shape)
             for number, bias in zip(order, moves, strict=True)
@@ -462,32 +456,13 @@ def largest_gain(
         # Not orthogonal to a constant direction, nor equal to one.
         steps = jnp.arange(int(np.prod(shape)), dtype=other.dtype)
         vector = (1 + 0.5 * jnp.cos(2.4 * steps)).reshape(shape)
-    tiny = jnp.finfo(other.dtype).tiny
 
-    def normal(x: Array) -> tuple[Array, Array]:
-        largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-        x = x / jnp.maximum(largest, tiny)
-        norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-        return x / jnp.maximum(norm, tiny), norm * largest
+    def response(x: Array) -> Array:
+        if left:
+            return operation.transpose_left(operation(x, other), other)
+        return operation.transpose_right(operation(other, x), other)
 
-    def step(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        vector, _ = state
-        image = operation(vector, other) if left else operation(other, vector)
-        pulled = (
-            operation.transpose_left(image, other)
-            if left
-            else operation.transpose_right(image, other)
-        )
-        return normal(pulled)
-
-    state = normal(vector)
-    if iterations > _UNROLLED:
-        state = jax.lax.fori_loop(0, iterations, step, state)
-    else:
-        for number in range(iterations):
-            state = step(number, state)
-    vector, size = state
-    return _MARGIN * jnp.max(size), vector
+    return layer.power_iteration(response, vector, axes, iterations)
 
 
 def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...]]:

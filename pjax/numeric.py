@@ -17,9 +17,6 @@ from pjax.projections import layer, numeric, scaling
 from pjax.projections.numeric import Rows
 from pjax.rules import Exactness, Reference, Rule
 
-#: The power iteration underestimates: after the few steps it is given, by up to this factor.
-_MARGIN = 1.4
-
 
 @dataclass(frozen=True)
 class _Numeric(Rule):
@@ -35,32 +32,42 @@ class _Numeric(Rule):
     def _call(self, reference: Reference) -> Any:
         return lambda *inputs: self.function(inputs, reference.knowns)
 
+    def _point(self, reference: Reference, states: Sequence[Any]) -> list[Array]:
+        """The values that the operands have now; None is at rest."""
+        exponent = reference.geometry.exponent
+        return [
+            value if state is None else value + scaling.from_unit(state, exponent)
+            for value, state in zip(reference.inputs, states, strict=True)
+        ]
+
     def _linear_step(
         self,
         reference: Reference,
         states: Sequence[Any],
         parts: Sequence[layer.Part],
-        value: Array | None,
         target: Array,
         target_weight: Any,
     ) -> tuple[tuple[Array, ...], Array]:
         """One Gauss-Newton step from where the operands are; shortened if it does not decrease."""
-        exponent = reference.geometry.exponent
-        iterations = reference.geometry.iterations
-        weight = jnp.asarray(target_weight, target.dtype)
-        height = jnp.zeros_like(target) if value is None else value
-        moves, _ = layer.solve(parts, target - height, weight, iterations)
+        geometry = reference.geometry
         starts = [
-            jnp.zeros_like(m) if state is None else state
-            for m, state in zip(moves, states, strict=True)
+            jnp.zeros_like(value) if state is None else state
+            for value, state in zip(reference.inputs, states, strict=True)
         ]
 
-        def at(length: Any) -> tuple[list[Array], Array]:
-            points = [s + length * m for s, m in zip(starts, moves, strict=True)]
-            there = numeric.difference(
-                self._call(reference), reference.inputs, reference.output, points, exponent
-            )
-            return points, there
+        def rise(points: Sequence[Array]) -> Array:
+            return numeric.difference(
+                self._call(reference), reference.inputs, reference.output, points,
+                geometry.exponent,
+            )  # fmt: skip
+
+        at_rest = all(state is None for state in states)
+        height = jnp.zeros_like(target) if at_rest else rise(starts)
+        weight = jnp.asarray(target_weight, target.dtype)
+        moves, _ = layer.solve(parts, target - height, weight, geometry.iterations)
+
+        def ahead(length: Any) -> list[Array]:
+            return [s + length * m for s, m in zip(starts, moves, strict=True)]
 
         # In units of the request, whose square might underflow.
         size = jnp.max(jnp.abs(target - height))
@@ -70,18 +77,23 @@ class _Numeric(Rule):
             (jnp.sum(p.weight * jnp.square(m / size)) for p, m in zip(parts, moves, strict=True)),
             start=jnp.zeros((), target.dtype),
         )
-
         # A stiff step gains less than what the sums are rounded by.
         rounding = 1e2 * jnp.finfo(target.dtype).eps * before
 
-        def too_far(length: Array) -> Array:
-            _, there = at(length)
+        def too_far(state: tuple[Array, Array]) -> Array:
+            length, there = state
             cost = jnp.sum(weight * jnp.square((there - target) / size)) + length**2 * energy
             return ~(cost <= before + rounding) & (length > 1e-4)
 
-        length = jax.lax.while_loop(too_far, lambda t: 0.25 * t, jnp.ones((), target.dtype))
-        points, there = at(jnp.where(length > 1e-4, length, 0))
-        return tuple(points), there
+        def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            length = 0.25 * state[0]
+            return length, rise(ahead(length))
+
+        whole = jnp.ones((), target.dtype)
+        length, there = jax.lax.while_loop(too_far, shorter, (whole, rise(ahead(whole))))
+        moves_at_all = length > 1e-4
+        points = ahead(jnp.where(moves_at_all, length, 0))
+        return tuple(points), jnp.where(moves_at_all, there, height)
 
 
 @dataclass(frozen=True)
@@ -100,18 +112,14 @@ class ScalarFunction(_Numeric):
                 call, reference.inputs[0], reference.output, state, weight, target, target_weight
             )
             return (moved,), output
-        exponent = reference.geometry.exponent
-        point, value = reference.inputs[0], None
-        if state is not None:
-            value = numeric.difference(call, reference.inputs, reference.output, states, exponent)
-            point = point + scaling.from_unit(state, exponent)
-        slope = self._slope(call, point)
-        part = layer.Part(
-            lambda move: slope * move, lambda force: slope * force, weight, 0.0, False
-        )
+        slope = self._slope(call, self._point(reference, states)[0])
+
+        def scaled(x: Array) -> Array:
+            return slope * x
+
         # The response to a force is the slope's square for each entry: solved for as it is.
-        part = part._replace(gain=jnp.square(slope))
-        return self._linear_step(reference, states, [part], value, target, target_weight)
+        part = layer.Part(scaled, scaled, weight, jnp.square(slope), curved=False)
+        return self._linear_step(reference, states, [part], target, target_weight)
 
     def _slope(self, call: Any, point: Array) -> Array:
         _, slope = jax.jvp(call, (point,), (jnp.ones_like(point),))
@@ -140,26 +148,14 @@ class ArrayFunction(_Numeric):
                 target_weight,
             )  # fmt: skip
         geometry = reference.geometry
-        value = None
-        if any(state is not None for state in states):
-            full = [
-                jnp.zeros_like(r) if state is None else state
-                for r, state in zip(reference.inputs, states, strict=True)
-            ]
-            value = numeric.difference(
-                call, reference.inputs, reference.output, full, geometry.exponent
-            )
-        point = [
-            r if state is None else r + scaling.from_unit(state, geometry.exponent)
-            for r, state in zip(reference.inputs, states, strict=True)
-        ]
+        point = self._point(reference, states)
         parts = [
             layer.Part(*_linear(call, point, place), weight, gain, curved)
             for place, (weight, gain, curved) in enumerate(
                 zip(weights, geometry.gains, geometry.curved, strict=True)
             )
         ]
-        return self._linear_step(reference, states, parts, value, target, target_weight)
+        return self._linear_step(reference, states, parts, target, target_weight)
 
     def gains(self, reference, wanted, vectors, iterations):
         call = self._call(reference)
@@ -183,22 +179,10 @@ class ArrayFunction(_Numeric):
         """A bound on `|J|²` over all rows, by the power iteration in each."""
         kept = self.rows.inputs[place]
         axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
-        tiny = jnp.finfo(value.dtype).tiny
         if vector is None:
             steps = jnp.arange(value.size, dtype=value.dtype)
             vector = jnp.cos(2.4 * steps).reshape(value.shape)
-
-        def normal(x: Array) -> tuple[Array, Array]:
-            largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-            x = x / jnp.maximum(largest, tiny)
-            norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-            return x / jnp.maximum(norm, tiny), norm * largest
-
-        vector, _ = normal(vector)
-        size = jnp.zeros((), value.dtype)
-        for _ in range(iterations):
-            vector, size = normal(transpose(apply(vector)))
-        return _MARGIN * jnp.max(size), vector
+        return layer.power_iteration(lambda x: transpose(apply(x)), vector, axes, iterations)
 
 
 def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ Nothing below knows which algorithm uses them.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -262,7 +263,7 @@ def sizes(layout: Layout) -> Sizes:
         for index in node.slots:
             slot, storage = layout.graph.slots[index], layout.storages[index]
             copies = np.asarray(storage.copies, np.int64)
-            count += int(np.sum(copies)) * (_size(slot.shape) // max(copies.size, 1))
+            count += int(np.sum(copies)) * (math.prod(slot.shape) // max(copies.size, 1))
             numbers = storage.numbers(slot.shape)
             stored += numbers
             size += numbers * np.dtype(slot.dtype).itemsize
@@ -715,12 +716,14 @@ class Problem:
         """
         found: list[tuple[int, Array]] = []
         groups: list[list[tuple[Slot, Array]]] = []
+        # For each group the producers of its sources. An identity stands for its producer in some
+        # slots: those have a sum of their own.
+        producers: list[dict[int, int]] = []
         group_of: dict[tuple[int, int], int] = {}
         for slot, value in entries:
             if slot.route.direct:
                 found.append((slot.producers[0], value))
                 continue
-            # An identity stands for its producer in some slots: those have a sum of their own.
             feeds = dict(zip(slot.route.sources, slot.producers, strict=True))
             keys = [
                 (id(e), feeds[v])
@@ -728,31 +731,18 @@ class Problem:
                 for v in e.inputs
                 if isinstance(v, int) and v in feeds
             ]
-            place = next((group_of[key] for key in keys if key in group_of), len(groups))
+            places = (group_of[key] for key in keys if key in group_of)
+            place = next((p for p in places if _agree(producers[p], feeds)), len(groups))
             if place == len(groups):
                 groups.append([])
+                producers.append({})
             groups[place].append((slot, value))
+            producers[place].update(feeds)
             group_of.update(dict.fromkeys(keys, place))
-        for group in groups:
-            # What an identity feeds in one slot and its producer in another cannot be told apart.
-            by_producer: dict[Any, list[tuple[Slot, Array]]] = {}
-            feeds: dict[int, int] = {}
-            for slot, value in group:
-                own = dict(zip(slot.route.sources, slot.producers, strict=True))
-                if any(feeds.get(var, producer) != producer for var, producer in own.items()):
-                    by_producer.setdefault(slot.index, []).append((slot, value))
-                    continue
-                feeds.update(own)
-                by_producer.setdefault(None, []).append((slot, value))
-            for part in by_producer.values():
-                slots, values = zip(*part, strict=True)
-                producers = {
-                    var: producer
-                    for slot in slots
-                    for var, producer in zip(slot.route.sources, slot.producers, strict=True)
-                }
-                sums = pull_together([slot.route for slot in slots], values, self.values)
-                found += [(producers[var], total) for var, total in sums.items()]
+        for group, feeds in zip(groups, producers, strict=True):
+            slots, values = zip(*group, strict=True)
+            sums = pull_together([slot.route for slot in slots], values, self.values)
+            found += [(feeds[var], total) for var, total in sums.items()]
         return found
 
     def _write(
@@ -905,8 +895,9 @@ class Problem:
         return sizes(self.layout)
 
 
-def _size(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _agree(feeds: Mapping[int, int], others: Mapping[int, int]) -> bool:
+    """Whether no source has two producers."""
+    return all(feeds.get(var, producer) == producer for var, producer in others.items())
 
 
 def _infinite_ratio(dtype: Any) -> float:

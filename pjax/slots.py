@@ -10,6 +10,7 @@ copies are `common + data × multiplier`, and stay so through every affine combi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ class Dense(Storage):
         return jnp.sum(weight * jnp.square(a - b))
 
     def numbers(self, shape):
-        return _size(shape)
+        return math.prod(shape)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Compact(Storage):
 
     @property
     def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
-        op = self.operation
-        return op.left_copies if self.side == "left" else op.right_copies
+        return self.operation.copies(self.side)
 
     def fill(self, value):
         return value, jnp.zeros((), value.dtype)
@@ -121,7 +121,7 @@ class Compact(Storage):
         return a[0] - b[0], a[1] + b[1]
 
     def numbers(self, shape):
-        return _size(shape) + 1
+        return math.prod(shape) + 1
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class Lifted(Storage):
 
     @property
     def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
-        op = self.operation
-        return op.left_copies if self.side == "left" else op.right_copies
+        return self.operation.copies(self.side)
 
     def fill(self, value):
         op = self.operation
@@ -160,7 +159,7 @@ class Lifted(Storage):
         return self.fill(value) + self.fill(kept) * base
 
     def numbers(self, shape):
-        return _size(self.operation.output_shape) * self.operation.slice_length
+        return math.prod(self.operation.output_shape) * self.operation.slice_length
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,7 @@ class Structured(Storage):
 
     @property
     def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]
-        op = self.operation
-        return op.right_copies if self.pinned == "left" else op.left_copies
+        return self.operation.copies("right" if self.pinned == "left" else "left")
 
     def fill(self, value):
         return value, jnp.zeros(self.operation.output_shape, value.dtype)
@@ -203,11 +201,4 @@ class Structured(Storage):
         raise NotImplementedError("A rule stores such slots lifted: see `Rule.storages`.")
 
     def numbers(self, shape):
-        return _size(shape) + _size(self.operation.output_shape)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+        return math.prod(shape) + math.prod(self.operation.output_shape)

@@ -280,8 +280,8 @@ class Flattener:
                 self.variable.add(number)
             elif jnp.issubdtype(dtype, jnp.integer):
                 self.integer_leaves[number] = path
-        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-            env[var] = self.constant(value, var.aval.dtype)
+        captured = self.capture(closed.jaxpr, closed.consts)
+        env.update(zip(closed.jaxpr.constvars, captured, strict=True))
         self._inline(closed.jaxpr, env, "")
         atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
         cut = len(atoms) if num_outputs is None else num_outputs
@@ -418,6 +418,13 @@ class Flattener:
         self.constants[number] = value
         return number
 
+    def capture(self, jaxpr: Any, consts: Sequence[Any]) -> list[Atom]:
+        """The arrays that a body captures, as operands for `inline_body`."""
+        return [
+            self.constant(value, var.aval.dtype)
+            for var, value in zip(jaxpr.constvars, consts, strict=True)
+        ]
+
     def inline_body(
         self, jaxpr: Any, captured: Sequence[Atom], inputs: Sequence[Atom], source: str
     ) -> list[Atom]:
@@ -436,10 +443,7 @@ class Flattener:
             for atom in inputs
         ]
         closed = jax.make_jaxpr(fn)(*shapes)
-        captured = [
-            self.constant(value, var.aval.dtype)
-            for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)
-        ]
+        captured = self.capture(closed.jaxpr, closed.consts)
         return self.inline_body(closed.jaxpr, captured, inputs, source)
 
     def _source(self, eqn: Any, caller: str) -> str:
@@ -456,13 +460,11 @@ class Flattener:
             body = _compat.call_body(eqn.primitive, eqn.params)
             if body is not None:
                 inner, consts = body
-                captured = [
-                    self.constant(value, var.aval.dtype)
-                    for var, value in zip(inner.constvars, consts, strict=True)
-                ]
-                results = self.inline_body(inner, captured, inputs, source)
+                results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
             else:
                 results = control_flow.expand(self, eqn, inputs, source)
+            if results is None:
+                results = self._expand_windows(eqn, inputs, source)
             if results is not None:
                 for var, out in zip(eqn.outvars, results, strict=True):
                     if not isinstance(var, _compat.DropVar):
@@ -474,25 +476,15 @@ class Flattener:
             if eqn.primitive is P.clamp_p and any(map(self.is_variable, inputs)):
                 self._clamp(inputs, self._new(env, eqn.outvars[0]), source)
                 continue
-            if self._rewrite(eqn, inputs, env, source):
-                continue
             outputs = tuple(self._new(env, var) for var in eqn.outvars)
             self._add(Equation(eqn.primitive, inputs, outputs, eqn.params, source))
 
-    def _rewrite(self, eqn: Any, inputs: tuple[Atom, ...], env: Any, source: str) -> bool:
-        """Inlines what stands for a reduction over windows; whether `eqn` is one."""
+    def _expand_windows(self, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
+        """The output of a reduction over windows by other operations; None if `eqn` is none."""
         if REGISTRATIONS[eqn.primitive] or not any(map(self.is_variable, inputs)):
-            return False
-        operands = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
-        closed = windows.rewrite(eqn.primitive, eqn.params, operands)
-        if closed is None:
-            return False
-        inner: dict[Any, Atom] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
-        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-            inner[var] = self.constant(value, var.aval.dtype)
-        self._inline(closed.jaxpr, inner, source, foreign=True)
-        env[eqn.outvars[0]] = self._atom(inner, closed.jaxpr.outvars[0])
-        return True
+            return None
+        function = windows.find(eqn.primitive, eqn.params)
+        return None if function is None else self.add_function(function, inputs, source)
 
     def is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -27,22 +26,21 @@ _REDUCTIONS: dict[Any, tuple[Callable[..., Array], float]] = {
 _CUMSUM = _compat.find_primitives("cumsum")
 
 
-def rewrite(primitive: Any, params: Mapping[str, Any], operands: tuple[Any, ...]) -> Any:
-    """The jaxpr that computes a reduction over windows by operations that have rules.
+def find(primitive: Any, params: Mapping[str, Any]) -> Callable[[Array], list[Array]] | None:
+    """A function that computes a reduction over windows by operations that have rules.
 
     **Arguments:**
 
     - `primitive`, `params`: of the equation.
-    - `operands`: shapes and types of its operands.
 
-    **Returns:** a closed jaxpr; None for another primitive.
+    **Returns:** a function of the operand to the outputs; None for another primitive.
     """
     if primitive in _CUMSUM:
-        return jax.make_jaxpr(lambda x: _running_sum(x, params))(*operands)
+        return lambda x: [_running_sum(x, params)]
     if primitive not in _REDUCTIONS:
         return None
     reduce, fill = _REDUCTIONS[primitive]
-    return jax.make_jaxpr(lambda x: reduce_windows(x, reduce, fill, params))(*operands)
+    return lambda x: [reduce_windows(x, reduce, fill, params)]
 
 
 def reduce_windows(

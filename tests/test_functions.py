@@ -183,63 +183,57 @@ def scalar_oracle(function, x, z, rho, weight):
 
 
 @pytest.mark.parametrize("name", SCALAR)
-def test_scalar_projection_is_the_nearest_point(name):
+def test_scalar_projection_is_the_nearest_point(x64, name):
     function = SCALAR[name]
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        reference, deviation = rng.normal(size=60) * 2, rng.normal(size=60)
-        target = rng.normal(size=60) * 2
-        rho, weight = np.exp(rng.normal(size=60)), np.exp(rng.normal(size=60))
-        base = function(jnp.asarray(reference))
-        moved, output = numeric.scalar(
-            function, jnp.asarray(reference), base, jnp.asarray(deviation), jnp.asarray(rho),
-            jnp.asarray(target) - base, jnp.asarray(weight),
-        )  # fmt: skip
-        there = reference + moved
-        np.testing.assert_allclose(base + output, function(there), rtol=1e-9, atol=1e-9)
-        cost = rho * (there - reference - deviation) ** 2 + weight * (base + output - target) ** 2
-        for i in range(60):
-            least = scalar_oracle(
-                function, reference[i] + deviation[i], target[i], rho[i], weight[i]
-            )
-            assert cost[i] <= least * (1 + 1e-6) + 1e-9, (name, i, float(cost[i]), least)
+    rng = np.random.default_rng(0)
+    reference, deviation = rng.normal(size=60) * 2, rng.normal(size=60)
+    target = rng.normal(size=60) * 2
+    rho, weight = np.exp(rng.normal(size=60)), np.exp(rng.normal(size=60))
+    base = function(jnp.asarray(reference))
+    moved, output = numeric.scalar(
+        function, jnp.asarray(reference), base, jnp.asarray(deviation), jnp.asarray(rho),
+        jnp.asarray(target) - base, jnp.asarray(weight),
+    )  # fmt: skip
+    there = reference + moved
+    np.testing.assert_allclose(base + output, function(there), rtol=1e-9, atol=1e-9)
+    cost = rho * (there - reference - deviation) ** 2 + weight * (base + output - target) ** 2
+    for i in range(60):
+        least = scalar_oracle(function, reference[i] + deviation[i], target[i], rho[i], weight[i])
+        assert cost[i] <= least * (1 + 1e-6) + 1e-9, (name, i, float(cost[i]), least)
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "masked softmax"])
 @pytest.mark.parametrize("size", [2, 4, 16])
-def test_row_projection_decreases_and_is_stationary(name, size):
+def test_row_projection_decreases_and_is_stationary(x64, name, size):
     function = ROWS[name]
-    with jax.enable_x64(True):
-        reference = normal(5, 20, size).astype(jnp.float64)
-        deviation = 0.3 * normal(6, 20, size).astype(jnp.float64)
-        base = function(reference)
-        target = 0.3 * normal(7, 20, size).astype(jnp.float64)
-        rows = Rows(((0,),), (0,))
-        (moved,), output = numeric.gauss_newton(
-            function, rows, (reference,), base, (deviation,), (2.0,), target, 1.5,
-            outer=40, inner=16,
-        )  # fmt: skip
+    reference = normal(5, 20, size).astype(jnp.float64)
+    deviation = 0.3 * normal(6, 20, size).astype(jnp.float64)
+    base = function(reference)
+    target = 0.3 * normal(7, 20, size).astype(jnp.float64)
+    rows = Rows(((0,),), (0,))
+    (moved,), output = numeric.gauss_newton(
+        function, rows, (reference,), base, (deviation,), (2.0,), target, 1.5,
+        outer=40, inner=16,
+    )  # fmt: skip
 
-        def objective(move):
-            gap = function(reference + move) - base - target
-            return 2.0 * jnp.sum((move - deviation) ** 2, -1) + 1.5 * jnp.sum(gap**2, -1)
+    def objective(move):
+        gap = function(reference + move) - base - target
+        return 2.0 * jnp.sum((move - deviation) ** 2, -1) + 1.5 * jnp.sum(gap**2, -1)
 
-        np.testing.assert_allclose(output, function(reference + moved) - base, atol=1e-9)
-        before, after = objective(deviation), objective(moved)
-        assert jnp.all(after <= before)
-        slope = jax.grad(lambda m: jnp.sum(objective(m)))(moved)
-        assert jnp.max(jnp.linalg.norm(slope, axis=-1)) < 1e-4 * jnp.max(before)
-        # Two entries, standardised, are signs: flat, with a valley that no step leads to.
-        if size == 2 and name not in (
-            "standardize",
-            "layer norm",
-        ):  # the least of all points of a fine grid around
-            side = jnp.linspace(-2.5, 2.5, 401)
-            grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
-            for i in range(20):
-                gap = function(reference[i] + deviation[i] + grid) - base[i] - target[i]
-                cost = 2.0 * jnp.sum(grid**2, -1) + 1.5 * jnp.sum(gap**2, -1)
-                assert after[i] <= jnp.min(cost) * (1 + 1e-6) + 1e-9
+    np.testing.assert_allclose(output, function(reference + moved) - base, atol=1e-9)
+    before, after = objective(deviation), objective(moved)
+    assert jnp.all(after <= before)
+    slope = jax.grad(lambda m: jnp.sum(objective(m)))(moved)
+    assert jnp.max(jnp.linalg.norm(slope, axis=-1)) < 1e-4 * jnp.max(before)
+    # The least of all points of a fine grid around. Two entries, standardised, are signs: flat,
+    # with a valley that no step leads to.
+    if size == 2 and name not in ("standardize", "layer norm"):
+        side = jnp.linspace(-2.5, 2.5, 401)
+        grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
+        for i in range(20):
+            gap = function(reference[i] + deviation[i] + grid) - base[i] - target[i]
+            cost = 2.0 * jnp.sum(grid**2, -1) + 1.5 * jnp.sum(gap**2, -1)
+            assert after[i] <= jnp.min(cost) * (1 + 1e-6) + 1e-9
 
 
 def test_rows_do_not_depend_on_each_other():

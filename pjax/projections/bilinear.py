@@ -75,6 +75,10 @@ class Bilinear(ABC):
     def right_copies(self) -> Copies:
         """How many outputs read each entry of `right`."""
 
+    def copies(self, side: Side) -> Copies:
+        """`left_copies` or `right_copies`."""
+        return self.left_copies if side == "left" else self.right_copies
+
     @abstractmethod
     def __call__(
         self, left: Float[Array, "*left"], right: Float[Array, "*right"]
@@ -903,7 +907,7 @@ class PinnedBilinear:
     @property
     def copies(self) -> Copies:
         """How many outputs read each free entry."""
-        return self.op.right_copies if self.side == "left" else self.op.left_copies
+        return self.op.copies("right" if self.side == "left" else "left")
 
     def copies_weight(self, weight: Weight) -> Array:
         """The sum of the weights of all copies of each free entry, 1 where there is no copy."""

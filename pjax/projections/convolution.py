@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -294,19 +294,7 @@ class Convolution(Bilinear):
             left[lhs[0]] = self.batch_group_count
         else:
             right[rhs[0]] = self._groups
-        return Convolution(
-            tuple(left),
-            tuple(right),
-            self.window_strides,
-            self.padding,
-            self.lhs_dilation,
-            self.rhs_dilation,
-            self.dimension_numbers,
-            self.feature_group_count,
-            self.batch_group_count,
-            self.precision,
-            self.preferred_element_type,
-        )
+        return replace(self, left_shape=tuple(left), right_shape=tuple(right))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -100,25 +100,26 @@ def scalar(
         cost = weight * jnp.square(move - deviation) + target_weight * jnp.square(height - target)
         return jnp.where(jnp.isfinite(height), cost, jnp.inf)
 
+    def better_of(best: _Best, move: Array) -> tuple[_Best, Array]:
+        """The lower of the two for each entry, and where that is the new one."""
+        height = rise(move)
+        new = _Best(move, height, objective(move, height))
+        lower = new.cost < best.cost
+        found = (jnp.where(lower, a, b) for a, b in zip(new, best, strict=True))
+        return _Best(*found), lower
+
     start = rise(deviation)
     safe = jnp.isfinite(start)
     reach = jnp.sqrt(target_weight / weight) * jnp.where(safe, jnp.abs(start - target), 0)
     spacing = 2 / (_SAMPLES - 1)
 
-    def sample(count: Any, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def sample(count: Any, best: _Best) -> _Best:
         # Denser around the point where it is now.
-        place = count * spacing - 1
-        move = deviation + reach * place * jnp.abs(place)
-        height = rise(move)
-        cost = objective(move, height)
-        better = cost < best[2]
-        return tuple(
-            jnp.where(better, new, old) for new, old in zip((move, height, cost), best, strict=True)
-        )  # pyright: ignore[reportReturnType]
+        return better_of(best, deviation + reach * _signed_square(count * spacing - 1))[0]
 
-    first = (deviation, start, objective(deviation, start))
-    best = lax.fori_loop(0, _SAMPLES, sample, first)
-    place = jnp.where(reach > 0, (best[0] - deviation) / jnp.where(reach > 0, reach, 1), 0)
+    best = _Best(deviation, start, objective(deviation, start))
+    best = lax.fori_loop(0, _SAMPLES, sample, best)
+    place = jnp.where(reach > 0, (best.move - deviation) / jnp.where(reach > 0, reach, 1), 0)
     root = jnp.sign(place) * jnp.sqrt(jnp.abs(place))
     low = deviation + reach * _signed_square(root - spacing)
     high = deviation + reach * _signed_square(root + spacing)
@@ -132,45 +133,37 @@ def scalar(
         x = reference + move
         return jax.jvp(slope, (x,), (jnp.ones_like(x),))
 
-    def descend(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        move, height, cost = state
-        slope, bend = slopes(move)
-        gap = height - target
-        gradient = weight * (move - deviation) + target_weight * gap * slope
+    def descend(_: Any, best: _Best) -> _Best:
+        slope, bend = slopes(best.move)
+        gap = best.height - target
+        gradient = weight * (best.move - deviation) + target_weight * gap * slope
         gauss = weight + target_weight * jnp.square(slope)
         curvature = gauss + target_weight * gap * bend
         step = -gradient / jnp.where(curvature > 0.1 * gauss, curvature, gauss)
         step = jnp.where(jnp.isfinite(step), step, 0)
         for _ in range(4):
-            new = jnp.clip(move + step, low, high)
-            there = rise(new)
-            lower = objective(new, there)
-            better = lower < cost
-            move, height, cost = (
-                jnp.where(better, a, b)
-                for a, b in zip((new, there, lower), (move, height, cost), strict=True)
-            )
-            step = jnp.where(better, 0, 0.25 * step)
-        return move, height, cost
+            best, lower = better_of(best, jnp.clip(best.move + step, low, high))
+            step = jnp.where(lower, 0, 0.25 * step)
+        return best
 
-    def probe(_: Any, state: Any) -> Any:
+    def probe(_: Any, state: tuple[_Best, Array]) -> tuple[_Best, Array]:
         # To both sides, ever closer: onto a kink, where Newton steps only go to and fro.
-        move, height, cost, width = state
+        best, width = state
         for side in (-1, 1):
-            new = jnp.clip(move + side * width, low, high)
-            there = rise(new)
-            lower = objective(new, there)
-            better = lower < cost
-            move, height, cost = (
-                jnp.where(better, a, b)
-                for a, b in zip((new, there, lower), (move, height, cost), strict=True)
-            )
-        return move, height, cost, 0.5 * width
+            best, _ = better_of(best, jnp.clip(best.move + side * width, low, high))
+        return best, 0.5 * width
 
-    move, height, cost = lax.fori_loop(0, _STEPS, descend, best)
-    start = (move, height, cost, 0.25 * (high - low))
-    moved, height, _, _ = lax.fori_loop(0, _PROBES, probe, start)
-    return moved, height
+    best = lax.fori_loop(0, _STEPS, descend, best)
+    best, _ = lax.fori_loop(0, _PROBES, probe, (best, 0.25 * (high - low)))
+    return best.move, best.height
+
+
+class _Best(NamedTuple):
+    """The lowest point so far: where it is, `φ` there, and the objective."""
+
+    move: Array
+    height: Array
+    cost: Array
 
 
 def _signed_square(x: Array) -> Array:
