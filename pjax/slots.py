@@ -50,7 +50,13 @@ class Storage(ABC):
     ) -> Float[Array, ""]:
         """`Σ ρ |copy − value|²` over all copies of the entries where `mask` is 1."""
         squared = jnp.square(self.mean(state, other) - value)
-        return jnp.sum(weight * mask * squared * self.copies)
+        return self._over_copies(weight * mask * squared)
+
+    def _over_copies(self, entries: Array) -> Array:
+        """The sum of what each entry has, over all its copies."""
+        if isinstance(self.copies, int):  # behind the sum, where no array is made for it
+            return self.copies * jnp.sum(entries)
+        return jnp.sum(entries * self.copies)
 
     def difference(self, a: Any, b: Any) -> Any:
         """`a − b` as a state."""
@@ -108,7 +114,7 @@ class Compact(Storage):
 
     def squared_distance(self, a, b, weight, other=None):
         (mean_a, spread_a), (mean_b, spread_b) = a, b
-        means = jnp.sum(weight * jnp.square(mean_a - mean_b) * self.copies)
+        means = self._over_copies(weight * jnp.square(mean_a - mean_b))
         return means + jnp.square(jnp.sqrt(spread_a) - jnp.sqrt(spread_b))
 
     def squared_distance_to(self, state, value, mask, weight, other=None):

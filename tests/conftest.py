@@ -24,3 +24,10 @@ def x64() -> Iterator[None]:
     """The test runs in float64."""
     with enable_x64():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """A process can map so many programs: beyond, XLA ends with a segmentation fault."""
+    yield
+    jax.clear_caches()

@@ -278,7 +278,7 @@ def test_an_operation_without_a_rule_is_an_error_unless_allowed():
     scale = float(jnp.max(jnp.abs(gradient["w"])))
     np.testing.assert_allclose(moved["w"], gradient["w"], atol=2e-3 * scale)
     optimizer = pjax.optim.AlternatingProjections(
-        steps_per_update=5, prox_step=0.1, fallback="gauss-newton"
+        steps_per_update=50, prox_step=0.1, fallback="gauss-newton"
     )
     assert loss(optimizer.update(loss, params)[0]) < loss(params)
 

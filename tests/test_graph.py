@@ -104,7 +104,7 @@ ZOO: dict[str, tuple[Any, tuple[str, ...]]] = {
     "relu6": (lambda p, d: jax.nn.relu6(9 * p["x"]), ("min",)),
     "hard tanh": (lambda p, d: jax.nn.hard_tanh(p["x"]), ("select_n",)),
     "hard sigmoid": (lambda p, d: jax.nn.hard_sigmoid(3 * p["x"]), ("div",)),
-    "hard swish is no cone": (lambda p, d: p["x"] * jax.nn.relu6(p["x"]), ("min", "mul")),
+    "hard swish": (lambda p, d: p["x"] * jax.nn.relu6(p["x"]), ("mul",)),
     "abs": (lambda p, d: jnp.abs(p["x"] * 2 + d["c"]), ("abs",)),
     "abs of scaled data": (lambda p, d: jnp.abs(p["x"] * d["c"] - p["y"]), ("sum_abs",)),
     "clip": (lambda p, d: jnp.clip(p["x"], -0.5, 0.4), ("min",)),
