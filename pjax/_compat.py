@@ -195,6 +195,12 @@ def compile_time_eval() -> contextlib.AbstractContextManager[Any]:
     return jax.ensure_compile_time_eval()
 
 
+def run_once(function: Any, *args: Any) -> Any:
+    """`function(*args)`, compiled as quickly as can be: it runs once."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
+
+
 def is_narrow(dtype: Any) -> bool:
     """Whether a type cannot hold deviations: float16 and the 8-bit floats, not bfloat16."""
     return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).minexp > -100

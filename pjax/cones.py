@@ -35,8 +35,10 @@ _EXACT = _compat.find_primitives(
     "is_finite",
 ) | {primitives.step_p}  # fmt: skip
 ELEMENTWISE = SMOOTH | _EXACT
-_REDUCTIONS = _compat.find_primitives("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
-_SHAPES = _compat.find_primitives(
+_ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
+REDUCTIONS = _compat.find_primitives("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
+_JOINS = _compat.find_primitives("stack", "concatenate")
+SHAPES = _compat.find_primitives(
     "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"
 )
 
@@ -211,7 +213,7 @@ class Cones:
         """The chain behind `out`: what is common to the chains of its operands."""
         if out in self.opaque or len(equation.outputs) != 1:
             return ()
-        if equation.primitive not in ELEMENTWISE | _REDUCTIONS | _SHAPES:
+        if equation.primitive not in ELEMENTWISE | REDUCTIONS | SHAPES:
             return ()
         operands = list(dict.fromkeys(self._variables(equation)))
         if any(a in self.stop for a in operands) and len(operands) > 1:
@@ -231,7 +233,7 @@ class Cones:
         if len(chain) < 2:
             return None
         equation = self.definitions[var]
-        if equation.primitive in _SHAPES:
+        if equation.primitive in SHAPES:
             return None
         region = self._region(var, chain[1])
         if not self._needs_cone(equation, region):
@@ -275,7 +277,7 @@ class Cones:
         for var in variables:
             while (
                 var in region
-                and self.definitions[var].primitive in _SHAPES
+                and self.definitions[var].primitive in SHAPES
                 and len(self.chains[var]) > 1
             ):
                 (var,) = self._variables(self.definitions[var])
@@ -294,7 +296,7 @@ class Cones:
         if len(self.chains[base]) < 2 or not self._is_private(base, region):
             return False
         equation = self.definitions[base]
-        if equation.primitive in _SHAPES:
+        if equation.primitive in SHAPES:
             # Axes of length 1 that come or go.
             behind = self.chains[base][1]
             same = np.prod(self.program.shape(base)) == np.prod(self.program.shape(behind))
@@ -317,6 +319,22 @@ def _independent_axes(
     program: Program, equations: Sequence[Equation], base: int, output: int
 ) -> tuple[tuple[int, int], ...]:
     """Pairs of an axis of `base` and one of `output` along which nothing is mixed."""
+    axes, mixed = carried_axes(program, equations, base)
+    pairs = [
+        (axis, place)
+        for place, axis in enumerate(axes[output])
+        if axis is not None and axis not in mixed
+    ]
+    ascending = all(a[0] < b[0] for a, b in itertools.pairwise(pairs))
+    return tuple(pairs) if ascending else ()
+
+
+def carried_axes(
+    program: Program, equations: Sequence[Equation], base: int
+) -> tuple[dict[int, tuple[int | None, ...]], set[int]]:
+    """For each axis of what `equations` compute the axis of `base` that it is, if it is one; and
+    the axes of `base` whose entries are mixed.
+    """
     axes: dict[int, tuple[int | None, ...]] = {base: tuple(range(len(program.shape(base))))}
     mixed: set[int] = set()
 
@@ -330,13 +348,7 @@ def _independent_axes(
         for out in equation.outputs:
             shape = program.shape(out)
             axes[out] = _carried(program, equation, operands, axes, shape, lose)
-    pairs = [
-        (axis, place)
-        for place, axis in enumerate(axes[output])
-        if axis is not None and axis not in mixed
-    ]
-    ascending = all(a[0] < b[0] for a, b in itertools.pairwise(pairs))
-    return tuple(pairs) if ascending else ()
+    return axes, mixed
 
 
 def _carried(
@@ -360,7 +372,7 @@ def _carried(
             if len(here) > 1:
                 lose(tuple(here))
         return tuple(found)
-    if primitive in _REDUCTIONS:
+    if primitive in REDUCTIONS:
         lose([first[axis] for axis in params["axes"]])
         return tuple(a for place, a in enumerate(first) if place not in params["axes"])
     if primitive is P.broadcast_in_dim_p:
@@ -374,11 +386,55 @@ def _carried(
         return tuple(kept)
     if primitive is P.transpose_p:
         return tuple(first[axis] for axis in params["permutation"])
-    if primitive in _SHAPES:
+    if primitive in SHAPES:
         return _reshaped(program.shape(operands[0]), first, shape, lose)
+    if primitive in _JOINS:
+        return _joined(program, equation, operands, axes, shape, lose)
+    if primitive in _ROW_LOSSES:
+        lose(first[-1:])
+        return first[:-1]
+    if primitive is P.gather_p and operands == [equation.inputs[0]]:
+        return _gathered(params["dimension_numbers"], first, shape, lose)
     for operand in operands:
         lose(axes[operand])
     return (None,) * len(shape)
+
+
+def _joined(
+    program: Program,
+    equation: Equation,
+    operands: Sequence[int],
+    axes: Mapping[int, tuple[int | None, ...]],
+    shape: tuple[int, ...],
+    lose: Any,
+) -> tuple[int | None, ...]:
+    """The axes of arrays side by side, but for the one along which they are."""
+    place = equation.params.get("axis", equation.params.get("dimension"))
+    found: list[int | None] = []
+    stacked = len(shape) > len(axes[operands[0]])
+    for axis in range(len(shape)):
+        here = axis - (stacked and axis > place)
+        named = set() if stacked and axis == place else {axes[a][here] for a in operands}
+        if axis == place or len(named) != 1:
+            lose(tuple(named))
+            named = {None}
+        found.append(named.pop())
+    return tuple(found)
+
+
+def _gathered(
+    numbers: Any, axes: tuple[int | None, ...], shape: tuple[int, ...], lose: Any
+) -> tuple[int | None, ...]:
+    """The batch axes of a gather: of each row other entries (`jnp.take_along_axis`)."""
+    batch = [place for place in range(len(shape)) if place not in numbers.offset_dims]
+    found: list[int | None] = [None] * len(shape)
+    kept = set()
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    for operand_axis, index_axis in pairs:
+        found[batch[index_axis]] = axes[operand_axis]
+        kept.add(operand_axis)
+    lose([axis for place, axis in enumerate(axes) if place not in kept])
+    return tuple(found)
 
 
 def _reshaped(
@@ -399,4 +455,7 @@ def _reshaped(
     return tuple(found)
 
 
-__all__ = ["ELEMENTWISE", "SMOOTH", "Cones", "Function", "Piece", "cut", "single"]
+__all__ = [
+    "ELEMENTWISE", "REDUCTIONS", "SHAPES", "SMOOTH", "Cones", "Function", "Piece", "carried_axes",
+    "cut", "single",
+]  # fmt: skip

@@ -50,8 +50,8 @@ def line_search(
     after = program.evaluate(moved, consts)
     lines = []
     for node in graph.losses:
-        equation = next(e for e in program.equations if node.output in e.outputs)
-        prediction, labels = (read(problem.values, atom) for atom in equation.inputs)
+        equation = graph.term(node).equation
+        prediction, *labels = (read(problem.values, atom) for atom in equation.inputs)
         way = read(after, equation.inputs[0]) - prediction
         weight = problem.loss_weights[node.index]
         weight = weight[..., 0] if jnp.ndim(weight) else weight
@@ -60,7 +60,7 @@ def line_search(
     def losses(length: Any) -> Array:
         total = jnp.zeros(())
         for equation, prediction, way, labels, weight in lines:
-            (rows,) = equation.bind(prediction + length * way, labels)
+            (rows,) = equation.bind(prediction + length * way, *labels)
             total = total + jnp.sum(weight * rows)
         return total
 

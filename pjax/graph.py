@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pjax import _compat, fusion
 from pjax._compat import P
@@ -23,14 +21,15 @@ from pjax.colouring import two_colour
 from pjax.cones import SMOOTH, Cones, Piece, single
 from pjax.fusion import Cone, SumTerm
 from pjax.layer import Addend, LayerSum, Product
+from pjax.loss_terms import LossTerm, RowLoss, find_losses
 from pjax.numeric import ArrayFunction, ScalarFunction
 from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
     IDENTITY,
-    LOSSES,
     Affine,
     NodeSpec,
+    NumericLoss,
     Rule,
     Term,
     bilinear_name,
@@ -38,7 +37,7 @@ from pjax.rules import (
     find_builder,
 )
 from pjax.thresholds import as_threshold
-from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, read, run
+from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError
 from pjax.wiring import (
     Route,
     broadcast_step,
@@ -116,6 +115,8 @@ class Graph:
     program: Program
     nodes: tuple[Node, ...]
     slots: tuple[Slot, ...]
+    #: What each loss node is, in their order.
+    terms: tuple[LossTerm, ...]
 
     def edges(self) -> list[tuple[int, int]]:
         """All pairs `(producer, reader)` of node indices, without repetition, sorted."""
@@ -169,32 +170,12 @@ class Graph:
         return [index for group in self.level_groups() for index in group]
 
     def loss_coefficients(self, values: Mapping[int, Any]) -> list[Any]:
-        """How much each row of each loss counts in the function's result: 1 if it is the result.
+        """How much each row of each loss counts in the function's result: 1 if it is the result."""
+        return [term.counts(values) for term in self.terms]
 
-        What follows the losses (a mean, a weighted sum) is linear in them: its transpose, of ones.
-        """
-        program = self.program
-        outputs = [node.output for node in self.losses if node.output is not None]
-        tail = _descendants(program, outputs)
-        after = [e for e in program.equations if tail.issuperset(e.outputs)]
-        after = [e for e in after if not set(outputs).intersection(e.outputs)]
-
-        def result(*rows: Any) -> Any:
-            known = {**values, **dict(zip(outputs, rows, strict=True))}
-            run(after, known)
-            return jnp.sum(read(known, program.outputs[0]))
-
-        gradient = jax.grad(result, argnums=tuple(range(len(outputs))))
-        data = {a for e in after for a in e.inputs if isinstance(a, int) and a not in tail}
-        made = {out for e in after for out in e.outputs}
-        if data <= made:  # the program alone fixes them, whatever the data: known numbers
-            with _compat.compile_time_eval():
-                # Linear: any point will do, also one where the losses overflow.
-                points = [jnp.zeros(program.shape(v), program.dtype(v)) for v in outputs]
-                found = [np.asarray(c) for c in gradient(*points)]
-            return [c.flat[0] if np.all(c == c.flat[0]) else c for c in found]
-        points = [jnp.zeros(program.shape(v), program.dtype(v)) for v in outputs]
-        return list(gradient(*points))
+    def term(self, node: Node) -> LossTerm:
+        """What a loss node is in the function's result."""
+        return self.terms[self.losses.index(node)]
 
 
 class UnusedParameterWarning(UserWarning):
@@ -290,7 +271,7 @@ def bipartite(graph: Graph) -> Graph:
                 source=node.source,
             )
         )
-    return Graph(graph.program, tuple(nodes), tuple(slots))
+    return Graph(graph.program, tuple(nodes), tuple(slots), graph.terms)
 
 
 def _descendants(program: Program, variables: Iterable[int]) -> set[int]:
@@ -314,134 +295,21 @@ class _Unit:
 
 class _Builder:
     def __init__(self, program: Program, splitting: Splitting, fallback: Fallback | None = None):
+        program, self.terms = find_losses(program)
         self.program = program
         self.fallback = fallback
         self.layers = splitting == "layer"
         self.definitions = {out: e for e in program.equations for out in e.outputs}
-        # A loss of data alone is a number that nothing can move.
-        self.loss_equations = [
-            e
-            for e in program.equations
-            if e.primitive in LOSSES and program.is_variable(e.outputs[0])
-        ]
         self.registered = frozenset(
             out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
         )
-        self._check_not_empty()
-        self._check_ends_in_loss()
-        self._check_signs()
-        self.predictions = [e.inputs[0] for e in self.loss_equations]
+        self.predictions = [term.equation.inputs[0] for term in self.terms]
         stop: Any = frozenset(self.predictions)
         self.cones = fusion.find_cones(program, stop, self.registered)
         self.functions = Cones(program, stop, self.registered)
         self.reads = self._count_reads()
         self.pure = self._find_pure()
         self.specs: dict[Rule, Rule] = {}
-
-    # What a loss is, and what may follow it.
-
-    def _check_not_empty(self) -> None:
-        # Before what follows the loss: the mean of nothing divides by zero.
-        for equation in self.loss_equations:
-            shape = self.program.shape(equation.inputs[0])
-            if 0 in shape:
-                raise TraceError(
-                    f"The batch is empty: `{equation.name}` ({equation.source}) gets an operand "
-                    f"of shape {shape}."
-                )
-
-    def _check_ends_in_loss(self) -> None:
-        program = self.program
-        what_to_do = (
-            "End it in `pjax.cross_entropy(logits, labels)`, `pjax.margin_loss` or "
-            "`pjax.squared_error`, or in a mean or a weighted sum of them."
-        )
-        if len(program.outputs) != 1:
-            raise TraceError(
-                f"The function returns {len(program.outputs)} arrays; it must return one, the "
-                f"loss. {what_to_do}"
-            )
-        (output,) = program.outputs
-        if not program.is_variable(output):
-            raise TraceError(
-                "The function's result does not depend on any parameter that can move. "
-                + what_to_do
-            )
-        losses = [out for e in self.loss_equations for out in e.outputs]
-        tail = _descendants(program, losses)
-        if output not in tail:
-            equation = self.definitions.get(output)  # pyright: ignore[reportArgumentType]
-            made = f"It ends in `{equation.name}` ({equation.source}). " if equation else ""
-            raise TraceError("The function does not end in a loss. " + made + what_to_do)
-        for equation in self.loss_equations:
-            prediction, labels = equation.inputs
-            if program.is_variable(labels):
-                raise TraceError(
-                    f"The labels of `{equation.name}` ({equation.source}) depend on the "
-                    "parameters; they must be data. Use `jax.lax.stop_gradient` on them if they "
-                    "are meant to rest."
-                )
-            if prediction in tail:
-                raise TraceError(
-                    f"`{equation.name}` ({equation.source}) reads the result of another loss."
-                )
-        for equation in program.equations:
-            if not tail.issuperset(equation.outputs) or equation.primitive in LOSSES:
-                continue
-            of_loss = [isinstance(a, int) and a in tail for a in equation.inputs]
-            others = [a for a, loss in zip(equation.inputs, of_loss, strict=True) if not loss]
-            if any(program.is_variable(a) for a in others):
-                raise TraceError(
-                    f"`{equation.name}` ({equation.source}) joins a loss with a value of the "
-                    "parameters that is no loss (a weight penalty, say): the function must end in "
-                    "a weighted sum of losses alone."
-                )
-            if not self._is_linear_in_losses(equation, sum(of_loss)):
-                raise TraceError(
-                    f"After the loss comes `{equation.name}` ({equation.source}), which is not a "
-                    "sum, a mean or a scaling by data: the function must end in a weighted sum of "
-                    "losses."
-                )
-
-    def _is_linear_in_losses(self, equation: Equation, losses: int) -> bool:
-        """Whether an equation of data and of so many losses is linear in the losses."""
-        program = self.program
-        if is_wiring(program, equation):
-            return True
-        if equation.primitive in (P.dot_general_p, P.cumsum_p, P.scatter_add_p):
-            return losses == 1
-        term = SumTerm(equation.outputs[0])
-        return fusion.sum_step(program, equation, term) is not None
-
-    def _check_signs(self) -> None:
-        """Refuses a loss that is maximised, where the program itself fixes that."""
-        program = self.program
-        # With which signs each value counts in the result, over all ways there; 0: data says it.
-        signs: dict[Atom, set[int]] = {program.outputs[0]: {1}}
-        for equation in reversed(program.equations):
-            found = set().union(*(signs.get(out, ()) for out in equation.outputs))
-            if equation.primitive in LOSSES:
-                if found == {-1}:
-                    raise TraceError(
-                        f"`{equation.name}` ({equation.source}) counts negatively in the "
-                        "function's result: a loss that is to be maximised has no projection. "
-                        "Losses are minimised; return the loss itself."
-                    )
-                continue
-            for position, atom in enumerate(equation.inputs):
-                if isinstance(atom, int):
-                    factor = self._sign(equation, position)
-                    signs.setdefault(atom, set()).update(factor * sign for sign in found)
-
-    def _sign(self, equation: Equation, position: int) -> int:
-        """The sign with which an operand enters a linear operation; 0 if data says it."""
-        primitive = equation.primitive
-        if primitive is P.neg_p or (primitive is P.sub_p and position == 1):
-            return -1
-        if primitive in (P.mul_p, P.div_p):
-            number = self.program.uniform_value(equation.inputs[1 - position])
-            return 0 if number is None or np.isnan(number) else int(np.sign(number))
-        return 0 if primitive is P.dot_general_p else 1
 
     # What is read how often, and what depends on parameters alone.
 
@@ -733,14 +601,12 @@ class _Builder:
             if self.layers:
                 unit = replace(unit, spec=unit.spec._replace(rule=as_threshold(unit.spec.rule)))
             nodes.append(self._node(len(nodes), "operation", unit, var, producers, index_of))
-        for equation in self.loss_equations:
-            builder = find_builder(equation.primitive)
-            assert builder is not None
-            spec = builder(program, equation)
+        for equation in (term.equation for term in self.terms):
+            spec = _loss_spec(program, equation)
             unit = _Unit(spec.rule.name, spec, None, equation.source)
             out = equation.outputs[0]
             nodes.append(self._node(len(nodes), "loss", unit, out, producers, index_of))
-        return Graph(program, tuple(nodes), tuple(self.slots))
+        return Graph(program, tuple(nodes), tuple(self.slots), self.terms)
 
     def _node(
         self,
@@ -778,6 +644,17 @@ class _Builder:
             inner=unit.inner,
             source=unit.source,
         )
+
+
+def _loss_spec(program: Program, equation: Equation) -> NodeSpec:
+    loss = equation.primitive
+    if isinstance(loss, RowLoss):
+        exactness = "exact" if loss.convex and loss.entries is not None else "inexact"
+        rule = NumericLoss(loss.value, loss.entries, loss.name, exactness)
+        return NodeSpec(rule, equation.inputs[:1], equation.inputs[1:])
+    builder = find_builder(loss)
+    assert builder is not None
+    return builder(program, equation)
 
 
 def _cone_name(piece: Piece) -> str:

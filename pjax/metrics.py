@@ -243,7 +243,9 @@ class Spectral(Metric):
             node = graph.nodes[index]
             if node.kind == "loss":
                 for slot in node.slots:
-                    weights[slot] = Weight(measures.loss_weights[index])
+                    # A penalty on parameters that rest: a force on them.
+                    found = Weight(measures.loss_weights[index])
+                    weights[slot] = Weight(1.0, INFINITE) if resting[slot] else found
                 continue
             if node.rule is None:
                 continue

@@ -389,21 +389,27 @@ class Problem:
         coefficients = self.graph.loss_coefficients(self.values)
         #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
         self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
+        # A penalty on parameters has no rows of the batch, unless there is nothing else.
+        of_data = [c for node, c in zip(losses, coefficients, strict=True) if self._of_data(node)]
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in of_data or coefficients]))
         #: The largest coefficient of a row in the function's result.
         self.largest_coefficient = largest
-        relative = [_relative(c, coefficients, largest) for c in coefficients]
+        relative = [_relative(c, of_data or coefficients, largest) for c in coefficients]
         self.loss_weights = {
             node.index: jnp.maximum(c, 0)[..., None] if np.ndim(c) else c
             for node, c in zip(losses, relative, strict=True)
         }
         if metric.row_weights == "relative":
             coefficients = relative
-        shapes = [self.values[node.output].shape for node in losses]  # pyright: ignore
+        counted = [
+            (c, self.values[node.output].shape)  # pyright: ignore[reportArgumentType]
+            for node, c in zip(losses, relative, strict=True)
+            if self._of_data(node) or not of_data
+        ]
         #: How many rows of losses there are, each counted as it weighs against the largest.
         self.rows = jnp.maximum(
             sum(
-                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in zip(relative, shapes, strict=True)),
+                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in counted),
                 start=jnp.zeros(()),
             ),
             1,
@@ -414,6 +420,10 @@ class Problem:
             node.index: self.prox_step * jnp.maximum(c, 0)
             for node, c in zip(losses, coefficients, strict=True)
         }
+
+    def _of_data(self, node: Node) -> bool:
+        """Whether a loss reads predictions, not parameters alone."""
+        return any(self.graph.slots[i].kind == "activation" for i in node.slots)
 
     def _kept_mask(self, slot: Slot, members: frozenset[int]) -> Array | None:
         """1 where a slot reads no producer among `members`; None if all its producers are."""
@@ -464,6 +474,8 @@ class Problem:
         """Whether the slot is infinitely stiffer than the readers of its node."""
         if not self.layout.resting[slot.index]:
             return False
+        if self.graph.nodes[slot.node].kind == "loss":
+            return True
         return not all(self.layout.resting[i] for i in self._readers[slot.node])
 
     def _ratio(self, slot: Slot, node: int) -> Any:
@@ -934,7 +946,7 @@ def _divided(state: Any, ratio: Any) -> Any:
 
 def _relative(coefficient: Any, all_coefficients: Sequence[Any], largest: Any) -> Any:
     """A loss's coefficients over the largest of all; a plain 1 where that is known to be so."""
-    if all(not isinstance(c, jax.Array) for c in all_coefficients):
+    if all(not isinstance(c, jax.Array) for c in (coefficient, *all_coefficients)):
         largest = max(np.max(np.abs(c)) for c in all_coefficients)
         found = np.asarray(coefficient / (largest if largest > 0 else 1))
         return float(found) if found.ndim == 0 else found

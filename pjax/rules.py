@@ -365,17 +365,21 @@ class Loss(Rule):
     exactness: ClassVar[Exactness] = "exact"
 
     @abstractmethod
-    def prox(self, reference: Array, deviation: Array, labels: Array, step: Array) -> Array:
+    def prox(self, reference: Array, deviation: Array, labels: Any, step: Array) -> Array:
         """The new deviation; `step` is one number per row."""
 
+    def _prox(self, reference: Reference, deviation: Array, step: Array) -> Array:
+        (labels,) = reference.knowns
+        return self.prox(reference.inputs[0], deviation, labels, step)
+
     def project(self, reference, states, weights, target, target_weight):
-        (state,), (value,), (labels,) = states, reference.inputs, reference.knowns
+        (state,) = states
         weight = weights[0]
         if jnp.ndim(weight):
             # A row function needs one weight per row: the metric gives a slot of a loss just that.
             weight = jnp.broadcast_to(weight, state.shape)[..., 0]
             weight = jnp.where(weight > 0, weight, 1)
-        return (self.prox(value, state, labels, target_weight / weight),), None
+        return (self._prox(reference, state, target_weight / weight),), None
 
 
 @dataclass(frozen=True)
@@ -407,6 +411,31 @@ class SquaredError(Loss):
 
     def prox(self, reference, deviation, labels, step):
         return losses.squared_error(reference, deviation, labels, step)
+
+
+@dataclass(frozen=True)
+class NumericLoss(Loss):
+    """Any loss of rows: a sum of losses of entries, or of whole rows.
+
+    **Attributes:**
+
+    - `value`, `entries`: `(x, *knowns)` to the loss of each row, and of each entry if it is a sum
+        of such.
+    """
+
+    value: Callable[..., Array]
+    entries: Callable[..., Array] | None
+    name: str = "loss"
+    exactness: Exactness = "inexact"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def prox(self, reference, deviation, labels, step):
+        if self.entries is not None:
+            entries = self.entries
+            return losses.separable(lambda x: entries(x, *labels), reference, deviation, step)
+        return losses.rows(lambda x: self.value(x, *labels), reference, deviation, step)
+
+    def _prox(self, reference, deviation, step):
+        return self.prox(reference.inputs[0], deviation, reference.knowns, step)
 
 
 # --- The registry --------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ The last axis is the row. A proximal operator takes the point as a reference plu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -204,3 +207,163 @@ def _fraction(step: ArrayLike, dtype: jnp.dtype) -> Array:
     step = _per_row(step, dtype)
     finite = jnp.where(jnp.isinf(step), 1, step)
     return jnp.where(jnp.isinf(step), 1, finite / (1 + finite))
+
+
+# --- Losses without a closed form ----------------------------------------------------------------
+
+#: Steps of `separable`, and of `rows` with at most so many conjugate gradient steps in each.
+_ENTRY_STEPS = 60
+_ROW_STEPS, _ROW_INNER = 12, 16
+#: Halvings of one step of `rows`.
+_HALVINGS = 5
+
+
+def separable(
+    entries: Callable[[Array], Array],
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`argmin_x ½|x − v|² + λ Σ_i ℓ_i(x_i)` at `v = reference + deviation`, as a deviation.
+
+    Where `ℓ_i` is convex, `x − v + λ ℓ_i′(x)` rises, and its zero lies between `v` and
+    `v − λ ℓ_i′(v)`: Newton steps inside that bracket, which is halved where they leave it, end at
+    the nearest point, at a kink as well. Elsewhere the result is kept if it lowers the objective.
+
+    **Arguments:**
+
+    - `entries`: `ℓ`, elementwise; of `x`.
+    - `reference`, `deviation`: their sum is `v`.
+    - `step`: `λ ≥ 0`, one number per row, finite.
+    """
+    dtype = deviation.dtype
+    step = jnp.broadcast_to(_per_row(step, dtype), deviation.shape)
+
+    def slope_at(x: Array) -> Array:
+        _, slope = jax.jvp(entries, (x,), (jnp.ones_like(x),))
+        return jnp.where(jnp.isfinite(slope), slope, 0)
+
+    def slope_and_bend(move: Array) -> tuple[Array, Array]:
+        x = reference + move
+        return jax.jvp(slope_at, (x,), (jnp.ones_like(x),))
+
+    start, _ = slope_and_bend(deviation)
+    whole = deviation - step * start
+    low, high = jnp.minimum(deviation, whole), jnp.maximum(deviation, whole)
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        count, at, low, high, _ = state
+        slope, bend = slope_and_bend(at)
+        rise = at - deviation + step * slope
+        low, high = jnp.where(rise < 0, at, low), jnp.where(rise > 0, at, high)
+        new = at - rise / (1 + jnp.maximum(step * bend, 0))
+        inside = (new > low) & (new < high)
+        new = jnp.where(rise == 0, at, jnp.where(inside, new, (low + high) / 2))
+        return count + 1, new, low, high, jnp.max(jnp.abs(new - at) - close(at), initial=0)
+
+    def close(at: Array) -> Array:
+        return 2 * jnp.finfo(dtype).eps * jnp.abs(at)
+
+    first = (jnp.zeros((), int), deviation, low, high, jnp.full((), jnp.inf, dtype))
+    _, at, low, high, _ = lax.while_loop(
+        lambda state: (state[0] < _ENTRY_STEPS) & (state[-1] > 0), body, first
+    )
+    found = _settled(deviation, -step * slope_and_bend(at)[0], at, reference)
+
+    def cost(move: Array) -> Array:
+        return 0.5 * jnp.square(move - deviation) + step * entries(reference + move)
+
+    rounding = 8 * jnp.finfo(dtype).eps * jnp.abs(step * entries(reference + deviation))
+    lower = cost(found) <= cost(deviation) + rounding
+    return jnp.where(lower & (step > 0), found, deviation)
+
+
+def _settled(deviation: Array, move: Array, at: Array, reference: Array) -> Array:
+    """`deviation + move` with the move `−λ∇ℓ` of the point itself, which has no cancellation; but
+    the point where they differ by more than its rounding: at a kink.
+    """
+    rounding = 64 * jnp.finfo(at.dtype).eps * (jnp.abs(reference) + jnp.abs(at))
+    rounding = rounding + 1e-3 * jnp.abs(at - deviation)
+    exact = deviation + move
+    return jnp.where(jnp.abs(exact - at) <= rounding, exact, at)
+
+
+def rows(
+    value: Callable[[Array], Array],
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`argmin_x ½|x − v|² + λ ℓ(x)` of every row at `v = reference + deviation`, as a deviation.
+
+    Newton steps, solved for by conjugate gradients in each row by itself and shortened until they
+    lower the objective; a way along which the loss bends down ends the inner iteration. The nearest
+    point where the loss is convex and the iteration converged; elsewhere never worse than `v`.
+
+    **Arguments:**
+
+    - `value`: `ℓ`, one number per row; of `x`.
+    - `reference`, `deviation`: their sum is `v`.
+    - `step`: `λ ≥ 0`, one number per row, finite.
+    """
+    dtype = deviation.dtype
+    step = jnp.broadcast_to(_per_row(step, dtype), (*deviation.shape[:-1], 1))
+
+    def slope_at(x: Array) -> Array:
+        slope = jax.grad(lambda x: jnp.sum(value(x)))(x)
+        return jnp.where(jnp.isfinite(slope), slope, 0)
+
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.sum(a * b, axis=-1, keepdims=True)
+
+    def cost(move: Array) -> Array:
+        found = 0.5 * dot(move - deviation, move - deviation)
+        return found + step * value(reference + move)[..., None]
+
+    def way(at: Array) -> tuple[Array, Array]:
+        """`−(I + λH)⁻¹ g`, and the gradient g."""
+        slope, bend = jax.linearize(slope_at, reference + at)
+        gradient = at - deviation + step * slope
+
+        def inner(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            found, residual, ahead, size, going = state
+            image = ahead + step * bend(ahead)
+            curve = dot(ahead, image)
+            going = going & (curve > 0) & (size > 0)
+            rate = jnp.where(going, size / jnp.where(going, curve, 1), 0)
+            found, residual = found + rate * ahead, residual - rate * image
+            new = dot(residual, residual)
+            ratio = jnp.where(going, new / jnp.where(size > 0, size, 1), 0)
+            return found, residual, residual + ratio * ahead, new, going
+
+        size = dot(gradient, gradient)
+        state = (jnp.zeros_like(at), -gradient, -gradient, size, size > 0)
+        steps = min(at.shape[-1], _ROW_INNER)
+        found, *_ = lax.fori_loop(0, steps, inner, state)
+        return jnp.where(dot(found, gradient) < 0, found, -gradient), gradient
+
+    rounding = 8 * jnp.finfo(dtype).eps
+
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        count, at, height, _ = state
+        ahead, _ = way(at)
+        # In a deep network moves are below the rounding of the objective: let them be taken.
+        slack = rounding * (jnp.abs(height) + jnp.abs(step * value(reference + at)[..., None]))
+        length = jnp.ones_like(height)
+        new, there = at + ahead, cost(at + ahead)
+        for _ in range(_HALVINGS):
+            lower = there <= height + slack
+            length = jnp.where(lower, length, 0.3 * length)
+            new = at + length * ahead
+            there = cost(new)
+        lower = there <= height + slack
+        new, there = jnp.where(lower, new, at), jnp.where(lower, there, height)
+        change = jnp.max(jnp.abs(new - at) - 4 * jnp.finfo(dtype).eps * jnp.abs(new), initial=0)
+        return count + 1, new, there, change
+
+    first = (jnp.zeros((), int), deviation, cost(deviation), jnp.full((), jnp.inf, dtype))
+    _, at, _, _ = lax.while_loop(
+        lambda state: (state[0] < _ROW_STEPS) & (state[-1] > 0), body, first
+    )
+    found = _settled(deviation, -step * slope_at(reference + at), at, reference)
+    return jnp.where(step > 0, found, deviation)
