@@ -1,0 +1,302 @@
+"""Which losses a function ends in, whoever wrote them, and their proximal operators."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import optimize
+
+import pjax
+from pjax.graph import build_graph
+from pjax.loss_terms import RowLoss
+from pjax.projections import losses
+from pjax.trace import trace
+
+X = jax.random.normal(jax.random.key(0), (8, 5))
+CLASSES = jnp.array([0, 2, 1, 3, 0, 0, 3, 1])
+ONE_HOT = jax.nn.one_hot(CLASSES, 4)
+TARGETS = jax.random.normal(jax.random.key(1), (8, 4))
+MASK = jnp.array([1.0, 1, 0, 1, 0, 1, 1, 0])
+PARAMS = {
+    "w": jax.random.normal(jax.random.key(2), (5, 6)),
+    "v": 0.5 * jax.random.normal(jax.random.key(3), (6, 4)),
+}
+
+
+def net(p):
+    return jax.nn.relu(X @ p["w"]) @ p["v"]
+
+
+def penalties(p):
+    return 0.03 * jnp.sum(p["w"] ** 2) + 0.02 * jnp.abs(p["v"]).sum()
+
+
+def by_index(p):
+    return -jnp.mean(jax.nn.log_softmax(net(p))[jnp.arange(8), CLASSES])
+
+
+def masked(p):
+    rows = optax.softmax_cross_entropy_with_integer_labels(net(p), CLASSES)
+    return jnp.sum(MASK * rows) / jnp.sum(MASK)
+
+
+def per_example(p):
+    def loss(x, y):
+        return optax.softmax_cross_entropy(jax.nn.relu(x @ p["w"]) @ p["v"], y)
+
+    return jax.vmap(loss)(X, ONE_HOT).mean()
+
+
+def pooled(p):
+    """Rows that are not side by side: classes in the middle."""
+    logits = jnp.transpose(net(p).reshape(8, 2, 2), (0, 2, 1))
+    terms = jax.nn.log_softmax(logits, axis=1) * jax.nn.softmax(TARGETS[:, :2])[..., None]
+    return -jnp.mean(jnp.sum(terms, axis=1))
+
+
+CE, SQUARED, ENTRIES, ROWS = "cross_entropy", "squared_error", "entries", "rows"
+
+#: The function, and for each loss what handles it, the shape of its prediction, and what the first
+#: row counts.
+FUNCTIONS = {
+    "class numbers": (
+        lambda p: optax.softmax_cross_entropy_with_integer_labels(net(p), CLASSES).mean(),
+        [(CE, (8, 4), 1 / 8)],
+    ),
+    "one-hot": (
+        lambda p: optax.softmax_cross_entropy(net(p), ONE_HOT).sum(),
+        [(CE, (8, 4), 1.0)],
+    ),
+    "smoothed labels": (
+        lambda p: optax.softmax_cross_entropy(net(p), optax.smooth_labels(ONE_HOT, 0.1)).mean(),
+        [(CE, (8, 4), 1 / 8)],
+    ),
+    "log-softmax by index": (by_index, [(CE, (8, 4), 1 / 8)]),
+    "per example": (per_example, [(CE, (8, 4), 1 / 8)]),
+    "weights of rows": (masked, [(CE, (8, 4), 1 / 5)]),
+    "other axes": (pooled, [(CE, (8, 2, 2), 1 / 16)]),
+    "distillation": (
+        lambda p: optax.kl_divergence(
+            jax.nn.log_softmax(net(p)), jax.nn.softmax(TARGETS)
+        ).mean(),
+        [(CE, (8, 4), 1 / 8)],
+    ),
+    "mean of squares": (
+        lambda p: jnp.mean((net(p) - TARGETS) ** 2),
+        [(SQUARED, (8, 4), 2 / 32)],
+    ),
+    "l2": (
+        lambda p: jnp.mean(jnp.sum(optax.l2_loss(net(p), TARGETS), -1)),
+        [(SQUARED, (8, 4), 1 / 8)],
+    ),
+    "squares behind a function": (
+        lambda p: jnp.mean(jnp.square(ONE_HOT - jax.nn.sigmoid(net(p)))),
+        [(SQUARED, (8, 4), 2 / 32)],
+    ),
+    "binary": (
+        lambda p: optax.sigmoid_binary_cross_entropy(net(p), ONE_HOT).mean(),
+        [(ENTRIES, (8, 4), 1 / 32)],
+    ),
+    "huber": (
+        lambda p: optax.huber_loss(net(p), TARGETS, delta=0.7).mean(),
+        [(ENTRIES, (8, 4), 1 / 32)],
+    ),
+    "hinge": (
+        lambda p: optax.hinge_loss(net(p), 2 * ONE_HOT - 1).mean(),
+        [(ENTRIES, (8, 4), 1 / 32)],
+    ),
+    "absolute": (lambda p: jnp.abs(net(p) - TARGETS).mean(), [(ENTRIES, (8, 4), 1 / 32)]),
+    "focal": (
+        lambda p: optax.sigmoid_focal_loss(net(p), ONE_HOT).mean(),
+        [(ENTRIES, (8, 4), 1 / 32)],
+    ),
+    "cosine": (
+        lambda p: optax.cosine_distance(net(p), TARGETS).sum(),
+        [(ROWS, (8, 4), None)],
+    ),
+    "root of a mean": (
+        lambda p: jnp.sqrt(jnp.mean((net(p) - TARGETS) ** 2)),
+        [(ROWS, (32,), 1.0)],
+    ),
+    "exponential of a loss": (
+        lambda p: jnp.exp(pjax.cross_entropy(net(p), ONE_HOT).mean()),
+        [(ROWS, (32,), 1.0)],
+    ),
+    "penalties": (
+        lambda p: pjax.cross_entropy(net(p), ONE_HOT).mean() + penalties(p),
+        [(CE, (8, 4), 1 / 8), (SQUARED, (5, 6), 0.06), (ENTRIES, (6, 4), 0.02)],
+    ),
+    "two heads": (
+        lambda p: (
+            0.5 * optax.softmax_cross_entropy(net(p), ONE_HOT).mean()
+            + jnp.mean((X @ p["w"] - 1) ** 2)
+        ),
+        [(CE, (8, 4), 1 / 16), (SQUARED, (8, 6), 2 / 48)],
+    ),
+}  # fmt: skip
+
+
+def handler(equation):
+    if isinstance(equation.primitive, RowLoss):
+        return ROWS if equation.primitive.entries is None else ENTRIES
+    return equation.name
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_losses_are_found_and_give_the_gradient_in_the_limit(name):
+    fn, expected = FUNCTIONS[name]
+    program, leaves, consts, _ = trace(fn, PARAMS)
+    graph = build_graph(program, "layer")
+    values = graph.program.evaluate(leaves, consts)
+    found = [(handler(t.equation), graph.program.shape(t.equation.inputs[0])) for t in graph.terms]
+    assert found == [(kind, shape) for kind, shape, _ in expected]
+    for term, (_, _, count) in zip(graph.terms, expected, strict=True):
+        if count is not None:
+            counts = np.ravel(np.asarray(term.counts(values)))
+            np.testing.assert_allclose(counts[0], count, rtol=1e-5)
+    # Its proximal operators are near gradient steps for a small prox step.
+    metric = pjax.metrics.Spectral(activations=1e4, prox_step=1e-4)
+    value, displacement = pjax.value_and_displacement(fn, metric=metric)(PARAMS)
+    wanted, gradient = jax.value_and_grad(fn)(PARAMS)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(displacement), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.linalg.norm(b)))
+
+
+def test_the_same_loss_written_twice_is_the_same_problem():
+    def by_optax(p):
+        return optax.softmax_cross_entropy_with_integer_labels(net(p), CLASSES).mean()
+
+    def by_name(p):
+        return pjax.cross_entropy(net(p), ONE_HOT).mean()
+
+    for options in ({}, {"splitting": "neuron"}):
+        (_, a), (_, b) = (
+            pjax.value_and_displacement(fn, **options)(PARAMS) for fn in (by_optax, by_name)
+        )
+        for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
+
+
+def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
+    def fn(p):
+        return pjax.cross_entropy(net(p), ONE_HOT).mean() + 10 * penalties(p)
+
+    def plain(p):
+        return pjax.cross_entropy(net(p), ONE_HOT).mean()
+
+    problems = [pjax.feasibility_problem(f, PARAMS, splitting="layer") for f in (fn, plain)]
+    assert float(problems[0].rows) == float(problems[1].rows) == 8
+    step = pjax.displacement(fn)(PARAMS)
+    without = pjax.displacement(plain)(PARAMS)
+    gradient = jax.grad(lambda p: 10 * penalties(p))(PARAMS)
+    for name in PARAMS:
+        np.testing.assert_allclose(step[name] - without[name], gradient[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pjax.optim.CyclicProjections(splitting="layer"),
+        pjax.optim.DouglasRachford(),
+        pjax.optim.AlternatingProjections(),
+    ],
+    ids=["pure", "dr", "ap"],
+)
+@pytest.mark.parametrize("name", ["binary", "cosine", "penalties", "huber"])
+def test_every_way_of_training_lowers_the_loss(optimizer, name):
+    fn, _ = FUNCTIONS[name]
+    params, state = PARAMS, None
+    if optimizer.splitting == "layer":
+        state = optimizer.init(fn, params)
+    before = float(fn(params))
+    for _ in range(8):
+        if state is None:
+            params, _ = optimizer.update(fn, params)
+        else:
+            params, _, state = optimizer.update(fn, params, state)
+    assert float(fn(params)) < 0.85 * before
+
+
+# --- Proximal operators --------------------------------------------------------------------------
+
+SCALARS = {
+    "absolute": lambda x: jnp.abs(x - 0.3),
+    "hinge": lambda x: jnp.maximum(1 - 1.5 * x, 0),
+    "huber": lambda x: optax.huber_loss(x, 0.2 * jnp.ones_like(x), delta=0.5),
+    "binary": lambda x: jax.nn.softplus(x) - 0.8 * x,
+    "fourth power": lambda x: (x - 1) ** 4,
+    "poisson": lambda x: jnp.exp(x) - 2 * x,
+    "insensitive": lambda x: jnp.maximum(jnp.abs(x) - 0.25, 0),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.usefixtures("x64")
+def test_separable_losses_against_a_search(name):
+    entry = SCALARS[name]
+    rng = np.random.default_rng(0)
+    reference, deviation = rng.normal(size=(2, 6, 5))
+    step = rng.choice([0, 1e-6, 0.1, 1.0, 30.0], size=6)
+    arrays = jnp.asarray(reference), jnp.asarray(deviation)
+    found = np.asarray(losses.separable(entry, *arrays, step))
+    for place in np.ndindex(6, 5):
+        start, length = reference[place] + deviation[place], step[place[0]]
+
+        def cost(x, start=start, length=length):
+            return 0.5 * (x - start) ** 2 + length * float(entry(jnp.asarray(x)))
+
+        bound = 3 + abs(start) + 3 * min(length, 3)
+        best = optimize.minimize_scalar(
+            cost, bounds=(start - bound, start + bound), method="bounded", options={"xatol": 1e-12}
+        ).x
+        at = reference[place] + found[place]
+        assert cost(at) <= cost(best) + 1e-12
+        np.testing.assert_allclose(at, best, atol=2e-6)
+
+
+def test_separable_moves_far_below_the_rounding_of_the_point():
+    reference, step = jnp.full((1, 3), 3.0), jnp.array([1e-20])
+    moved = losses.separable(lambda x: jax.nn.softplus(x), reference, jnp.zeros((1, 3)), step)
+    np.testing.assert_allclose(moved, -1e-20 * jax.nn.sigmoid(3.0), rtol=1e-5)
+
+
+ROW_LOSSES = {
+    "cosine": lambda x: -x @ jnp.arange(1.0, 5) / jnp.sqrt(jnp.sum(jnp.square(x), -1) + 0.1),
+    "log-sum-exp": lambda x: jax.nn.logsumexp(x, axis=-1) - x[..., 0],
+    "length": lambda x: jnp.sqrt(jnp.sum(jnp.square(x), -1) + 0.1),
+    "smooth maximum": lambda x: jnp.sum(jax.nn.softmax(3 * x) * x, -1),
+    "quartic": lambda x: jnp.square(jnp.sum(jnp.square(x), -1) - 2),
+}
+
+
+@pytest.mark.parametrize("name", ROW_LOSSES)
+@pytest.mark.usefixtures("x64")
+def test_row_losses_are_stationary_and_lower(name):
+    value = ROW_LOSSES[name]
+    rng = np.random.default_rng(1)
+    reference, deviation = rng.normal(size=(2, 12, 4))
+    step = rng.choice([0, 1e-6, 0.1, 1.0], size=12)
+    found = losses.rows(value, jnp.asarray(reference), jnp.asarray(deviation), step)
+
+    def cost(move):
+        return 0.5 * jnp.sum(jnp.square(move - deviation), -1) + step * value(reference + move)
+
+    assert np.all(cost(found) <= cost(deviation) + 1e-12)
+    gradient = jax.grad(lambda move: jnp.sum(cost(move)))(found)
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)
+    np.testing.assert_array_equal(np.asarray(found)[step == 0], deviation[step == 0])
+
+
+@pytest.mark.usefixtures("x64")
+def test_row_losses_agree_with_the_exact_operator():
+    rng = np.random.default_rng(2)
+    reference, deviation = (jnp.asarray(a) for a in rng.normal(size=(2, 9, 4)))
+    labels = jax.nn.softmax(jnp.asarray(rng.normal(size=(9, 4))))
+    step = jnp.asarray(rng.uniform(0, 8, 9))
+    exact = losses.cross_entropy(reference, deviation, labels, step)
+    found = losses.rows(lambda x: losses.cross_entropy_value(x, labels), reference, deviation, step)
+    np.testing.assert_allclose(found, exact, atol=1e-8)
