@@ -222,6 +222,9 @@ def test_a_higgs_sample_is_split_and_standardised(folder: Path, compressed: bool
     assert abs(dataset.test.x.mean(0)).max() > 0.01
     assert sum(part.y.sum() for part in parts(dataset)) == 50
     np.testing.assert_array_equal(dataset.train.x, load("higgs", folder).train.x)
+    if not compressed:
+        (folder / "higgs_sample.csv").write_bytes(content.replace(b"\n", b"\r\n") + b"\n\n")
+        np.testing.assert_array_equal(dataset.train.x, load("higgs", folder).train.x)
     assert not np.array_equal(dataset.train.x, other.train.x)
 
 

@@ -46,6 +46,10 @@ class _Interrupted(Exception):
     """What has come is good; a further try may bring the rest."""
 
 
+class _NoRange(_Interrupted):
+    """What has come is not the start of what this address has."""
+
+
 def fetch(
     name: str,
     folder: str | os.PathLike[str] | None = None,
@@ -162,6 +166,8 @@ def _download_from(url: str, source: Source, part: Path, on_progress: OnProgress
                 )
             # What was there before was wrong, or what has come: once more from the start.
         except _Interrupted as interruption:
+            if isinstance(interruption, _NoRange):
+                part.unlink()
             left = _TRIES if _size(part) - before >= _STRIDE else left - 1
             if left == 0:
                 raise _Failed(str(interruption)) from interruption
@@ -205,6 +211,8 @@ def _connect(url: str, start: int) -> Any:
     except urllib.error.HTTPError as error:
         error.close()
         message = f"HTTP {error.code} {error.reason}".strip()
+        if error.code == 416 and start:
+            raise _NoRange(message) from error
         passing = error.code in (429, 500, 502, 503, 504)
         raise (_Interrupted if passing else _Failed)(message) from error
     except TimeoutError as error:
