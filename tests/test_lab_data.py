@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
+import re
 from pathlib import Path
 
 import data_files
 import numpy as np
 import pytest
 
+from pjax.lab import cli
 from pjax.lab.data import (
     DATA_DIR_VARIABLE,
     NAMES,
@@ -266,6 +268,22 @@ def test_text_becomes_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for length, stride in ((0, 1), (len(text.test) + 1, 1), (5, 0)):
         with pytest.raises(DataError, match="cannot be taken from"):
             text.windows("test", length, stride)
+
+
+def test_the_command_lists_what_is_here(folder, cache, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    data_files.write(folder / "mnist", data_files.mnist())
+    data_files.write(folder / "cifar10", {"train.parquet": b""})
+    assert cli.main(["data", "list", "--data-dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for name in (*NAMES, "tinyshakespeare"):
+        assert re.search(rf"^ ?{name} ", printed, re.MULTILINE)
+    text = "".join(printed.split())
+    assert f"11.6MB{folder}/mnist:train-images-idx3-ubyte.gz" in text
+    assert "though" in text
+    assert str(cache) in text
+    assert cli.main(["data", "list", "--data-dir", str(folder / "nowhere")]) == 1
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 @real("mnist")

@@ -15,6 +15,7 @@ import data_files
 import numpy as np
 import pytest
 
+from pjax.lab import cli
 from pjax.lab.data import DataError, download, fetch, files, load, load_text
 from pjax.lab.data.sources import Source
 
@@ -480,6 +481,25 @@ def test_what_has_no_official_files() -> None:
         fetch("higgs-sample")
     with pytest.raises(DataError, match="no data set is called 'emnist'"):
         fetch("emnist")
+
+
+def test_the_command_fetches(server, offer, folder, capsys, monkeypatch) -> None:
+    offer("good")
+    assert cli.main(["data", "fetch", SET, "digits"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{SET}: {folder}" in printed
+    assert "digits: comes with scikit-learn" in printed
+    check_whole(folder)
+    assert cli.main(["data", "fetch", SET, "--folder", str(folder / "other")]) == 0
+    check_whole(folder / "other" / SET)
+    offer("missing")
+    (folder / NAME).unlink()
+    assert cli.main(["data", "fetch", SET]) == 1
+    captured = capsys.readouterr().err
+    assert "HTTP 404" in captured
+    assert "Traceback" not in captured
+    assert cli.main(["data", "fetch"]) == 1
+    assert "mnist, fashion-mnist, cifar10, higgs, tinyshakespeare" in capsys.readouterr().err
 
 
 def test_a_bar_shows_the_progress(server, offer, folder, capsys) -> None:

@@ -11,9 +11,16 @@ from __future__ import annotations
 from pjax.lab.data.batches import batch_rows
 from pjax.lab.data.download import fetch
 from pjax.lab.data.errors import DataError
-from pjax.lab.data.files import CACHE_DIR_VARIABLE, DATA_DIR_VARIABLE, Found, cache_folder, find
+from pjax.lab.data.files import (
+    CACHE_DIR_VARIABLE,
+    DATA_DIR_VARIABLE,
+    Found,
+    cache_folder,
+    find,
+    folder_name,
+)
 from pjax.lab.data.formats import read_idx
-from pjax.lab.data.sets import NAMES, Dataset, Split, Text, load, load_text
+from pjax.lab.data.sets import NAMES, Dataset, DatasetName, Split, Text, load, load_text
 
 __all__ = [
     "CACHE_DIR_VARIABLE",
@@ -21,6 +28,7 @@ __all__ = [
     "NAMES",
     "DataError",
     "Dataset",
+    "DatasetName",
     "Found",
     "Split",
     "Text",
@@ -28,6 +36,7 @@ __all__ = [
     "cache_folder",
     "fetch",
     "find",
+    "folder_name",
     "load",
     "load_text",
     "read_idx",

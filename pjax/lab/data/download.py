@@ -22,8 +22,9 @@ from pjax.lab.data.files import (
     cache_folder,
     digest,
     files_of,
+    folder_name,
 )
-from pjax.lab.data.sources import FOLDERS, Source
+from pjax.lab.data.sources import Source
 
 MIRROR_VARIABLE = "PJAX_DATA_MIRROR"
 #: Called with a file's name, the bytes that are there, and its size.
@@ -121,7 +122,7 @@ def addresses(name: str, source: Source) -> list[str]:
         return list(source.urls)
     if not mirror.startswith(("http://", "https://")):
         raise DataError(f"{MIRROR_VARIABLE} must start with http:// or https://, got {mirror!r}.")
-    own = f"{mirror.rstrip('/')}/{FOLDERS.get(name, name)}/{source.name}"
+    own = f"{mirror.rstrip('/')}/{folder_name(name)}/{source.name}"
     return [own, *source.urls]
 
 

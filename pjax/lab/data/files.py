@@ -34,6 +34,11 @@ class Found:
     paths: tuple[Path, ...]
 
 
+def folder_name(name: str) -> str:
+    """The folder of a data set: its name, or that of the data set whose folder it shares."""
+    return FOLDERS.get(name, name)
+
+
 def cache_folder(name: str) -> Path:
     """The folder in which downloads of a data set are kept.
 
@@ -43,7 +48,7 @@ def cache_folder(name: str) -> Path:
     import pooch
 
     place = os.environ.get(CACHE_DIR_VARIABLE) or pooch.os_cache("pjax")
-    return Path(place).expanduser() / FOLDERS.get(name, name)
+    return Path(place).expanduser() / folder_name(name)
 
 
 def data_folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -57,7 +62,7 @@ def data_folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path | No
     folder = Path(place).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder.")
-    below = folder / FOLDERS.get(name, name)
+    below = folder / folder_name(name)
     return below if below.is_dir() else folder
 
 
@@ -127,7 +132,7 @@ def missing(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     wanted = ", ".join(" or ".join(slot) for slot in FILES[name].layouts[0])
     return (
         f"{name}: looked for {wanted} in {places(name, data_dir)}. Put files into a folder DIR "
-        f"or DIR/{FOLDERS.get(name, name)} and name it: --data-dir DIR or {DATA_DIR_VARIABLE}=DIR."
+        f"or DIR/{folder_name(name)} and name it: --data-dir DIR or {DATA_DIR_VARIABLE}=DIR."
     )
 
 

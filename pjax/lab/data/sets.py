@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -16,6 +16,9 @@ from pjax.lab.data.download import fetch
 from pjax.lab.data.errors import DataError
 from pjax.lab.data.files import Found, advice, files_of, find, missing, places, verify
 from pjax.lab.data.sources import CIFAR10_ARCHIVE, CIFAR10_BATCHES, FILES, SHAKESPEARE
+
+#: The names that `load` takes, as a type for command lines.
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "higgs", "higgs-sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +384,7 @@ _LOADERS: dict[str, Callable[[Found, int], Dataset]] = {
     "higgs-sample": _higgs,
 }
 #: The names that `load` takes.
-NAMES = tuple(_LOADERS)
+NAMES: tuple[DatasetName, ...] = get_args(DatasetName)
 
 
 def _take(rows: Split, indices: np.ndarray) -> Split:
