@@ -95,7 +95,9 @@ def _fetch_file(name: str, source: Source, folder: Path, on_progress: OnProgress
         part = path.with_name(f"{path.name}.part")
         with filelock.FileLock(path.with_name(f"{path.name}.lock")), _quiet(pooch):
             urls = addresses(name, source)
-            # It compares checksums before and after, and renames what came when it is right.
+            if not (path.is_file() and digest(path) == source.sha256):
+                _download(source, urls, part, on_progress)
+            # It compares checksums again, and renames what came.
             keeper = pooch.create(
                 path=folder,
                 base_url="",
@@ -103,11 +105,10 @@ def _fetch_file(name: str, source: Source, folder: Path, on_progress: OnProgress
                 urls={source.name: urls[0]},
             )
 
-            def downloader(url: str, output_file: Any, pooch: Any) -> None:
-                _download(source, urls, part, on_progress)
+            def take(url: str, output_file: Any, pooch: Any) -> None:
                 os.replace(part, output_file)
 
-            return Path(keeper.fetch(source.name, downloader=cast(Any, downloader)))
+            return Path(keeper.fetch(source.name, downloader=cast(Any, take)))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)}).") from error
 
