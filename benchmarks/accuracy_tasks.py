@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -253,10 +251,14 @@ ROWS: dict[str, Row] = {row.name: row for row in _rows()}
 
 @functools.cache
 def load(name: str, data_dir: str | None) -> data.Dataset:
-    """The data set, with MNIST's validation rows the last 10,000 of the 60,000."""
+    """The data set as the rows of the table have it.
+
+    MNIST's validation rows are the last 10,000 of the 60,000, CIFAR-10's channels are standardised,
+    and HIGGS is the sample.
+    """
     if name == "cifar10":
-        return _cifar10(data_dir)
-    dataset = data.load(name, data_dir)
+        return data.load(name, data_dir).standardised()
+    dataset = data.load("higgs-sample" if name == "higgs" else name, data_dir)
     if name != "mnist":
         return dataset
     # `data.load` permutes the training rows; the permutation that it draws is undone here.
@@ -271,55 +273,6 @@ def load(name: str, data_dir: str | None) -> data.Dataset:
         data.Split(rows["x"][part], rows["y"][part]) for part in (back[:cut], back[cut:])
     )
     return dataclasses.replace(dataset, train=train, validation=validation)
-
-
-def _cifar10(data_dir: str | None) -> data.Dataset:
-    """CIFAR-10 from Parquet files of images, its channels standardised by the training rows.
-
-    Validation rows are 5,000 of the training rows, drawn once.
-    """
-    import io
-
-    try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-        from PIL import Image
-    except ImportError as error:
-        raise data.DataError(
-            f"cifar10 needs pyarrow and pillow to be installed: {error}."
-        ) from error
-
-    place = data_dir if data_dir is not None else os.environ.get(data.DATA_DIR_VARIABLE)
-    if not place:
-        raise data.DataError(f"cifar10 needs --data-dir DIR or {data.DATA_DIR_VARIABLE}=DIR.")
-    folder = Path(place).expanduser()
-    folder = folder / "cifar10" if (folder / "cifar10").is_dir() else folder
-
-    def part(name: str) -> tuple[np.ndarray, np.ndarray]:
-        path = folder / f"{name}.parquet"
-        if not path.is_file():
-            raise data.DataError(f"{folder}: {path.name} is not there.")
-        table = parquet.read_table(path)
-        rows = table.column("img").to_pylist()
-        images = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows]
-        x = np.stack(images).astype(np.float32) / 255
-        return x, table.column("label").to_numpy().astype(np.int32)
-
-    (x, y), (test_x, test_y) = part("train"), part("test")
-    order = np.random.default_rng(0).permutation(len(x))
-    validation, train = np.split(order, [len(x) // 10])
-    mean = x[train].mean(axis=(0, 1, 2), dtype=np.float64)
-    deviation = x[train].std(axis=(0, 1, 2), dtype=np.float64)
-
-    def split(x: np.ndarray, y: np.ndarray) -> data.Split:
-        return data.Split(((x - mean) / deviation).reshape(len(x), -1).astype(np.float32), y)
-
-    return data.Dataset(
-        "cifar10",
-        split(x[train], y[train]),
-        split(x[validation], y[validation]),
-        split(test_x, test_y),
-        10,
-    )
 
 
 def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:

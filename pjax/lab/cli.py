@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import pjax
-from pjax.lab import baselines, plots
-from pjax.lab.data import DataError, Dataset, load
+from pjax.lab import baselines, data_cli, plots
+from pjax.lab.data import DataError, Dataset, DatasetName, load
 from pjax.lab.models import MLP
 from pjax.lab.train import Method, Projection, Record, Run, train
 
@@ -45,10 +45,10 @@ class UsageError(ValueError):
 class Network:
     """A data set and a multilayer perceptron."""
 
-    dataset: Literal["digits", "mnist"] = "digits"
-    """digits comes with scikit-learn; mnist is read from files."""
+    dataset: DatasetName = "digits"
+    """digits comes with scikit-learn; the others are read from files."""
     data_dir: Path | None = None
-    """Folder with MNIST's IDX files, gzip-compressed or not (default: $PJAX_DATA_DIR)."""
+    """Folder with the files (default: $PJAX_DATA_DIR, then the cache; see pjax data list)."""
     hidden: tuple[int, ...] = (128,)
     """Width of each hidden layer."""
     skip: bool = False
@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command = tyro.cli(
         Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Graph, tyro.conf.subcommand("graph")],  # pyright: ignore[reportArgumentType]
+        | Annotated[Graph, tyro.conf.subcommand("graph")]
+        | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
         prog="pjax",
         description="Train networks by projecting onto constraints.",
         args=arguments,
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A file or a pipe has no width: cut no table short.
         console = Console(width=max(console.width, _FILE_WIDTH))
     try:
+        if isinstance(command, data_cli.Data):
+            return data_cli.run(command, console)
         dataset, model = _prepare(command)
         if isinstance(command, Demo):
             return demo(command, dataset, model, console)
