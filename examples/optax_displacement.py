@@ -1,7 +1,7 @@
 """Plain JAX with optax: a displacement is trained with as a gradient is.
 
-`pjax.value_and_displacement` takes the place of `jax.value_and_grad`; clipping, weight decay and a
-schedule keep their meaning, since a displacement has the scale of a gradient.
+`pjax.value_and_displacement` takes the place of `jax.value_and_grad`; the loss line, clipping,
+weight decay and a schedule stay as they are, since a displacement has the scale of a gradient.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def network(params, x):
 
 
 def loss(params, x, y):
-    return jnp.mean(pjax.cross_entropy(network(params, x), y))
+    return optax.softmax_cross_entropy_with_integer_labels(network(params, x), y).mean()
 
 
 digits = load("digits")
 steps = 150
 rows = np.stack(list(itertools.islice(batch_rows(len(digits.train), 128, seed=0), steps)))
-batches = jnp.asarray(digits.train.x[rows]), jax.nn.one_hot(digits.train.y[rows], 10)
+batches = jnp.asarray(digits.train.x[rows]), jnp.asarray(digits.train.y[rows])
 
 he = jax.nn.initializers.he_normal()
 sizes = list(itertools.pairwise((64, 64, 64, 10)))

@@ -157,7 +157,7 @@ def value_and_displacement(
 
     **Arguments:**
 
-    - `fn`: a JAX function that ends in a loss of this library, or a weighted sum of such; mapped
+    - `fn`: a JAX function that ends in a loss, or in means and weighted sums of losses; mapped
         over `(params, *args)` as `jax.value_and_grad` would.
     - `solver`: from `pjax.solvers`; by default one cyclic sweep.
     - `splitting`: `"layer"` or `"neuron"`.

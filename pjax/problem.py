@@ -974,7 +974,7 @@ def feasibility_problem(
 
     **Arguments:**
 
-    - `fn`: a JAX function that ends in a loss of this library, or a weighted sum of such.
+    - `fn`: a JAX function that ends in a loss, or in means and weighted sums of losses.
     - `params`: the pytree of parameters; `args` are data, like anything that `fn` closes over.
     - `metric`: the weights of the distances. By default [`pjax.metrics.Uniform`][] for `"neuron"`
         splitting and [`pjax.metrics.Spectral`][] for `"layer"`.
