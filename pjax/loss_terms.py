@@ -12,6 +12,7 @@ what it computes and not by how it is written. For any other one the operator is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -647,7 +648,7 @@ class _Shape:
         def value(x: Array, *args: Any) -> Array:
             heads = self._heads(x, args[count:])
             parts = [jnp.sum(c * h, -1) for c, h in zip(args[:count], heads, strict=True)]
-            return sum(parts[1:], start=parts[0])
+            return functools.reduce(jnp.add, parts)
 
         return value
 
@@ -660,7 +661,7 @@ class _Shape:
         def entries(x: Array, *args: Any) -> Array:
             heads = self._heads(x, args[count:])
             parts = [c * h for c, h in zip(args[:count], heads, strict=True)]
-            return sum(parts[1:], start=parts[0])
+            return functools.reduce(jnp.add, parts)
 
         return entries
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,9 +252,10 @@ def test_separable_losses_against_a_search(name):
             return 0.5 * (x - start) ** 2 + length * float(entry(jnp.asarray(x)))
 
         bound = 3 + abs(start) + 3 * min(length, 3)
-        best = optimize.minimize_scalar(
+        result: Any = optimize.minimize_scalar(
             cost, bounds=(start - bound, start + bound), method="bounded", options={"xatol": 1e-12}
-        ).x
+        )
+        best = result.x
         at = reference[place] + found[place]
         assert cost(at) <= cost(best) + 1e-12
         np.testing.assert_allclose(at, best, atol=2e-6)
