@@ -34,6 +34,7 @@ class Case:
     layer: str
     variant: str
     make: Callable[[], tuple[Any, Callable[[Any, Any], Any], np.ndarray]]
+    slow: bool = False
 
     def __str__(self) -> str:
         variant = f"-{self.variant.replace(' ', '_')}" if self.variant else ""
@@ -61,6 +62,9 @@ NO_FORWARD_PASS = {
         "make_with_state": "of layers",
     },
 }
+
+#: Layers that have no graph of constraints, and why.
+NOT_SUPPORTED: dict[str, dict[str, str]] = {FLAX: {}, EQUINOX: {}}
 
 
 def exported(library: str) -> set[str]:
@@ -121,6 +125,7 @@ def _flax(
     call: Callable[..., Any] = lambda module, x: module(x),
     variant: str = "",
     x: Any = None,
+    slow: bool = False,
 ) -> Case:
     def build() -> Any:
         definitions = []
@@ -139,7 +144,7 @@ def _flax(
 
         return params, forward, batch(*shape) if x is None else x
 
-    return Case(FLAX, layer, variant, build)
+    return Case(FLAX, layer, variant, build, slow)
 
 
 def _flax_function(
@@ -152,10 +157,9 @@ def _flax_function(
 
 
 def _cell(module: Any, x: Any) -> Any:
-    """Two steps of a recurrent cell, so that its state depends on parameters."""
+    """A step of a recurrent cell from a state that depends on parameters, as in a sequence."""
     carry = module.initialize_carry(x.shape, nnx.Rngs(1))
-    carry, _ = module(carry, x)
-    return module(carry, 0.5 * x)
+    return module(jax.tree.map(lambda zeros: zeros + 0.5 * x, carry), x)
 
 
 def _masked(module: Any, x: Any) -> Any:
@@ -261,37 +265,37 @@ def flax_cases() -> Iterator[Case]:
         return nnx.MultiHeadAttention(2, 4, decode=False, rngs=r, **options)
 
     yield _flax("MultiHeadAttention", attend, 3, 4)
-    yield _flax("MultiHeadAttention", attend, 3, 4, call=_masked, variant="causal mask")
+    yield _flax("MultiHeadAttention", attend, 3, 4, call=_masked, variant="causal mask", slow=True)
     yield _flax(
         "MultiHeadAttention", lambda r: attend(r, dropout_rate=0.3, normalize_qk=True), 3, 4,
-        call=lambda m, x: m(x, deterministic=False),
+        call=lambda m, x: m(x, deterministic=False), slow=True,
         variant="dropout and normalised",
     )  # fmt: skip
     yield _flax(
         "MultiHeadAttention", attend, 3, 4, call=lambda m, x: m(x, x[:, :2], x[:, 1:]),
-        variant="crossed",
+        variant="crossed", slow=True,
     )  # fmt: skip
 
     def decode(module: Any, x: Any) -> Any:
         module.init_cache(x.shape, x.dtype)
         return [module(x[:, t : t + 1], decode=True) for t in range(x.shape[1])]
 
-    yield _flax("MultiHeadAttention", attend, 2, 4, call=decode, variant="decoding")
+    yield _flax("MultiHeadAttention", attend, 2, 4, call=decode, variant="decoding", slow=True)
     yield _flax_function("dot_product_attention", 3, 2, 4, call=lambda f, x: f(x, x + 1, x - 1))
     # Recurrence.
     for name in ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell"):
         cell = getattr(nnx, name)
-        yield _flax(name, lambda r, cell=cell: cell(3, 4, rngs=r), 3, call=_cell)
+        yield _flax(name, lambda r, cell=cell: cell(4, 4, rngs=r), 4, call=_cell)
 
     def rnn(r: nnx.Rngs, **options: Any) -> Any:
-        return nnx.RNN(nnx.GRUCell(3, 4, rngs=r), rngs=r, **options)
+        return nnx.RNN(nnx.SimpleCell(3, 4, rngs=r), rngs=r, **options)
 
     yield _flax("RNN", lambda r: rnn(r), 3, 3)
     yield _flax(
         "RNN", lambda r: rnn(r, return_carry=True, reverse=True, keep_order=True), 3, 3,
-        call=lambda m, x: m(x, seq_lengths=jnp.array([3, 1, 2])), variant="reversed lengths",
+        call=lambda m, x: m(x, seq_lengths=jnp.array([3, 1, 2])), variant="reversed lengths", slow=True,
     )  # fmt: skip
-    yield _flax("Bidirectional", lambda r: nnx.Bidirectional(rnn(r), rnn(r), rngs=r), 3, 3)
+    yield _flax("Bidirectional", lambda r: nnx.Bidirectional(rnn(r), rnn(r), rngs=r), 2, 3)
     # Functions.
     for name in activations.__all__:
         if name not in ("PReLU", "one_hot"):
@@ -320,6 +324,7 @@ def _equinox(
     call: Callable[..., Any] = lambda layer, x: jax.vmap(layer)(x),
     variant: str = "",
     x: Any = None,
+    slow: bool = False,
 ) -> Case:
     def build() -> Any:
         layer = _filled(eqx.filter_eval_shape(make, jax.random.key(0)), _parameters)
@@ -330,7 +335,7 @@ def _equinox(
 
         return params, forward, batch(*shape) if x is None else x
 
-    return Case(EQUINOX, layer, variant, build)
+    return Case(EQUINOX, layer, variant, build, slow)
 
 
 def _stateful(
@@ -398,9 +403,12 @@ def equinox_cases() -> Iterator[Case]:
             pool = getattr(nn, f"{kind}Pool{dims}d")
             adaptive = getattr(nn, f"Adaptive{kind}Pool{dims}d")
             yield _equinox(f"{kind}Pool{dims}d", lambda k, pool=pool: pool(2, 2), *shape)
+            to = {1: 2, 2: (2, 2), 3: (2, 2, 1)}[dims]
             yield _equinox(
-                f"Adaptive{kind}Pool{dims}d", lambda k, pool=adaptive: pool(2), 2, *(3,) * dims
-            )
+                f"Adaptive{kind}Pool{dims}d",
+                lambda k, pool=adaptive, to=to: pool(to),
+                2, *(3,) * dims,
+            )  # fmt: skip
     yield _equinox(
         "AvgPool2d", lambda k: nn.AvgPool2d(3, 1, padding=1, use_ceil=True), 2, 3, 3,
         variant="overlapping and padded",
@@ -455,22 +463,17 @@ def equinox_cases() -> Iterator[Case]:
         call=lambda layer, x: jax.vmap(
             lambda row: layer(row, row, row, mask=jnp.tri(3, dtype=bool), key=jax.random.key(1))
         )(x),
-        variant="causal mask and dropout",
+        variant="causal mask and dropout", slow=True,
     )  # fmt: skip
     yield _equinox("RotaryPositionalEmbedding", lambda k: nn.RotaryPositionalEmbedding(4), 3, 4)
 
     # Recurrence.
-    def steps(cell: Any, x: Any) -> Any:
-        def one(row: Any) -> Any:
-            carry = jnp.zeros(4)
-            carry = (carry, carry) if isinstance(cell, nn.LSTMCell) else carry
-            carry, _ = jax.lax.scan(lambda c, v: (cell(v, c), None), carry, row)
-            return carry
+    def step(cell: Any, x: Any) -> Any:
+        lstm = isinstance(cell, nn.LSTMCell)
+        return jax.vmap(lambda row: cell(row, (0.5 * row, -row) if lstm else 0.5 * row))(x)
 
-        return jax.vmap(one)(x)
-
-    yield _equinox("GRUCell", lambda k: nn.GRUCell(3, 4, key=k), 3, 3, call=steps)
-    yield _equinox("LSTMCell", lambda k: nn.LSTMCell(3, 4, key=k), 3, 3, call=steps)
+    yield _equinox("GRUCell", lambda k: nn.GRUCell(4, 4, key=k), 4, call=step)
+    yield _equinox("LSTMCell", lambda k: nn.LSTMCell(4, 4, key=k), 4, call=step)
 
 
 CASES = [*flax_cases(), *equinox_cases()]
