@@ -32,7 +32,7 @@ from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES
 if TYPE_CHECKING:
     from pjax.trace import Atom, Equation, Flattener
 
-_COLLECTIVES = {
+_COLLECTIVES: dict[Any, Any] = {
     **dict.fromkeys(_compat.find_primitives("psum"), jnp.sum),
     **dict.fromkeys(_compat.find_primitives("pmax"), jnp.max),
     **dict.fromkeys(_compat.find_primitives("pmin"), jnp.min),
@@ -277,8 +277,12 @@ class Regrouping:
             # The reciprocal of what is not broadcast yet.
             if len(below) == 1:
                 (factor,) = below
-                inverse = self._inverse(factor.atom, equation)
-                return self._wired(_Factor(inverse, False, factor.wires))
+                atom, wires = factor.atom, factor.wires
+                while (wire := self.definitions.get(atom)) is not None:  # pyright: ignore
+                    if wire.primitive not in SHAPES or len(wire.inputs) != 1:
+                        break
+                    atom, wires = wire.inputs[0], (wire, *wires)
+                return self._wired(_Factor(self._inverse(atom, equation), False, wires))
             return self._inverse(self._joined(below, equation, aval), equation)
         total = self._joined(above, equation, aval)
         for factor in below:

@@ -293,7 +293,8 @@ def flax_cases() -> Iterator[Case]:
     yield _flax("RNN", lambda r: rnn(r), 3, 3)
     yield _flax(
         "RNN", lambda r: rnn(r, return_carry=True, reverse=True, keep_order=True), 3, 3,
-        call=lambda m, x: m(x, seq_lengths=jnp.array([3, 1, 2])), variant="reversed lengths", slow=True,
+        call=lambda m, x: m(x, seq_lengths=jnp.array([3, 1, 2])), variant="reversed lengths",
+        slow=True,
     )  # fmt: skip
     yield _flax("Bidirectional", lambda r: nnx.Bidirectional(rnn(r), rnn(r), rngs=r), 2, 3)
     # Functions.
