@@ -95,3 +95,20 @@ def test_the_page_of_operations_is_up_to_date():
         # whether it is supported, which the tests above show for the installed ones.
         pytest.skip("docs/operations.md was written with other versions of the libraries")
     assert written == operations_table.page(), "run `python tests/operations_table.py`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", catalogue.CASES, ids=str)
+def test_alternating_projections_in_neuron_splitting(case):
+    params, _, loss = network(case)
+    optimizer = pjax.optim.AlternatingProjections(steps_per_update=8, prox_step=0.1)
+    moved, residual = optimizer.update(loss, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+        assert jnp.all(jnp.isfinite(leaf)), jax.tree_util.keystr(path)
+    assert np.isfinite(float(residual))
+    changed = [
+        bool(jnp.any(a != b))
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True)
+    ]
+    assert any(changed)
+    assert float(loss(moved)) < float(loss(params))
