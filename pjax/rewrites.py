@@ -50,7 +50,7 @@ def expand(
     primitive, params = eqn.primitive, eqn.params
     if primitive in _COLLECTIVES:
         axes = params["axes"]
-        if params["axis_index_groups"] is not None or not all(isinstance(a, int) for a in axes):
+        if params.get("axis_index_groups") is not None or not all(isinstance(a, int) for a in axes):
             return None
         reduce = _COLLECTIVES[primitive]
         return flattener.add_function(

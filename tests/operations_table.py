@@ -22,6 +22,7 @@ from catalogue import Case
 import pjax
 from pjax import _compat
 from pjax.graph import Graph, Node, build_graph
+from pjax.rules import Rule
 from pjax.trace import Program, trace
 from pjax.wiring import is_wiring
 
@@ -76,10 +77,11 @@ def network(case: Case) -> Network:
 
 
 class Found(NamedTuple):
-    """What the trace of a case shows: the primitives that it needs, and what handles each."""
+    """What the trace of a case shows: the primitives needed, what handles each, all rules."""
 
     primitives: frozenset[str]
     handlers: Mapping[str, Mapping[str, frozenset[str]]]
+    rules: frozenset[Rule]
 
 
 @functools.cache
@@ -92,14 +94,16 @@ def find(case: Case) -> Found:
     needed = frozenset(_needed(jax.make_jaxpr(outputs)(params).jaxpr))
     program, *_ = trace(loss, params)
     handlers: dict[str, dict[str, frozenset[str]]] = {}
+    rules: set[Rule] = set()
     for splitting in SPLITTINGS:
         found: dict[str, set[str]] = {}
         graph = build_graph(program, splitting)
+        rules.update(node.rule for node in graph.nodes if node.kind == "operation" and node.rule)
         for name, handler in _handlers(graph):
             found.setdefault(name, set()).add(handler)
         for name in found:
             handlers.setdefault(name, {})[splitting] = frozenset(found[name])
-    return Found(needed, handlers)
+    return Found(needed, handlers, frozenset(rules))
 
 
 def _needed(jaxpr: Any) -> Iterator[str]:
@@ -186,6 +190,12 @@ def handled(cases: list[Case]) -> dict[str, dict[str, frozenset[str]]]:
     return dict(sorted(table.items()))
 
 
+def _summary(rule: Rule) -> str:
+    """The first sentence of what a rule says of itself."""
+    paragraph = " ".join((type(rule).__doc__ or "").split("\n\n")[0].split())
+    return paragraph.replace("|", "\\|").rstrip(".")
+
+
 def versions() -> str:
     """The versions that a page was written with."""
     return f"JAX {jax.__version__}, Flax {flax.__version__}, Equinox {equinox.__version__}"
@@ -215,6 +225,10 @@ def page() -> str:
     for name, row in handled(catalogue.CASES).items():
         cells = [", ".join(sorted(row[splitting])) for splitting in SPLITTINGS]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "## Rules", "", "| rule | class | constraint |", "| --- | --- | --- |"]
+    rules = {rule for case in catalogue.CASES for rule in find(case).rules}
+    for rule in sorted({(type(r).__name__, r.exactness, _summary(r)) for r in rules}):
+        lines.append(f"| {' | '.join(rule)} |")
     for library, title in ((catalogue.FLAX, "Flax NNX"), (catalogue.EQUINOX, "Equinox")):
         tried: dict[str, list[str]] = {}
         for case in catalogue.CASES:
