@@ -26,7 +26,8 @@ class Recurrent(nnx.Module):
         self.last = nnx.Linear(WIDTH, 2, rngs=rngs)
 
     def __call__(self, x):
-        return self.last(self.rnn(self.embed(x))[:, -1])
+        outputs: jax.Array = self.rnn(self.embed(x))  # pyright: ignore
+        return self.last(outputs[:, -1])
 
 
 class Attentive(nnx.Module):

@@ -70,6 +70,7 @@ def test_a_scaled_norm_is_a_function_of_rows_and_a_product(function, splitting):
     (norm,) = [node for node in found if isinstance(node.rule, ArrayFunction)]
     (product,) = found[found.index(norm) + 1 :]
     assert product.name == "mul"
+    assert isinstance(norm.rule, ArrayFunction)
     assert norm.rule.rows.output == (0,)
     assert len(norm.slots) == 1
     assert len(product.slots) == 2
