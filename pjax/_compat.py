@@ -214,3 +214,10 @@ def broadcast_params(operand: tuple[int, ...], shape: tuple[int, ...]) -> dict[s
         jax.ShapeDtypeStruct(operand, "float32")
     )
     return dict(closed.eqns[0].params)
+
+
+@functools.cache
+def binary_params(name: str, dtype: Any) -> dict[str, Any]:
+    """The parameters of `jax.lax.add`, `mul` or `div` of two arrays of one type."""
+    operand = jax.ShapeDtypeStruct((2,), dtype)
+    return dict(jax.make_jaxpr(getattr(jax.lax, name))(operand, operand).eqns[0].params)

@@ -20,27 +20,11 @@ import numpy as np
 
 from pjax import _compat, primitives
 from pjax._compat import P
+from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
 from pjax.trace import Atom, Equation, Program, canonical, read, run
 
-#: Elementwise functions without an exact rule of their own.
-SMOOTH = _compat.find_primitives(
-    "tanh", "logistic", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "cbrt", "square",
-    "integer_pow", "pow", "erf", "erfc", "erf_inv", "sin", "cos", "tan", "asin", "acos", "atan",
-    "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "lgamma", "digamma",
-)  # fmt: skip
-#: Elementwise functions that are piecewise linear, or a product or a quotient.
-_EXACT = _compat.find_primitives(
-    "add", "add_jaxvals", "sub", "mul", "div", "neg", "max", "min", "abs", "sign", "select_n",
-    "convert_element_type", "copy", "eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not",
-    "is_finite",
-) | {primitives.step_p}  # fmt: skip
-ELEMENTWISE = SMOOTH | _EXACT
 _ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
-REDUCTIONS = _compat.find_primitives("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 _JOINS = _compat.find_primitives("stack", "concatenate")
-SHAPES = _compat.find_primitives(
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -342,7 +342,7 @@ class Problem:
         pending: list[tuple[Slot, Array]] = []
         for slot in slots:
             mantissa, own, _ = weights[slot.index]
-            weight = mantissa * self._copies(slot) * _power_between(own, exponent)
+            weight = mantissa * self._copies(slot) * _share(own, exponent)
             if slot.route.direct:
                 total = total + weight
                 continue
@@ -927,6 +927,16 @@ def _length(array: Array) -> Array:
 def _power_between(exponent: Any, other: Any) -> Any:
     """`2**(exponent − other)`; a plain 1 where the two are known to be the same."""
     return 1.0 if exponent is other else scaling.power(exponent - other)
+
+
+def _share(exponent: Any, largest: Any) -> Any:
+    """What a reader's weight is of the largest; never so little that it counts as no reader.
+
+    The steps of a loop read one array with weights that differ by more than numbers can. The force
+    on an entry is what counts, and it does not depend on a weight that is far below the largest.
+    """
+    share = _power_between(exponent, largest)
+    return share if isinstance(share, float) and share == 1 else jnp.maximum(share, 2.0**-30)
 
 
 def _largest(exponents: Sequence[Any]) -> Any:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, control_flow, windows
+from pjax import _compat, control_flow, rewrites, windows
 from pjax._compat import P
 
 
@@ -287,6 +287,8 @@ class Flattener:
         cut = len(atoms) if num_outputs is None else num_outputs
         outputs, aux = atoms[:cut], atoms[cut:]
         self._exchange_operands(_live(self.equations, outputs))
+        live = _live(self.equations, outputs)
+        self.equations = rewrites.Regrouping(self, live, outputs, REGISTRATIONS).run()
         equations = _live(self.equations, outputs)
         for equation in equations:
             self._check_integer_parameter(equation)
@@ -465,6 +467,8 @@ class Flattener:
                 results = control_flow.expand(self, eqn, inputs, source)
             if results is None:
                 results = self._expand_windows(eqn, inputs, source)
+            if results is None and any(map(self.is_variable, inputs)):
+                results = rewrites.expand(self, eqn, inputs, source)
             if results is not None:
                 for var, out in zip(eqn.outvars, results, strict=True):
                     if not isinstance(var, _compat.DropVar):

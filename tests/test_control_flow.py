@@ -364,3 +364,31 @@ def test_the_program_grows_by_a_constant_per_step(x64):
 
     four, eight, sixteen = map(sizes, (4, 8, 16))
     np.testing.assert_array_equal(sixteen - eight, 2 * (eight - four))
+
+
+def test_forces_of_all_steps_reach_what_comes_before_the_loop():
+    # The weights of the steps on the one array that all of them read differ by more than float32.
+    x = jax.random.normal(jax.random.key(0), (3, 12, 4))
+    p = {
+        "embed": jax.random.normal(jax.random.key(1), (4, 4)) / 2,
+        "w": jax.random.normal(jax.random.key(2), (4, 4)) / 2,
+        "u": jax.random.normal(jax.random.key(3), (4, 4)) / 2,
+    }
+
+    def loss(p):
+        def step(h, v):
+            return jnp.tanh(v @ p["w"] + h @ p["u"]), None
+
+        h, _ = jax.lax.scan(step, jnp.zeros((3, 4)), jnp.swapaxes(x @ p["embed"], 0, 1))
+        return pjax.squared_error(h, jnp.ones((3, 4))).sum()
+
+    gradient = jax.grad(loss)(p)
+    for metric in (
+        pjax.metrics.Spectral(activations=1e6, prox_step=1e-6, power_iterations=1),
+        pjax.metrics.Spectral(power_iterations=1),
+    ):
+        _, moved = pjax.value_and_displacement(loss, metric=metric)(p)
+        a, b = moved["embed"].ravel(), gradient["embed"].ravel()
+        assert a @ b > 0.98 * jnp.linalg.norm(a) * jnp.linalg.norm(b)
+        if metric.activations == 1e6:
+            np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.max(jnp.abs(b))))

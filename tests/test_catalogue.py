@@ -1,0 +1,114 @@
+"""Every layer of Flax NNX and of Equinox is a graph of constraints that gives the right direction.
+
+The page docs/operations.md is written from the same cases; after a change to rules or cases run
+`python tests/operations_table.py`.
+"""
+
+from __future__ import annotations
+
+import catalogue
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operations_table
+import pytest
+from operations_table import network
+
+import pjax
+from pjax.trace import trace
+
+CASES = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.slow else [])
+    for case in catalogue.CASES
+]
+
+#: So stiff and with so short a prox step that a displacement is the gradient up to rounding.
+LIMIT = pjax.metrics.Spectral(activations=1e6, prox_step=1e-6, power_iterations=1)
+#: The time of these tests is that of compiling; what is compiled runs once.
+QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.mark.parametrize("library", [catalogue.FLAX, catalogue.EQUINOX])
+def test_every_public_layer_has_a_case_or_a_reason(library):
+    tried = {case.layer for case in catalogue.CASES if case.library == library}
+    refused = set(catalogue.NOT_SUPPORTED[library])
+    outside = set(catalogue.NO_FORWARD_PASS[library])
+    assert not tried & refused
+    assert not (tried | refused) & outside
+    new = catalogue.exported(library) - tried - refused - outside
+    assert not new, f"{library} exports {sorted(new)}: add them to tests/catalogue.py."
+    # What an older release does not have may stay.
+    assert len(refused) <= (len(tried) + len(refused)) / 10
+
+
+def test_every_layer_is_tried_quickly():
+    quick = {(case.library, case.layer) for case in catalogue.CASES if not case.slow}
+    assert quick == {(case.library, case.layer) for case in catalogue.CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_pass_and_direction(case):
+    params, outputs, loss = network(case)
+    program, *_ = trace(loss, params)
+    predictions = [e.inputs[0] for e in program.equations if e.primitive.name.startswith("pjax_")]
+
+    def compare(params):
+        program, leaves, consts, _ = trace(loss, params)
+        values = program.evaluate(leaves, consts)
+        value, moved = pjax.value_and_displacement(loss, metric=LIMIT)(params)
+        return (
+            [values[atom] for atom in predictions],
+            [out.reshape(-1) for out in outputs(params)],
+            (value, moved),
+            jax.value_and_grad(loss)(params),
+        )
+
+    found = jax.jit(compare).lower(params).compile(QUICK)(params)
+    ours, theirs, (value, moved), (expected, gradient) = found
+    assert len(ours) == len(theirs) > 0
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our, their, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+    assert largest > 1e-3
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(gradient), strict=True
+    ):
+        scale = float(jnp.max(jnp.abs(theirs)))
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(
+            ours, theirs, atol=1e-3 * scale + 1e-5 * largest, rtol=0, err_msg=name
+        )
+
+
+def test_every_primitive_is_handled():
+    table = operations_table.handled(catalogue.CASES)
+    for name, row in table.items():
+        for splitting, handlers in row.items():
+            assert handlers, f"nothing handles `{name}` in {splitting} splitting"
+
+
+def test_the_page_of_operations_is_up_to_date():
+    written = operations_table.PAGE.read_text()
+    if f"Versions: {operations_table.versions()}." not in written:
+        # Other releases make other primitives of the same layers: what both have must agree in
+        # whether it is supported, which the tests above show for the installed ones.
+        pytest.skip("docs/operations.md was written with other versions of the libraries")
+    assert written == operations_table.page(), "run `python tests/operations_table.py`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", catalogue.CASES, ids=str)
+def test_alternating_projections_in_neuron_splitting(case):
+    params, _, loss = network(case)
+    optimizer = pjax.optim.AlternatingProjections(steps_per_update=8, prox_step=0.1)
+    moved, residual = optimizer.update(loss, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+        assert jnp.all(jnp.isfinite(leaf)), jax.tree_util.keystr(path)
+    assert np.isfinite(float(residual))
+    changed = [
+        bool(jnp.any(a != b))
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True)
+    ]
+    assert any(changed)
+    assert float(loss(moved)) < float(loss(params))
