@@ -63,7 +63,7 @@ def test_what_is_in_reach_of_its_nearest_threshold_moves_to_the_asked_side(name,
         else 0.0
         for b, (offset, jump) in zip(g, found, strict=True)
     ]
-    np.testing.assert_allclose(np.asarray(moved), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(moved), np.asarray(expected), rtol=1e-9, atol=1e-12)
     assert 0 < np.count_nonzero(moved) < len(x)
 
 
@@ -82,7 +82,7 @@ def test_weights_move_towards_the_asked_side_wherever_they_are(name, x64):
         0.25 * b * 4 * spread / jump if np.sign(b * jump) * offset <= 4 * spread else 0.0
         for b, (offset, jump) in zip(g, found, strict=True)
     ]
-    np.testing.assert_allclose(np.asarray(moved), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(moved), np.asarray(expected), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sign", "quantize", "round"])
