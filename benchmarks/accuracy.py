@@ -312,7 +312,8 @@ def settings_of(number: int, cosine: int) -> Settings:
 def describe(method: Method, settings: Settings) -> str:
     """Settings in a few words."""
     if method.tuned:
-        return f"rate {settings['rate']:g}, {'cosine' if settings['cosine'] else 'constant'}"
+        text = f"rate {settings['rate']:g}, {'cosine' if settings['cosine'] else 'constant'}"
+        return text + (f", window {settings['window']:g}" if "window" in settings else "")
     words = [f"{name} {value:g}" for name, value in settings.items()]
     return ", ".join([*words, method.description] if method.description else words) or "fixed"
 

@@ -599,7 +599,8 @@ class _Builder:
             index_of[var] = len(nodes)
             unit = units[var]
             if self.layers:
-                unit = replace(unit, spec=unit.spec._replace(rule=as_threshold(unit.spec.rule)))
+                rule = as_threshold(unit.spec.rule, of_weights=var in self.pure)
+                unit = replace(unit, spec=unit.spec._replace(rule=rule))
             nodes.append(self._node(len(nodes), "operation", unit, var, producers, index_of))
         for equation in (term.equation for term in self.terms):
             spec = _loss_spec(program, equation)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.graph import Graph, Node
+from pjax.thresholds import latent_nodes
 
 RowWeights = Literal["relative", "absolute"]
 
@@ -223,9 +224,12 @@ class Spectral(Metric):
         ]
 
     def curved(self, graph: Graph) -> Sequence[bool]:
-        resting = self.resting(graph)
+        resting, latent = self.resting(graph), latent_nodes(graph)
         return [
-            slot.kind == "weight" and not rests and _reads_parameters(graph, slot.index)
+            slot.kind == "weight"
+            and not rests
+            and slot.node not in latent
+            and _reads_parameters(graph, slot.index, latent)
             for slot, rests in zip(graph.slots, resting, strict=True)
         ]
 
@@ -394,8 +398,11 @@ def _is_prefix(prefix: str, path: str) -> bool:
     return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "[", ".")
 
 
-def _reads_parameters(graph: Graph, slot: int) -> bool:
-    return any(graph.nodes[p].kind == "parameter" for p in graph.slots[slot].producers)
+def _reads_parameters(graph: Graph, slot: int, latent: frozenset[int]) -> bool:
+    """Whether a slot reads parameters themselves, or what thresholds make of them."""
+    return any(
+        graph.nodes[p].kind == "parameter" or p in latent for p in graph.slots[slot].producers
+    )
 
 
 __all__ = ["INFINITE", "Curved", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]

@@ -28,7 +28,7 @@ from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
 from pjax.slots import Compact, Dense, Lifted, Storage
-from pjax.thresholds import Threshold
+from pjax.thresholds import Threshold, latent_nodes
 from pjax.trace import Program, TraceError, read, trace
 from pjax.wiring import pull_together
 
@@ -164,9 +164,10 @@ def _make_layout(
 
 
 def _asked(graph: Graph) -> tuple[int, ...]:
-    """The nodes that read parameters themselves, not through other nodes."""
-    parameters = {node.index for node in graph.parameters}
-    reading = {s.node for s in graph.slots if not parameters.isdisjoint(s.producers)}
+    """The nodes that read parameters themselves, or what thresholds make of parameters."""
+    latent = latent_nodes(graph)
+    read = {node.index for node in graph.parameters} | latent
+    reading = {s.node for s in graph.slots if not read.isdisjoint(s.producers)} - latent
     return tuple(
         node.index for node in graph.nodes if node.index in reading and node.kind == "operation"
     )
@@ -308,6 +309,7 @@ class Problem:
         self._shared_gains.clear()
         #: The weight of each slot; of one that stands for copies, of each copy.
         self.weights = weighing.weights
+        self._slot_gains = weighing.gains
         #: For each slot where the power iterations of the next problem may begin, or None.
         self.vectors = weighing.vectors
         self._total_weights = self._sum_weights()
@@ -802,11 +804,17 @@ class Problem:
         """
         if not self.layout.asked:
             return self.parameter_deviations(state)
-        effective = {
+        latent = latent_nodes(self.graph)
+        effective: dict[int, Weight] = {
             slot.index: self._effective_weight(slot, state)
             for slot in self.graph.slots
-            if slot.kind == "weight"
+            if slot.kind == "weight" and slot.node not in latent
         }
+        for index in self.graph.backward_order():
+            if index in latent:
+                asked = self.reader_weight(index, effective)
+                for slot in (self.graph.slots[i] for i in self.graph.nodes[index].slots):
+                    effective[slot.index] = self._latent_weight(slot, asked)
         found = self.parameter_forces(state)
         for node in self.graph.parameters:
             weight = self.reader_weight(node.index, effective)
@@ -826,6 +834,17 @@ class Problem:
         size = 1.0 if size is None else jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
         weight = self.weights[slot.index]
         return Weight(weight.mantissa * self._ratio(slot, slot.node) / size)
+
+    def _latent_weight(self, slot: Slot, asked: Weight) -> Weight:
+        """What the force on a slot of a function of parameters is divided by where that on its
+        output is divided by `asked`.
+
+        A linear node hands on the share `ω/(ρ/λ + ω)` of a request; its operand is to move as far
+        as all of it would lead.
+        """
+        gain = self._slot_gains[slot.index]
+        ratio = self._ratio(slot, slot.node) / jnp.max(self._total_weights[slot.node].mantissa)
+        return Weight(asked.mantissa * (gain * ratio / (ratio + gain)), asked.exponent)
 
     def parameter_forces(self, state: State) -> list[Array | None]:
         """For each leaf `W_v δ_v`, the sum of the forces of its readers; None where nothing reads

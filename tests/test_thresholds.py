@@ -1,8 +1,9 @@
-"""Piecewise constant functions in layers: the asked branch, opinions, units, and training."""
+"""Piecewise constant functions in layers: the asked side, opinions, units, and training."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,9 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.lab.data import load
-from pjax.projections import threshold
 from pjax.projections.piecewise import PiecewiseLinear
 from pjax.rules import Affine, Geometry, Quantizer, Reference, Term
-from pjax.thresholds import Threshold, as_threshold
+from pjax.thresholds import Threshold, as_threshold, latent_nodes
 
 ONE = PiecewiseLinear.identity()
 SIGN = ONE.sign()
@@ -34,49 +34,71 @@ RULES = {
 }
 
 
-def brute_branch(function, ends, x, direction):
-    """All intervals between thresholds, by their value in the middle: the nearest one beyond."""
-    pieces = []
-    for lower, upper in itertools.pairwise(ends):
-        inside = np.clip(0.5 * (max(lower, -1e3) + min(upper, 1e3)), lower, upper)
-        pieces.append((lower, upper, float(function(jnp.asarray(inside)))))
-    here = float(function(jnp.asarray(x)))
-    distance = [max(lower - x, x - upper, 0.0) for lower, upper, _ in pieces]
-    beyond = [k for k, piece in enumerate(pieces) if direction * (piece[2] - here) > 1e-9]
-    if not beyond:
-        beyond = [k for k in range(len(pieces)) if distance[k] == 0]
-    return pieces[min(beyond, key=distance.__getitem__)][:2]
+def brute_nearest(function, ends, x):
+    """Of all thresholds the nearest one: how far `x` is above it, and the jump of `f` there."""
+    nearest = min((end for end in ends if np.isfinite(end)), key=lambda end: abs(x - end))
+    below, above = (float(function(jnp.asarray(nearest + side))) for side in (-1e-6, 1e-6))
+    return x - nearest, above - below
+
+
+def inputs(ends, seed=0):
+    rng = np.random.default_rng(seed)
+    x, g = 3 * rng.normal(size=200), rng.normal(size=200) ** 3
+    x = np.concatenate([x, np.array([end for end in ends if np.isfinite(end)]) + 0.01])
+    return x, np.resize(g, len(x))
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_move_is_the_relaxed_nearest_point_of_the_asked_branch(name, x64):
+def test_what_is_in_reach_of_its_nearest_threshold_moves_to_the_asked_side(name, x64):
     rule, function, ends = RULES[name]
-    rng = np.random.default_rng(0)
-    x, g = jnp.asarray(3 * rng.normal(size=200)), jnp.asarray(rng.normal(size=200) ** 3)
-    reference = Reference((x,), (), function(x))
-    (moved,), output = rule.project(reference, (jnp.zeros(200),), (3.0,), g, 1.0)
+    x, g = inputs(ends)
+    reference = Reference((jnp.asarray(x),), (), function(jnp.asarray(x)))
+    (moved,), output = rule.project(reference, (jnp.zeros(len(x)),), (3.0,), jnp.asarray(g), 1.0)
     assert not np.any(output)
-    finite = np.array([end for end in ends if np.isfinite(end)])
-    branches = [brute_branch(function, ends, a, np.sign(b)) for a, b in zip(x, g, strict=True)]
-    others = [brute_branch(function, ends, a, -np.sign(b)) for a, b in zip(x, g, strict=True)]
-    near = [
-        min(abs(a - end) for end in (*one, *two))
-        for a, one, two in zip(x, branches, others, strict=True)
+    found = [brute_nearest(function, ends, a) for a in x]
+    spread, size = np.mean([abs(offset) for offset, _ in found]), np.mean(np.abs(g))
+    expected = [
+        0.25 * size * min(abs(b) / size / 10, 1) * np.sign(b * jump)
+        if abs(offset) <= 0.75 * spread
+        else 0.0
+        for b, (offset, jump) in zip(g, found, strict=True)
     ]
-    spread, size = np.mean(near), np.mean(np.abs(g))
-    assert finite.size
-    expected = []
-    for a, b, (lower, upper) in zip(np.asarray(x), np.asarray(g), branches, strict=True):
-        # The nearest point of the branch with its margin, on a fine grid.
-        margin = min(spread, (upper - lower) / 2)
-        left, right = max(lower + margin, -60.0), min(upper - margin, 60.0)
-        grid = np.linspace(left, max(left, right), 60001)
-        point = grid[np.argmin(np.abs(grid - a))]
-        reachable = max(lower - a, a - upper, 0.0) <= 0.5 * spread
-        opinion = min(abs(b) / size / 10, 1) if reachable else 0.0
-        expected.append(0.25 * size * opinion * (point - a) / spread)
-    np.testing.assert_allclose(np.asarray(moved), expected, atol=float(2e-3 * size))
-    assert np.any(np.abs(moved) > 0.01 * size)
+    np.testing.assert_allclose(np.asarray(moved), np.asarray(expected), rtol=1e-9, atol=1e-12)
+    assert 0 < np.count_nonzero(moved) < len(x)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_move_towards_the_asked_side_wherever_they_are(name, x64):
+    rule, function, ends = RULES[name]
+    x, g = inputs(ends)
+    reference = Reference((jnp.asarray(x),), (), function(jnp.asarray(x)))
+    (moved,), output = replace(rule, of_weights=True).project(
+        reference, (jnp.zeros(len(x)),), (3.0,), jnp.asarray(g), 1.0
+    )
+    assert not np.any(output)
+    found = [brute_nearest(function, ends, a) for a in x]
+    spread = np.mean([abs(offset) for offset, _ in found])
+    expected = [
+        0.25 * b * 4 * spread / jump if np.sign(b * jump) * offset <= 4 * spread else 0.0
+        for b, (offset, jump) in zip(g, found, strict=True)
+    ]
+    np.testing.assert_allclose(np.asarray(moved), np.asarray(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sign", "quantize", "round"])
+def test_weights_change_as_many_that_the_mean_moves_by_what_is_asked(name, x64):
+    """Of weights that are evenly spread between the levels, over many draws."""
+    rule, function, _ = RULES[name]
+    low, high = {"sign": (-2.0, 2.0), "quantize": (-1.0, 2.0), "round": (-3.0, 3.0)}[name]
+    x = jnp.asarray(np.random.default_rng(2).uniform(low, high, 200_000))
+    for asked in (0.1, -0.05):
+        request = jnp.full_like(x, asked)
+        reference = Reference((x,), (), function(x))
+        (move,), _ = replace(rule, of_weights=True).project(
+            reference, (jnp.zeros_like(x),), (1e-9,), request, 1.0
+        )
+        changed = float(jnp.mean(function(x + move) - function(x)))
+        assert changed == pytest.approx(asked, rel=0.05)
 
 
 def test_opinions_grow_with_the_request_and_vanish_out_of_reach():
@@ -87,19 +109,24 @@ def test_opinions_grow_with_the_request_and_vanish_out_of_reach():
     assert moved[1] > moved[0] > 0
     assert moved[2] == 0
     assert moved[4] == 0
-    assert moved[3] < 0  # already on its side: towards its margin
+    assert moved[3] < 0  # away from the threshold, on the side where it is
 
 
+@pytest.mark.parametrize("of_weights", [False, True])
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_nothing_depends_on_the_scale_of_the_operand_or_of_the_request(factor):
+def test_nothing_depends_on_the_scale_of_the_operand_or_of_the_request(factor, of_weights):
     rng = np.random.default_rng(1)
     x, g = jnp.asarray(rng.normal(size=64)), jnp.asarray(rng.normal(size=64))
 
     def move(x, g):
         reference = Reference((x,), (), jnp.sign(x))
-        return Threshold(SIGN).project(reference, (jnp.zeros_like(x),), (1.0,), g, 1.0)[0][0]
+        rule = Threshold(SIGN, of_weights=of_weights)
+        return rule.project(reference, (jnp.zeros_like(x),), (1.0,), g, 1.0)[0][0]
 
-    np.testing.assert_allclose(move(factor * x, g), move(x, g), rtol=1e-4, atol=1e-6)
+    # A weight moves with its own scale: as many of them change.
+    np.testing.assert_allclose(
+        move(factor * x, g), (factor if of_weights else 1) * move(x, g), rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(
         move(x, factor * g), factor * move(x, g), rtol=1e-4, atol=1e-6 * factor
     )
@@ -109,12 +136,13 @@ def test_hard_inputs_stay_finite():
     for x, g in (
         (jnp.zeros(4), jnp.ones(4)),
         (jnp.ones(4), jnp.zeros(4)),
-        (jnp.array([1e30, -1e30, 1e-30, 0.0]), jnp.array([1e30, 1e-30, -1e-30, 0.0])),
+        (jnp.array([1e18, -1e18, 1e-18, 0.0]), jnp.array([1e18, 1e-18, -1e-18, 0.0])),
     ):
-        for rule, function, _ in RULES.values():
+        for of_weights, (rule, function, _) in itertools.product((False, True), RULES.values()):
             geometry = Geometry(exponent=jnp.float32(90.0))
             reference = Reference((x,), (), function(x), geometry=geometry)
-            (moved,), _ = jax.jit(rule.project)(reference, (jnp.zeros(4),), (1.0,), g, 1.0)
+            project = jax.jit(replace(rule, of_weights=of_weights).project)
+            (moved,), _ = project(reference, (jnp.zeros(4),), (1.0,), g, 1.0)
             assert jnp.all(jnp.isfinite(moved))
 
 
@@ -169,14 +197,14 @@ def test_requests_cross_deep_networks_of_signs():
     assert all(np.isfinite(m).all() and np.any(m) for m in jax.tree.leaves(moves))
 
 
-def train(params, frozen, steps=60):
+def train(params, frozen, net=network, steps=60):
     digits = load("digits")
     x, y = jnp.asarray(digits.train.x), jax.nn.one_hot(digits.train.y, 10)
     optimizer = pjax.optim.CyclicProjections(splitting="layer")
     rest = jax.lax.stop_gradient if frozen else lambda p: p
 
     def loss(p, rows):
-        return pjax.cross_entropy(network([*rest(p[:-1]), p[-1]], x[rows]), y[rows]).mean()
+        return pjax.cross_entropy(net([*rest(p[:-1]), p[-1]], x[rows]), y[rows]).mean()
 
     batches = np.random.default_rng(0).integers(0, len(x), (steps, 128))
     state = optimizer.init(lambda p: loss(p, batches[0]), params)
@@ -185,7 +213,7 @@ def train(params, frozen, steps=60):
         params, _, state = optimizer.update(
             lambda p, rows=rows: loss(p, rows), params, state, relaxation=relaxation
         )
-    predicted = jnp.argmax(network(params, digits.validation.x), -1)
+    predicted = jnp.argmax(net(params, digits.validation.x), -1)
     return float(jnp.mean(predicted == digits.validation.y))
 
 
@@ -214,7 +242,82 @@ def test_no_derivative_is_taken_of_the_network():
     assert np.any(moves[0][0])
 
 
-def test_asked_level_of_the_last_is_the_own_one():
-    branch = threshold.asked_level(4, 0.0, 1.0, jnp.array([3.0, 0.0]), jnp.array([1.0, -1.0]))
-    np.testing.assert_array_equal(branch.lower, [2.5, -np.inf])
-    np.testing.assert_array_equal(branch.upper, [np.inf, 0.5])
+def two_bit(params, x):
+    """Weights of four levels, in units of their initial size, and activations of four levels."""
+    for number, (w, b) in enumerate(params):
+        unit = (2 / len(w)) ** 0.5
+        w = unit * pjax.quantize(w / unit, 4, -1.5, 1.5)
+        x = x @ w + b
+        if number + 1 < len(params):
+            x = pjax.quantize(x, 4, -1.0, 1.0)
+    return x
+
+
+def one_bit(params, x):
+    """Signs of weights, in units of their initial size, and of activations."""
+    for number, (w, b) in enumerate(params):
+        x = x @ ((2 / len(w)) ** 0.5 * jnp.sign(w)) + b
+        if number + 1 < len(params):
+            x = jnp.sign(x)
+    return x
+
+
+@pytest.mark.parametrize(("net", "least"), [(two_bit, 0.88), (one_bit, 0.84)])
+def test_quantized_weights_learn(net, least):
+    learned, frozen = train(initial(1), False, net), train(initial(1), True, net)
+    assert learned > frozen + 0.03
+    assert learned > least
+
+
+def test_latent_nodes_are_those_between_parameters_and_quantized_weights():
+    x, y = jnp.ones((4, 8)), jnp.eye(4)
+    params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 4)), "u": jnp.ones((4, 4))}
+
+    def loss(p):
+        size = jax.lax.stop_gradient(jnp.mean(jnp.abs(p["w"]), axis=0))
+        hidden = jnp.sign(x @ (size * jnp.sign(2 * p["w"].T).T))
+        return pjax.cross_entropy(hidden @ p["v"] @ jnp.tanh(p["u"]), y).mean()
+
+    optimizer = pjax.optim.CyclicProjections(splitting="layer")
+    layout = optimizer.problem(loss, params).layout
+    graph = layout.graph
+    latent = latent_nodes(graph)
+    assert [n.name for n in graph.nodes if n.index in latent if isinstance(n.rule, Threshold)]
+    assert not any("tanh" in graph.nodes[index].name for index in latent)
+    reading = [slot for slot in graph.slots if not latent.isdisjoint(slot.producers)]
+    (layer,) = {slot.node for slot in reading} - latent
+    assert layer in layout.asked
+    assert latent.isdisjoint(layout.asked)
+    for slot in graph.slots:
+        assert not (layout.curved[slot.index] and slot.node in latent)
+    assert [layout.curved[slot.index] for slot in reading if slot.node == layer] == [True]
+
+
+def test_what_a_layer_solves_for_quantized_weights_reaches_the_latent_ones():
+    """The move of the weights behind a quantizer is that of the same weights without one, times
+    four mean distances over the jump, but where they would go farther beyond their threshold.
+    """
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(16, 8))), jax.nn.one_hot(np.arange(16) % 3, 3)
+    latent = jnp.asarray(rng.normal(size=(8, 3)))
+    optimizer = pjax.optim.CyclicProjections(splitting="layer", extrapolate=False)
+
+    def loss(make):
+        return lambda w: pjax.cross_entropy(x @ make(w), y).mean()
+
+    for scale in (1.0, 0.1):
+        quantizer = lambda w, scale=scale: scale * pjax.quantize(w / scale, 4, -1.5, 1.5)  # noqa: E731
+        given = scale * latent
+        moved, _ = optimizer.update(loss(quantizer), given)
+        plain, _ = optimizer.update(loss(lambda w: w), quantizer(given))
+        wanted = np.asarray(plain - quantizer(given))
+        thresholds = scale * np.array([-1.0, 0.0, 1.0])
+        offset = np.asarray(given)[..., None] - thresholds
+        offset = np.take_along_axis(
+            offset, np.argmin(np.abs(offset), -1, keepdims=True), -1
+        )[..., 0]  # fmt: skip
+        spread = np.mean(np.abs(offset))
+        inside = np.sign(wanted) * offset <= 4 * spread
+        expected = wanted * 4 * spread / scale * inside
+        np.testing.assert_allclose(np.asarray(moved - given), expected, rtol=2e-3, atol=1e-6)
+        assert np.any(expected)
