@@ -373,9 +373,11 @@ def _convert(value: object, hint: Any) -> Any:
     # `True` is an `int` to Python, and not to TOML.
     if type(value) is not (str if hint is Path else hint):
         raise ValueError(_NAMES[hint])
-    if isinstance(value, str) and not value.isprintable():
-        raise ValueError(f"{_NAMES[hint]} on one line")
-    return Path(value) if hint is Path else value
+    if isinstance(value, str):
+        if not value.isprintable():
+            raise ValueError(f"{_NAMES[hint]} on one line")
+        return Path(value) if hint is Path else value
+    return value
 
 
 _NAMES = {
