@@ -223,7 +223,7 @@ def advance(
                 on_step(training, records)
                 if stop and not training.finished:
                     return Result(folder, training.step, False, [])
-        _finish(folder, training)
+        _finish(folder, settings, training)
         return finished_result(folder)
 
 
@@ -243,12 +243,9 @@ def newest_checkpoint(
                 raise KeyError
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{found.path}: not a checkpoint of a run.") from error
-        for name in sorted(then.keys() | now.keys()):
-            if name not in _FREE and then.get(name) != now.get(name):
-                raise CheckpointError(
-                    f"{found.path}: of another configuration ({name} was {then.get(name)!r} there, "
-                    f"{folder / CONFIG} has {now.get(name)!r})."
-                )
+        difference = _difference(then, now)
+        if difference:
+            raise CheckpointError(f"{found.path}: {difference}")
         # A file that every checkpoint needs is not a reason to pass over this one alone.
         if mark["bytes"] and not (folder / JSON_LINES).is_file():
             raise RunError(f"{folder / JSON_LINES}: missing.")
@@ -256,10 +253,21 @@ def newest_checkpoint(
     return checkpoints.newest(folder / CHECKPOINTS, accept, on_skip)
 
 
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """How the settings differ that results depend on; empty if they do not."""
+    for name in sorted(then.keys() | now.keys()):
+        if name not in _FREE and then.get(name) != now.get(name):
+            return (
+                f"of another configuration ({name} was {shown(then.get(name))} there, "
+                f"{CONFIG} has {shown(now.get(name))})."
+            )
+    return ""
+
+
 def finished_result(folder: Path) -> Result:
     """What a finished run found.
 
-    **Raises:** `RunError` if it is not finished, or its file is damaged.
+    **Raises:** `RunError` if it is not finished, its file is damaged or of another configuration.
     """
     path = folder / RESULT
     if not path.is_file():
@@ -277,9 +285,13 @@ def finished_result(folder: Path) -> Result:
             }
             for row in content["seeds"]
         ]
-        return Result(folder, int(content["step"]), True, rows)
+        step, then = int(content["step"]), dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path}: damaged, not the result of a run.") from error
+    difference = _difference(then, config.to_table(settings_of(folder)))
+    if difference:
+        raise RunError(f"{path}: {difference}")
+    return Result(folder, step, True, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +399,7 @@ def _save(folder: Path, settings: TrainConfig, training: Training, recorder: Rec
     checkpoints.save(folder / CHECKPOINTS, training.step, arrays, content, settings.keep)
 
 
-def _finish(folder: Path, training: Training) -> None:
+def _finish(folder: Path, settings: TrainConfig, training: Training) -> None:
     rows = [
         {
             "seed": one.seed,
@@ -409,6 +421,7 @@ def _finish(folder: Path, training: Training) -> None:
             "compile_seconds": training.compile_seconds,
             "state_bytes": training.state_bytes,
             "seeds_at_once": training.seeds_at_once,
+            "config": config.to_table(settings),
             "seeds": rows,
         },
     )
