@@ -99,7 +99,7 @@ def test_the_last_checkpoints_are_kept_and_no_others(tmp_path: Path) -> None:
 
 
 def test_what_a_run_writes(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     path, settings, dataset, model = start(tmp_path, tensorboard=True)
     runs.advance(path, settings, dataset, model)

@@ -122,6 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"pjax: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 1
+    except pjax.TraceError as error:
+        print(f"pjax: this network cannot be trained so: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        print(f"pjax: {str(error).splitlines()[0][:500]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pjax: interrupted.", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ import tomli_w
 
 from pjax import nn, optim
 from pjax.lab.baselines import Descent
-from pjax.lab.data import Dataset
+from pjax.lab.data import Dataset, DatasetName
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, ActivationName
 from pjax.lab.train import Method, Projection
@@ -43,10 +43,10 @@ _LARGEST_FILE = 100_000
 class Task:
     """A data set, a network, and how long to train; what `pjax train` and `pjax compare` share."""
 
-    dataset: str = "digits"
-    """The data set: digits comes with scikit-learn, others are read from files."""
+    dataset: DatasetName = "digits"
+    """digits comes with scikit-learn; the others are read from files."""
     data_dir: Path | None = None
-    """Folder with the data set's files (default: $PJAX_DATA_DIR)."""
+    """Folder with the files (default: $PJAX_DATA_DIR, then the cache; see pjax data list)."""
     split_seed: int = 0
     """Seed of the split into training, validation and test rows."""
     model: Literal["mlp", "cnn"] = "mlp"
@@ -195,6 +195,9 @@ class Rows(typing.Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 def make_model(config: Task, dataset: Rows) -> nn.Module:
     """The network of a configuration for a data set.
@@ -230,13 +233,9 @@ def image_shape(dataset: Rows) -> tuple[int, int, int]:
 
     **Raises:** `UsageError` for one that has none.
     """
-    shape = getattr(dataset, "shape", ())
-    if len(shape) == 3:
-        return shape
-    for channels in (1, 3):
-        side = math.isqrt(dataset.num_features // channels)
-        if channels * side * side == dataset.num_features:
-            return side, side, channels
+    if len(dataset.shape) == 3:
+        height, width, channels = dataset.shape
+        return height, width, channels
     raise UsageError(
         f"--model cnn needs images; {dataset.name} has rows of {dataset.num_features} features."
     )

@@ -115,15 +115,11 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(split.y).tobytes())
         for part in (split.x[:1000], split.x[-1000:]):
             digest.update(np.ascontiguousarray(part).tobytes())
-    try:
-        shape = list(config.image_shape(dataset))
-    except UsageError:
-        shape = [dataset.num_features]
     return {
         "name": dataset.name,
         "features": dataset.num_features,
         "classes": dataset.num_classes,
-        "shape": shape,
+        "shape": list(dataset.shape),
         "rows": {
             "train": len(dataset.train),
             "validation": len(dataset.validation),

@@ -359,7 +359,7 @@ class Training:
 
     def best_of(self, number: int) -> Params:
         """The best parameters of the seed with this position."""
-        return {name: value[number] for name, value in self.best.items()}
+        return {name: jnp.asarray(np.asarray(value)[number]) for name, value in self.best.items()}
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that is needed to go on: a pytree of arrays, and numbers that JSON can hold."""
@@ -473,7 +473,8 @@ class Accuracy:
 
     def __call__(self, params: Params, split: Split) -> float:
         """The accuracy of these parameters."""
-        return float(self.each({name: value[None] for name, value in params.items()}, split)[0])
+        one = {name: jnp.asarray(np.asarray(value)[None]) for name, value in params.items()}
+        return float(self.each(one, split)[0])
 
     def each(self, params: Params, split: Split) -> Float[np.ndarray, " seeds"]:
         """The accuracies of parameters that are stacked along a first axis."""
@@ -529,7 +530,10 @@ def _physical_memory() -> int | None:
 
 
 def _stack(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+    # In NumPy: JAX would compile a program for each shape.
+    return jax.tree.map(
+        lambda *leaves: jnp.asarray(np.stack(list(map(np.asarray, leaves)))), *trees
+    )
 
 
 def _select(chosen: Array, new: Params, old: Params) -> Params:
