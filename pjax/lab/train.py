@@ -530,10 +530,11 @@ def _physical_memory() -> int | None:
 
 
 def _stack(trees: Sequence[Any]) -> Any:
-    # In NumPy: JAX would compile a program for each shape.
-    return jax.tree.map(
-        lambda *leaves: jnp.asarray(np.stack(list(map(np.asarray, leaves)))), *trees
-    )
+    def stack(*leaves: Any) -> Array:
+        # In NumPy: JAX would compile a program for each shape.
+        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+
+    return jax.tree.map(stack, *trees)
 
 
 def _select(chosen: Array, new: Params, old: Params) -> Params:
