@@ -173,17 +173,7 @@ def test_loss_and_accuracies_in_the_metrics_are_what_they_say(tmp_path: Path) ->
 def training(settings: TrainConfig, **changes) -> Training:
     settings = dataclasses.replace(settings, **changes)
     dataset = load("digits")
-    return Training(
-        config.make_method(settings, 10),
-        config.make_model(settings, dataset),
-        dataset,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        seeds=settings.seeds,
-        measure_every=settings.measured_every,
-        patience=settings.patience,
-        seeds_at_once=settings.seeds_at_once,
-    )
+    return config.make_training(settings, dataset, config.make_model(settings, dataset))
 
 
 @pytest.mark.parametrize(("method", "at_once"), [("adam", 0), ("adam", 2), ("cp", 0)])

@@ -24,7 +24,7 @@ from pjax.lab.config import CompareConfig, TrainConfig
 from pjax.lab.data import Dataset
 from pjax.lab.errors import RunError, UsageError
 from pjax.lab.files import read_json, write_json, write_text
-from pjax.lab.train import Record, Training
+from pjax.lab.train import Record
 
 CELLS, RESULTS = "cells", "results.json"
 #: Settings that may change when a comparison goes on: cells do not depend on them.
@@ -260,18 +260,7 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> bool:
     """Trains a method with all these seeds and writes their cells; `False` if it was stopped."""
-    method = config.make_method(settings, dataset.num_classes)
-    training = Training(
-        method,
-        model,
-        dataset,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        seeds=settings.seeds,
-        measure_every=settings.measured_every,
-        patience=settings.patience,
-        seeds_at_once=settings.seeds_at_once,
-    )
+    training = config.make_training(settings, dataset, model)
     records = training.measure()
     while not training.finished:
         records += training.advance()
@@ -282,7 +271,7 @@ def _train(
         own = tuple(record for record in records if record.seed == one.seed)
         cell = Cell(
             method=settings.method,
-            description=method.description,
+            description=training.method.description,
             seed=one.seed,
             together=len(settings.seeds),
             best_step=one.best_step,

@@ -20,7 +20,7 @@ from pjax.lab.baselines import Descent
 from pjax.lab.data import Dataset, DatasetName
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, ActivationName
-from pjax.lab.train import Method, Projection
+from pjax.lab.train import Method, Projection, Training
 
 MethodName = Literal["ap", "cp", "dr", "cdr", "dm", "ar", "displacement-adam", "adam", "sgd"]
 
@@ -260,6 +260,28 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
     rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
     name: Any = config.method
     return Descent(name, rate, decay_steps, num_classes)
+
+
+def make_training(
+    config: TrainConfig, dataset: Dataset, model: nn.Module, seeds_at_once: int | None = None
+) -> Training:
+    """The training of a configuration, at its start.
+
+    **Arguments:**
+
+    - `seeds_at_once`: in place of the configuration's, see `pjax.lab.train.Training`.
+    """
+    return Training(
+        make_method(config, dataset.num_classes),
+        model,
+        dataset,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seeds=config.seeds,
+        measure_every=config.measured_every,
+        patience=config.patience,
+        seeds_at_once=config.seeds_at_once if seeds_at_once is None else seeds_at_once,
+    )
 
 
 def read(path: Path, kind: type[AnyConfig], complete: bool = False) -> AnyConfig:

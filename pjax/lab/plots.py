@@ -58,11 +58,7 @@ def plot_accuracy(runs: Sequence[Run], path: Path, title: str) -> None:
         # The start is chance for every method; what differs is above.
         best = max(reached)
         by_step.set_ylim(max(min(reached), best - 0.5) - 0.01, best + 0.01)
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-    by_step.legend(loc="lower right")
-    figure.suptitle(title)
-    _save(figure, path)
+    _finish_pair(figure, by_step, by_time, path, title)
 
 
 def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -77,13 +73,7 @@ def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
                 [record.residual for record in known],
                 **_style(run),
             )
-    axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log", title=title)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
-    _save(figure, path)
+    _finish_residual(figure, axes, path, title)
 
 
 class Curve(NamedTuple):
@@ -110,11 +100,7 @@ def plot_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
     low = [float(np.nanmin(curve.validation_accuracy[:, 1:])) for curve in curves]
     # The start is chance for every method; what differs is above.
     by_step.set_ylim(max(min(low), max(reached) - 0.5) - 0.01, max(reached) + 0.01)
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-    by_step.legend(loc="lower right")
-    figure.suptitle(title)
-    _save(figure, path)
+    _finish_pair(figure, by_step, by_time, path, title)
 
 
 def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
@@ -124,6 +110,18 @@ def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> Non
     for curve in curves:
         if np.isfinite(curve.residual[:, 1:]).any():
             _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method)
+    _finish_residual(figure, axes, path, title)
+
+
+def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: str) -> None:
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.3)
+    by_step.legend(loc="lower right")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
     axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log", title=title)
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -179,25 +179,10 @@ def advance(
     with _alone(folder):
         if (folder / RESULT).exists():
             return finished_result(folder)
-        method = config.make_method(settings, dataset.num_classes)
-        found, numbers = None, {}
-        # The arrays must fit too: they do if the settings are the same, and what they are for is
-        # known only when the training is made.
         found = newest_checkpoint(folder, settings, on_skip=lambda text: say(_passed(text)))
-        if found is not None:
-            numbers = found.numbers["training"]
-        training = Training(
-            method,
-            model,
-            dataset,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            seeds=settings.seeds,
-            measure_every=settings.measured_every,
-            patience=settings.patience,
-            # The groups decide how sums are rounded: those of the first start go on.
-            seeds_at_once=int(numbers.get("seeds_at_once", settings.seeds_at_once)),
-        )
+        numbers = {} if found is None else found.numbers["training"]
+        # The groups decide how sums are rounded: those of the first start go on.
+        training = config.make_training(settings, dataset, model, numbers.get("seeds_at_once"))
         if found is None:
             _check_not_started(folder)
             recorder = Recorder(folder, settings.tensorboard)
