@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pjax.lab import cli, plots
+from pjax.lab import cli, plots, terminal
 from pjax.lab.train import Record, Run
 
 SMALL = ["--hidden", "8", "--batch-size", "32", "--projection-steps", "3"]
@@ -126,7 +126,7 @@ def test_unknown_options_end_with_a_usage_error(capsys) -> None:
 
 
 def test_bytes_are_written_with_a_unit() -> None:
-    assert [cli._bytes(n) for n in (0, 999, 1000, 123_456, 5_000_000, 7 * 10**9)] == [
+    assert [terminal.in_bytes(n) for n in (0, 999, 1000, 123_456, 5_000_000, 7 * 10**9)] == [
         "0 B",
         "999 B",
         "1 kB",

@@ -16,7 +16,7 @@ import pjax
 from pjax.lab import baselines
 from pjax.lab.data import Dataset, Split, batch_rows, load
 from pjax.lab.models import MLP
-from pjax.lab.train import Projection, train
+from pjax.lab.train import Outcome, Projection, train
 
 SETTINGS: dict[str, Any] = {"steps": 12, "batch_size": 64, "seed": 0, "measure_every": 5}
 
@@ -101,7 +101,7 @@ def test_the_best_parameters_are_kept(digits: Dataset, model: MLP) -> None:
         name = "spoiling"
         description = ""
 
-        def init(self, params):
+        def init(self, model, params, x, y):
             return jnp.zeros(())
 
         def step(self, model, params, state, x, y):
@@ -110,10 +110,11 @@ def test_the_best_parameters_are_kept(digits: Dataset, model: MLP) -> None:
             )
             spoilt = jax.tree.map(jnp.zeros_like, params)
             params = jax.tree.map(lambda g, s: jnp.where(state == 0, g, s), good, spoilt)
-            return params, state + 1, jnp.array(jnp.nan)
+            return params, state + 1, Outcome(jnp.array(0.0), jnp.array(jnp.nan))
 
     run = train(Spoiling(), model, digits, **{**SETTINGS, "steps": 3, "measure_every": 1})
     assert run.best_step == 1
+    assert run.steps == 3
     assert run.validation_accuracy == run.records[1].validation_accuracy
     assert run.records[-1].validation_accuracy < 0.2
     assert any(np.any(value != 0) for value in run.params.values())
@@ -123,7 +124,7 @@ def test_the_best_parameters_are_kept(digits: Dataset, model: MLP) -> None:
 
 def test_stopping_early_keeps_what_is_there(digits: Dataset, model: MLP) -> None:
     asked = iter([False, False, False, True])
-    method = baselines.Gradient("sgd", 0.1, 0, 10)
+    method = baselines.Descent("sgd", 0.1, 0, 10)
     run = train(
         method, model, digits, **{**SETTINGS, "measure_every": 1}, should_stop=lambda: next(asked)
     )
@@ -133,12 +134,13 @@ def test_stopping_early_keeps_what_is_there(digits: Dataset, model: MLP) -> None
 
 @pytest.mark.parametrize(("name", "decay"), [("adam", 0), ("adam", 6), ("sgd", 6)])
 def test_gradient_steps_are_those_of_optax(digits: Dataset, model: MLP, name, decay) -> None:
-    method = baselines.Gradient(name, 0.01, decay, 10)
+    method = baselines.Descent(name, 0.01, decay, 10)
     schedule = optax.cosine_decay_schedule(0.01, decay) if decay else 0.01
     transformation = {"adam": optax.adam, "sgd": optax.sgd}[name](schedule)
     params = model.init(jax.random.key(0))
     expected: Any = params
-    state, optax_state = method.init(params), transformation.init(params)
+    x, y = jnp.asarray(digits.train.x[:64]), jnp.asarray(digits.train.y[:64])
+    state, optax_state = method.init(model, params, x, y), transformation.init(params)
     for rows in itertools.islice(batch_rows(len(digits.train), 64, seed=0), 4):
         x, y = jnp.asarray(digits.train.x[rows]), jnp.asarray(digits.train.y[rows])
 
@@ -159,7 +161,7 @@ def test_tuning_finds_the_rate_that_training_shows_to_be_best(digits: Dataset, m
     assert done == [5, 10, 12]
     results = {}
     for rate, decay in itertools.product(baselines.RATES["sgd"], (0, 12)):
-        run = train(baselines.Gradient("sgd", rate, decay, 10), model, digits, **SETTINGS)
+        run = train(baselines.Descent("sgd", rate, decay, 10), model, digits, **SETTINGS)
         # Tuning does not look at the untrained parameters.
         results[rate, decay] = max(record.validation_accuracy for record in run.records[1:])
     assert results[chosen.rate, chosen.decay_steps] >= max(results.values()) - 0.01
@@ -173,7 +175,7 @@ def test_tuning_can_be_interrupted(digits: Dataset, model: MLP) -> None:
 
 
 def test_wrong_settings_are_refused(digits: Dataset, model: MLP) -> None:
-    method = baselines.Gradient("sgd", 0.1, 0, 10)
+    method = baselines.Descent("sgd", 0.1, 0, 10)
     with pytest.raises(ValueError, match="positive"):
         train(method, model, digits, **{**SETTINGS, "steps": 0})
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 import importlib.util
 
 #: The modules that the extra `lab` installs; a test compares it with pyproject.toml.
-REQUIREMENTS = ("certifi", "filelock", "matplotlib", "optax", "pooch", "rich", "sklearn", "tyro")
+REQUIREMENTS = (
+    "certifi",
+    "filelock",
+    "matplotlib",
+    "optax",
+    "orbax",
+    "pooch",
+    "rich",
+    "sklearn",
+    "tomli_w",
+    "tyro",
+)
 
 _missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
 if _missing:

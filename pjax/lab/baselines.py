@@ -1,11 +1,11 @@
-"""Gradient methods, tuned: Adam and SGD through Optax, on the same batches as the projections."""
+"""Methods with a learning rate, tuned: Optax on gradients, or on displacements in their place."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,37 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+import pjax
 from pjax import nn
+from pjax.displacements import ValueAndDisplacement
 from pjax.lab.data import Dataset, batch_rows
-from pjax.lab.train import Accuracy, Params
+from pjax.lab.train import Accuracy, Outcome, Params, cosine
 
-Name = Literal["adam", "sgd"]
+Name = Literal["adam", "sgd", "displacement-adam"]
 
 #: The rates that are tried, each with and without cosine decay.
 RATES: dict[str, tuple[float, ...]] = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
+    "displacement-adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
 _DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
     "sgd": optax.identity,
+    "displacement-adam": optax.scale_by_adam,
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradient:
-    """`params − rate(t) · direction(∇ mean cross-entropy)`, the direction Adam's or the gradient.
+class Descent:
+    """`params − rate(t) · direction(g)`, the direction Adam's or `g` itself.
+
+    `g` is the gradient of the mean cross-entropy, or the displacement by
+    [`pjax.value_and_displacement`][] in its place.
 
     **Arguments:**
 
-    - `name`: `"adam"` or `"sgd"`.
+    - `name`: `"adam"`, `"sgd"` or `"displacement-adam"`.
     - `rate`: the learning rate at the start.
     - `decay_steps`: the batches over which a cosine takes the rate to zero; 0 keeps it constant.
     - `num_classes`: the length of a one-hot row.
@@ -51,19 +58,41 @@ class Gradient:
     def description(self) -> str:
         return f"rate {self.rate:g}, {'cosine' if self.decay_steps else 'constant'}"
 
-    def init(self, params: Params) -> Any:
-        return jnp.zeros((), jnp.int32), _DIRECTIONS[self.name]().init(params)
+    def init(self, model: nn.Module, params: Params, x: Array, y: Array) -> Any:
+        return _init(self.name, model, self.num_classes, params, x, y)
 
     def step(
         self, model: nn.Module, params: Params, state: Any, x: Array, y: Array
-    ) -> tuple[Params, Any, Array]:
-        params, state = _update(
+    ) -> tuple[Params, Any, Outcome]:
+        params, state, loss = _update(
             self.name, model, self.num_classes, params, state, x, y, self.rate, self.decay_steps
         )
-        return params, state, jnp.array(jnp.nan)
+        return params, state, Outcome(loss, jnp.array(jnp.nan))
+
+
+class Candidate(NamedTuple):
+    """A setting that was tried, with the best validation accuracy along its run."""
+
+    rate: float
+    decay_steps: int
+    accuracy: float
 
 
 def tune(
+    name: Name, model: nn.Module, dataset: Dataset, *, extend: bool = False, **settings: Any
+) -> Descent:
+    """The rate and schedule with the best validation accuracy along its run; see `search`."""
+    found = search(name, model, dataset, extend=extend, **settings)
+    return best_of(name, found, dataset.num_classes)
+
+
+def best_of(name: Name, candidates: Sequence[Candidate], num_classes: int) -> Descent:
+    """The method with the best of these settings, the first of equal ones."""
+    best = max(candidates, key=lambda candidate: candidate.accuracy)
+    return Descent(name, best.rate, best.decay_steps, num_classes)
+
+
+def search(
     name: Name,
     model: nn.Module,
     dataset: Dataset,
@@ -72,31 +101,78 @@ def tune(
     batch_size: int,
     seed: int,
     measure_every: int,
+    extend: bool = False,
     on_step: Callable[[int], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Gradient:
-    """The rate and schedule of `RATES[name]` with the best validation accuracy along its run.
+) -> list[Candidate]:
+    """The validation accuracies of `RATES[name]`, each rate constant and with cosine decay.
 
     All candidates train at once, in one compiled program, from the initial parameters and on the
     batches that `pjax.lab.train.train` uses for the same seed.
 
     **Arguments:** as for `pjax.lab.train.train`; `on_step` gets the number of batches done. If
-    `should_stop` ends the search early, the choice rests on what was measured until then.
+    `should_stop` ends the search early, accuracies are what was measured until then. With
+    `extend`, a rate beyond an end of the range is tried as long as the best one is at that end.
     """
-    candidates = list(itertools.product(RATES[name], (0, steps)))
+    rates = list(RATES[name])
+    found: list[Candidate] = []
+    while True:
+        tried = {candidate.rate for candidate in found}
+        candidates = [(rate, decay) for rate in rates if rate not in tried for decay in (0, steps)]
+        accuracies = _race(
+            name,
+            model,
+            dataset,
+            candidates,
+            steps,
+            batch_size,
+            seed,
+            measure_every,
+            on_step,
+            should_stop,
+        )
+        found += [Candidate(*one, float(a)) for one, a in zip(candidates, accuracies, strict=True)]
+        best = max(found, key=lambda candidate: candidate.accuracy).rate
+        if extend and not should_stop() and best == min(rates) > _LIMITS[0]:
+            rates.append(float(f"{best / 10**0.5:.0e}"))
+        elif extend and not should_stop() and best == max(rates) < _LIMITS[1]:
+            rates.append(float(f"{best * 10**0.5:.0e}"))
+        else:
+            return found
+
+
+#: A search is extended no further than this.
+_LIMITS = (1e-6, 100.0)
+
+
+def _race(
+    name: Name,
+    model: nn.Module,
+    dataset: Dataset,
+    candidates: Sequence[tuple[float, int]],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    measure_every: int,
+    on_step: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> np.ndarray:
+    """The best validation accuracy of each candidate (rate, decay steps) along its run."""
     rates = jnp.array([rate for rate, _ in candidates])
     decays = jnp.array([decay for _, decay in candidates])
     params = model.init(jax.random.key(seed))
-    state = jnp.zeros((), jnp.int32), _DIRECTIONS[name]().init(params)
+    train_x, train_y = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
+    first = slice(batch_size)
+    state = _init(name, model, dataset.num_classes, params, train_x[first], train_y[first])
     params, state = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (len(candidates), *leaf.shape)), (params, state)
     )
-    train_x, train_y = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
 
     def run(params: Params, state: Any, rate: Array, decay: Array, rows: Array) -> Any:
         def body(carry: tuple[Params, Any], chosen: Array) -> tuple[tuple[Params, Any], None]:
             x, y = train_x[chosen], train_y[chosen]
-            return _update(name, model, dataset.num_classes, *carry, x, y, rate, decay), None
+            params, state, _ = _update(name, model, dataset.num_classes, *carry, x, y, rate, decay)
+            return (params, state), None
 
         return jax.lax.scan(body, (params, state), rows)[0]
 
@@ -110,12 +186,19 @@ def tune(
         rows = jnp.asarray(np.stack(list(itertools.islice(order, size))))
         params, state = jax.block_until_ready(advance(params, state, rates, decays, rows))
         done += size
-        for i in range(len(candidates)):
-            one = {key: value[i] for key, value in params.items()}
-            best[i] = max(best[i], measure(one, dataset.validation))
+        best = np.maximum(best, measure.each(params, dataset.validation))
         on_step(done)
-    rate, decay = candidates[int(np.argmax(best))]
-    return Gradient(name, rate, decay, dataset.num_classes)
+    return best
+
+
+def _init(
+    name: Name, model: nn.Module, num_classes: int, params: Params, x: Array, y: Array
+) -> Any:
+    direction = _DIRECTIONS[name]().init(params)  # pyright: ignore[reportArgumentType]
+    carried: Any = ()
+    if name == "displacement-adam":
+        carried = _displace(model).init(params, x, jax.nn.one_hot(y, num_classes))
+    return jnp.zeros((), jnp.int32), direction, carried
 
 
 def _update(
@@ -128,16 +211,28 @@ def _update(
     y: Array,
     rate: Any,
     decay_steps: Any,
-) -> tuple[Params, Any]:
-    count, direction_state = state
+) -> tuple[Params, Any, Array]:
+    count, direction_state, carried = state
 
     def loss(params: Params) -> Array:
         logits = model.apply(params, x)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
-    direction, direction_state = _DIRECTIONS[name]().update(jax.grad(loss)(params), direction_state)
+    if name == "displacement-adam":
+        labels = jax.nn.one_hot(y, num_classes)
+        (value, found), carried = _displace(model).update(carried, params, x, labels)
+    else:
+        value, found = jax.value_and_grad(loss)(params)
+    direction, direction_state = _DIRECTIONS[name]().update(found, direction_state)
     # `decay_steps` may be traced: tuning runs constant and decaying rates side by side.
-    share = jnp.where(decay_steps > 0, count / jnp.maximum(decay_steps, 1), 0.0)
-    rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(share, 1.0)))
+    rate = rate * cosine(count, decay_steps)
     updates = jax.tree.map(lambda leaf: -rate * leaf, direction)
-    return optax.apply_updates(params, updates), (count + 1, direction_state)  # pyright: ignore
+    new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+    return new, (count + 1, direction_state, carried), value
+
+
+def _displace(model: nn.Module) -> ValueAndDisplacement:
+    def loss(params: Params, x: Array, labels: Array) -> Array:
+        return jnp.mean(pjax.cross_entropy(model.apply(params, x), labels))
+
+    return pjax.value_and_displacement(loss)

@@ -1,17 +1,14 @@
-"""The command line: `pjax demo` trains and compares, `pjax graph` shows the constraint graph."""
+"""The command line; `pjax demo` and `pjax graph` are here, the others in `commands`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import jax
@@ -19,26 +16,19 @@ import jax.numpy as jnp
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import pjax
-from pjax.lab import baselines, data_cli, plots
+from pjax.lab import baselines, commands, data_cli, plots, terminal
+from pjax.lab.config import OPTIMIZERS
 from pjax.lab.data import DataError, Dataset, DatasetName, load
+from pjax.lab.errors import RunError, UsageError
 from pjax.lab.models import MLP
+from pjax.lab.recording import plain as plain_record
 from pjax.lab.train import Method, Projection, Record, Run, train
 
-MethodName = Literal["ap", "cp", "dr", "adam", "sgd"]
-
-_OPTIMIZERS = {
-    "ap": pjax.optim.AlternatingProjections,
-    "cp": pjax.optim.CyclicProjections,
-    "dr": pjax.optim.DouglasRachford,
-}
-
-
-class UsageError(ValueError):
-    """A wrong option; the message is one line."""
+DemoMethod = Literal["ap", "cp", "dr", "adam", "sgd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +53,7 @@ class Network:
 class Demo(Network):
     """Train a network by projection and by tuned gradient methods; print a table, draw plots."""
 
-    method: tuple[MethodName, ...] = ("ap", "cp", "dr", "adam", "sgd")
+    method: tuple[DemoMethod, ...] = ("ap", "cp", "dr", "adam", "sgd")
     """Which methods, in this order."""
     steps: int = 200
     """Batches for each method."""
@@ -81,39 +71,62 @@ class Graph(Network):
     """The picture."""
 
 
-#: Columns of a table that is not printed on a terminal.
-_FILE_WIDTH = 120
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     **Returns:** the exit status: 0, 1 after an error, 130 after Ctrl-C (as shells have it).
     """
-    command = tyro.cli(
-        Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Graph, tyro.conf.subcommand("graph")]
-        | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
-        prog="pjax",
-        description="Train networks by projecting onto constraints.",
-        args=arguments,
-    )
-    console = Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width: cut no table short.
-        console = Console(width=max(console.width, _FILE_WIDTH))
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if isinstance(command, data_cli.Data):
-            return data_cli.run(command, console)
-        dataset, model = _prepare(command)
-        if isinstance(command, Demo):
-            return demo(command, dataset, model, console)
-        return graph(command, dataset, model, console)
-    except (DataError, UsageError) as error:
+        command = tyro.cli(
+            Annotated[Demo, tyro.conf.subcommand("demo")]
+            | Annotated[Graph, tyro.conf.subcommand("graph")]
+            | Annotated[
+                commands.Train,
+                tyro.conf.subcommand("train", default=commands.from_file(given, commands.Train)),
+            ]
+            | Annotated[
+                commands.Compare,
+                tyro.conf.subcommand(
+                    "compare", default=commands.from_file(given, commands.Compare)
+                ),
+            ]
+            | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
+            | Annotated[commands.Predict, tyro.conf.subcommand("predict")]
+            | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
+            prog="pjax",
+            description="Train networks by projecting onto constraints.",
+            args=given,
+        )
+        console = terminal.console()
+        match command:
+            case Demo():
+                return demo(command, *_prepare(command), console)
+            case Graph():
+                return graph(command, *_prepare(command), console)
+            case commands.Train():
+                return commands.train(command, console)
+            case commands.Compare():
+                return commands.compare(command, console)
+            case commands.Evaluate():
+                return commands.evaluate(command, console)
+            case commands.Predict():
+                return commands.predict(command, console)
+            case data_cli.Data():
+                return data_cli.run(command, console)
+            case _:
+                raise AssertionError(command)
+    except (DataError, UsageError, RunError) as error:
         print(f"pjax: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"pjax: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 1
+    except pjax.TraceError as error:
+        print(f"pjax: this network cannot be trained so: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        print(f"pjax: {str(error).splitlines()[0][:500]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pjax: interrupted.", file=sys.stderr)
@@ -146,7 +159,7 @@ def demo(options: Demo, dataset: Dataset, model: MLP, console: Console) -> int:
     title = _title(dataset, options)
     console.print(f"[bold]{title}[/bold]")
     runs: list[Run] = []
-    with _interruptible() as should_stop, _progress(console) as progress:
+    with terminal.interruptible() as should_stop, terminal.progress(console) as progress:
         for name in methods:
             if should_stop():
                 break
@@ -179,7 +192,7 @@ def graph(options: Graph, dataset: Dataset, model: MLP, console: Console) -> int
 
 
 def _run(
-    name: MethodName,
+    name: DemoMethod,
     options: Demo,
     dataset: Dataset,
     model: MLP,
@@ -195,8 +208,8 @@ def _run(
         "should_stop": should_stop,
     }
     method: Method
-    if name in _OPTIMIZERS:
-        optimizer = _OPTIMIZERS[name](steps_per_update=options.projection_steps)
+    if name in OPTIMIZERS:
+        optimizer = OPTIMIZERS[name](steps_per_update=options.projection_steps)
         description = f"{options.projection_steps} steps per batch"
         method = Projection(name, description, optimizer, dataset.num_classes)
     else:
@@ -217,34 +230,6 @@ def _run(
         progress.update(task, completed=step, status=status)
 
     return train(method, model, dataset, on_step=on_step, **settings)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>5}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C only asks to stop; the second one is the usual interrupt."""
-    asked = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _title(dataset: Dataset, options: Network) -> str:
@@ -276,7 +261,7 @@ def _results_table(runs: Sequence[Run]) -> Table:
             f"{run.steps}",
             f"{run.seconds:.2f} s",
             f"{run.compile_seconds:.1f} s",
-            "unknown" if run.state_bytes is None else _bytes(run.state_bytes),
+            "unknown" if run.state_bytes is None else terminal.in_bytes(run.state_bytes),
         )
     return table
 
@@ -288,11 +273,7 @@ def _write_results(options: Demo, runs: Sequence[Run]) -> None:
             for field in dataclasses.fields(run)
             if field.name not in ("params", "records")
         }
-        records = [dataclasses.asdict(record) for record in run.records]
-        for record in records:
-            if not math.isfinite(record["residual"]):
-                record["residual"] = None
-        return {**fields, "records": records}
+        return {**fields, "records": [plain_record(record) for record in run.records]}
 
     settings = {
         name: os.fspath(value) if isinstance(value, Path) else value
@@ -331,17 +312,10 @@ def _graph_table(problem: pjax.Problem) -> Table:
             colours[node.colour],
             size.exactness,
             f"{size.edge_variables:,}",
-            _bytes(size.bytes),
+            terminal.in_bytes(size.bytes),
         )
     table.add_section()
-    table.add_row(None, "in all", None, None, f"{sizes.edge_variables:,}", _bytes(sizes.bytes))
+    table.add_row(
+        None, "in all", None, None, f"{sizes.edge_variables:,}", terminal.in_bytes(sizes.bytes)
+    )
     return table
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

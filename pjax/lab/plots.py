@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from pjax.lab.train import Run
@@ -18,10 +20,24 @@ COLOURS = {
     "ap": "#0072B2",
     "cp": "#56B4E9",
     "dr": "#009E73",
+    "cdr": "#000000",
+    "dm": "#999999",
+    "ar": "#F0E442",
+    "displacement-adam": "#CC79A7",
     "adam": "#D55E00",
     "sgd": "#E69F00",
 }
-_MARKERS = {"ap": "o", "cp": "s", "dr": "^", "adam": "D", "sgd": "v"}
+_MARKERS = {
+    "ap": "o",
+    "cp": "s",
+    "dr": "^",
+    "cdr": "P",
+    "dm": "X",
+    "ar": "<",
+    "displacement-adam": "*",
+    "adam": "D",
+    "sgd": "v",
+}
 _SIDES = {"A": "#0072B2", "B": "#E69F00"}
 
 
@@ -42,11 +58,7 @@ def plot_accuracy(runs: Sequence[Run], path: Path, title: str) -> None:
         # The start is chance for every method; what differs is above.
         best = max(reached)
         by_step.set_ylim(max(min(reached), best - 0.5) - 0.01, best + 0.01)
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-    by_step.legend(loc="lower right")
-    figure.suptitle(title)
-    _save(figure, path)
+    _finish_pair(figure, by_step, by_time, path, title)
 
 
 def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -61,6 +73,55 @@ def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
                 [record.residual for record in known],
                 **_style(run),
             )
+    _finish_residual(figure, axes, path, title)
+
+
+class Curve(NamedTuple):
+    """What a method's seeds did: rows are seeds, columns are steps; NaN where one has stopped."""
+
+    method: str
+    steps: Float[np.ndarray, " steps"]
+    seconds: Float[np.ndarray, " steps"]
+    validation_accuracy: Float[np.ndarray, "seeds steps"]
+    residual: Float[np.ndarray, "seeds steps"]
+
+
+def plot_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Validation accuracy against batches and seconds: the mean over seeds, and their range."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for curve in curves:
+        _band(by_step, curve.steps, curve.validation_accuracy, curve.method)
+        # Time is on a logarithmic axis, which has no place for the start at zero seconds.
+        _band(by_time, curve.seconds[1:], curve.validation_accuracy[:, 1:], curve.method)
+    by_step.set(xlabel="batches", ylabel="validation accuracy")
+    by_time.set(xlabel="seconds of training for each seed, without compilation", xscale="log")
+    reached = [float(np.nanmax(curve.validation_accuracy)) for curve in curves]
+    low = [float(np.nanmin(curve.validation_accuracy[:, 1:])) for curve in curves]
+    # The start is chance for every method; what differs is above.
+    by_step.set_ylim(max(min(low), max(reached) - 0.5) - 0.01, max(reached) + 0.01)
+    _finish_pair(figure, by_step, by_time, path, title)
+
+
+def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """The residual at the end of a batch's solve: the mean over seeds, and their range."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        if np.isfinite(curve.residual[:, 1:]).any():
+            _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method)
+    _finish_residual(figure, axes, path, title)
+
+
+def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: str) -> None:
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.3)
+    by_step.legend(loc="lower right")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
     axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log", title=title)
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -68,6 +129,21 @@ def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
     else:
         axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
     _save(figure, path)
+
+
+def _band(axes: Any, x: np.ndarray, values: np.ndarray, method: str) -> None:
+    known = np.isfinite(values).any(axis=0)
+    x, values = x[known], values[:, known]
+    style = {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
+    axes.plot(x, np.nanmean(values, axis=0), label=method, **style)
+    axes.fill_between(
+        x,
+        np.nanmin(values, axis=0),
+        np.nanmax(values, axis=0),
+        color=COLOURS[method],
+        alpha=0.2,
+        linewidth=0,
+    )
 
 
 def plot_graph(nodes: Iterable[Any], edges: Iterable[tuple[int, int]], path: Path) -> None:

@@ -1,0 +1,410 @@
+"""What is trained, how and on what: settings from the command line or a TOML file, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+
+from pjax import nn, optim
+from pjax.lab.baselines import Descent
+from pjax.lab.data import Dataset, DatasetName
+from pjax.lab.errors import RunError, UsageError, shown
+from pjax.lab.models import CNN, MLP, ActivationName
+from pjax.lab.train import Method, Projection, Training
+
+MethodName = Literal["ap", "cp", "dr", "cdr", "dm", "ar", "displacement-adam", "adam", "sgd"]
+
+OPTIMIZERS = {
+    "ap": optim.AlternatingProjections,
+    "cp": optim.CyclicProjections,
+    "dr": optim.DouglasRachford,
+    "cdr": optim.CyclicDouglasRachford,
+    "dm": optim.DifferenceMap,
+    "ar": optim.AlternatingReflections,
+}
+#: The learning rate where none is given.
+DEFAULT_RATES = {"adam": 3e-3, "sgd": 0.1, "displacement-adam": 3e-3}
+#: Counts beyond this are mistakes.
+_LARGEST = 10**9
+_LARGEST_FILE = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set, a network, and how long to train; what `pjax train` and `pjax compare` share."""
+
+    dataset: DatasetName = "digits"
+    """digits comes with scikit-learn; the others are read from files."""
+    data_dir: Path | None = None
+    """Folder with the files (default: $PJAX_DATA_DIR, then the cache; see pjax data list)."""
+    split_seed: int = 0
+    """Seed of the split into training, validation and test rows."""
+    model: Literal["mlp", "cnn"] = "mlp"
+    """A multilayer perceptron, or strided 3x3 convolutions for images."""
+    hidden: tuple[int, ...] = (128,)
+    """Width of each hidden layer of the perceptron."""
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of each convolution."""
+    skip: bool = False
+    """Let the perceptron's last layer read the outputs of all hidden layers."""
+    activation: ActivationName = "relu"
+    """What follows each hidden layer."""
+    splitting: Literal["layer", "neuron"] = "layer"
+    """How finely projection methods cut the network into constraints."""
+    projection_steps: int | None = None
+    """Steps of the projection algorithm on each batch (default: the algorithm's own)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate, or the relaxation of a projection, does over the run."""
+    steps: int = 200
+    """Batches."""
+    batch_size: int = 128
+    """Rows in a batch."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of initial parameters and batches; all of them train in one compiled program."""
+    seeds_at_once: int = 0
+    """Seeds in one vectorised step (default 0: as many as memory allows)."""
+    measure_every: int | None = None
+    """Batches between measurements (default: a twentieth of all)."""
+    patience: int = 0
+    """Stop after so many measurements without a better validation accuracy (0: never)."""
+
+    def problem(self) -> tuple[str, str] | None:
+        """The first setting that cannot be, and why; nothing if all can."""
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("split_seed", 0),
+            ("seeds_at_once", 0),
+            ("patience", 0),
+            ("projection_steps", 1),
+            ("measure_every", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= _LARGEST:
+                return name, f"must be from {least} to {_LARGEST:,}, got {shown(value)}."
+        for name in ("hidden", "channels"):
+            if not all(1 <= width <= _LARGEST for width in getattr(self, name)):
+                return name, f"takes positive widths, got {shown(getattr(self, name))}."
+        if not self.seeds:
+            return "seeds", "needs at least one seed."
+        if len(set(self.seeds)) < len(self.seeds):
+            return "seeds", f"holds a seed twice, got {shown(self.seeds)}."
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            return "seeds", f"takes seeds from 0 to 2³² − 1, got {shown(self.seeds)}."
+        return None
+
+    @property
+    def measured_every(self) -> int:
+        return self.measure_every or max(1, self.steps // 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Task):
+    """A task and the method that trains it, with what is written on the way."""
+
+    method: MethodName = "cp"
+    """Pure projection (ap, cp, dr, cdr, dm, ar), Adam on displacements, or a gradient method."""
+    rate: float | None = None
+    """Learning rate of displacement-adam, adam and sgd (default: 0.003, and 0.1 for sgd)."""
+    checkpoint_every: int | None = None
+    """Batches between checkpoints (default: as measurements)."""
+    keep: int = 3
+    """Checkpoints that are kept."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files too."""
+
+    def problem(self) -> tuple[str, str] | None:
+        if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
+            return "rate", f"must be positive, got {shown(self.rate)}."
+        if self.rate is not None and self.method in OPTIMIZERS:
+            return "rate", f"has no meaning for {self.method}, which has no learning rate."
+        for name in ("checkpoint_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _LARGEST:
+                return name, f"must be from 1 to {_LARGEST:,}, got {shown(value)}."
+        return super().problem()
+
+    @property
+    def checkpointed_every(self) -> int:
+        return self.checkpoint_every or self.measured_every
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Task):
+    """A task and the methods that are compared on it."""
+
+    methods: tuple[MethodName, ...] = ("cp", "displacement-adam", "adam", "sgd")
+    """Which methods, in this order."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initial parameters and batches; a method's seeds train in one compiled program."""
+    tuning_seed: int = 1000
+    """Seed of the runs that choose learning rates; it must not be one of the others."""
+
+    def problem(self) -> tuple[str, str] | None:
+        if not self.methods:
+            return "methods", "needs at least one method."
+        if len(set(self.methods)) < len(self.methods):
+            return "methods", f"holds a method twice, got {shown(self.methods)}."
+        if not 0 <= self.tuning_seed < 2**32 or self.tuning_seed in self.seeds:
+            return "tuning_seed", (
+                f"must be from 0 to 2³² − 1 and none of the seeds, got {shown(self.tuning_seed)}."
+            )
+        return super().problem()
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Task)
+
+
+def check(config: Task) -> None:
+    """Raises `UsageError` for a setting that cannot be, by the name of its option."""
+    found = config.problem()
+    if found:
+        name, text = found
+        raise UsageError(f"--{name.replace('_', '-')} {text}")
+
+
+def check_data(config: Task, dataset: Dataset) -> None:
+    """Raises `UsageError` for settings that do not fit the data set."""
+    if config.batch_size > len(dataset.train):
+        raise UsageError(
+            f"--batch-size must be from 1 to {len(dataset.train)} (training rows), "
+            f"got {config.batch_size}."
+        )
+
+
+@typing.runtime_checkable
+class Rows(typing.Protocol):
+    """What a model needs to know of a data set."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_features(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def make_model(config: Task, dataset: Rows) -> nn.Module:
+    """The network of a configuration for a data set.
+
+    **Raises:** `UsageError` where they do not fit each other, or the parameters do not fit memory.
+    """
+    model: nn.Module
+    if config.model == "cnn":
+        shape = image_shape(dataset)
+        model = CNN(shape, dataset.num_classes, config.channels, config.activation)
+    else:
+        model = MLP(
+            dataset.num_features,
+            dataset.num_classes,
+            config.hidden,
+            config.skip,
+            config.activation,
+        )
+    declared = model._declared().values()
+    size = 4 * len(config.seeds) * sum(math.prod(one.shape) for one in declared)
+    if size > _LARGEST_PARAMETERS:
+        option = "--channels" if config.model == "cnn" else "--hidden"
+        raise UsageError(f"{option} asks for {size / 1e9:.3g} GB of parameters.")
+    return model
+
+
+#: Bytes of parameters, all seeds together, that are taken for a mistake.
+_LARGEST_PARAMETERS = 8 * 10**9
+
+
+def image_shape(dataset: Rows) -> tuple[int, int, int]:
+    """Height, width and channels of a data set of images.
+
+    **Raises:** `UsageError` for one that has none.
+    """
+    if len(dataset.shape) == 3:
+        height, width, channels = dataset.shape
+        return height, width, channels
+    raise UsageError(
+        f"--model cnn needs images; {dataset.name} has rows of {dataset.num_features} features."
+    )
+
+
+def make_method(config: TrainConfig, num_classes: int) -> Method:
+    """The method of a configuration."""
+    decay_steps = config.steps if config.schedule == "cosine" else 0
+    if config.method in OPTIMIZERS:
+        optimizer = OPTIMIZERS[config.method](
+            config.projection_steps, splitting=config.splitting, check=False
+        )
+        steps = optimizer.solver.steps
+        return Projection(
+            config.method,
+            f"{config.splitting}, {steps} step{'s' * (steps != 1)} per batch, {config.schedule}",
+            optimizer,
+            num_classes,
+            carries_state=True,
+            decay_steps=decay_steps,
+        )
+    rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
+    name: Any = config.method
+    return Descent(name, rate, decay_steps, num_classes)
+
+
+def make_training(
+    config: TrainConfig, dataset: Dataset, model: nn.Module, seeds_at_once: int | None = None
+) -> Training:
+    """The training of a configuration, at its start.
+
+    **Arguments:**
+
+    - `seeds_at_once`: in place of the configuration's, see `pjax.lab.train.Training`.
+    """
+    return Training(
+        make_method(config, dataset.num_classes),
+        model,
+        dataset,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seeds=config.seeds,
+        measure_every=config.measured_every,
+        patience=config.patience,
+        seeds_at_once=config.seeds_at_once if seeds_at_once is None else seeds_at_once,
+    )
+
+
+def read(path: Path, kind: type[AnyConfig], complete: bool = False) -> AnyConfig:
+    """The configuration in a TOML file: one table, with the names of the fields.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `kind`: `TrainConfig`, or another task.
+    - `complete`: every setting that is not optional must be there, as in the file of a run.
+
+    **Raises:** `RunError`, with a message of one line that names the file and the setting.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}).") from error
+    if len(content) > _LARGEST_FILE:
+        raise RunError(f"{path}: too large for a configuration (over {_LARGEST_FILE:,} bytes).")
+    try:
+        table = tomllib.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: not a text file (byte {error.start} is not UTF-8).") from error
+    except RecursionError as error:
+        raise RunError(f"{path}: not TOML that can be read (nested too deeply).") from error
+    except ValueError as error:
+        raise RunError(f"{path}: not valid TOML ({shown(str(error), 200)[1:-1]}).") from error
+    if not table:
+        raise RunError(f"{path}: holds no settings.")
+    return from_table(path, table, kind, complete)
+
+
+def from_table(
+    path: Path, table: Mapping[str, Any], kind: type[AnyConfig], complete: bool = False
+) -> AnyConfig:
+    """The configuration in a table that was read from `path`; see `read`."""
+    hints = _hints(kind)
+    for name in table:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise RunError(f"{path}: there is no setting {shown(name)}{hint}")
+    values = {}
+    for name, value in table.items():
+        try:
+            values[name] = _convert(value, hints[name])
+        except ValueError as error:
+            raise RunError(f"{path}: {name} must be {error}, got {shown(value)}.") from None
+    if complete:
+        missing = [
+            name for name, hint in hints.items() if name not in table and not _is_optional(hint)
+        ]
+        if missing:
+            raise RunError(f"{path}: {missing[0]} is missing.")
+    config = kind(**values)
+    found = config.problem()
+    if found:
+        raise RunError(f"{path}: {found[0]} {found[1]}")
+    return config
+
+
+def to_table(config: Task) -> dict[str, Any]:
+    """The settings as TOML has them; those that are `None` are left out."""
+    table = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            table[field.name] = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, Path):
+                table[field.name] = str(value)
+    return table
+
+
+def to_toml(config: Task) -> str:
+    """The text of a TOML file from which `read` gets the same configuration."""
+    return tomli_w.dumps(to_table(config))
+
+
+@functools.cache
+def _hints(kind: type[Task]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _is_optional(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
+
+
+def _convert(value: object, hint: Any) -> Any:
+    """The value as the field has it; `ValueError` says what it must be."""
+    arguments = typing.get_args(hint)
+    if _is_optional(hint):
+        (hint,) = (one for one in arguments if one is not types.NoneType)
+        return _convert(value, hint)
+    if typing.get_origin(hint) is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise ValueError(f"one of {', '.join(arguments)}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        (item, _) = arguments
+        if not isinstance(value, list):
+            raise ValueError(f"a list, each entry {_NAMES[item]}")
+        try:
+            return tuple(_convert(one, item) for one in value)
+        except ValueError as error:
+            raise ValueError(f"a list, each entry {error}") from None
+    if hint is float and type(value) is int and abs(value) <= 2**53:
+        value = float(value)
+    # `True` is an `int` to Python, and not to TOML.
+    if type(value) is not (str if hint is Path else hint):
+        raise ValueError(_NAMES[hint])
+    if isinstance(value, str):
+        if not value.isprintable():
+            raise ValueError(f"{_NAMES[hint]} on one line")
+        return Path(value) if hint is Path else value
+    return value
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+}
