@@ -297,6 +297,7 @@ class Curved(Spectral):
 
     parameters: Any = 16.0
     prox_step: float = 0.3
+    iterations: int = 2
     request: float | None = 1.0
     prox_per_row: bool = True
 

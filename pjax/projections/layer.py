@@ -50,11 +50,17 @@ class Part(NamedTuple):
     repeats: float | None = None
     span: Any = None
 
+    def pull(self, force: Array) -> Array:
+        """`Jᵀ Λ/ρ`."""
+        if jnp.ndim(self.weight):
+            return self.transpose(force) / self.weight
+        return self.transpose(force / self.weight)  # mostly the smaller array
+
     def response(self, force: Array) -> Array:
         """`J Jᵀ Λ/ρ`."""
         if self.normal is not None:
             return self.normal(force) / self.weight
-        return self.apply(self.transpose(force) / self.weight)
+        return self.apply(self.pull(force))
 
 
 class Solution(NamedTuple):
@@ -112,7 +118,7 @@ def solve(
         if part.curved:
             moves.append(next(inner))
         else:
-            move = part.transpose(force) / part.weight
+            move = part.pull(force)
             change = change + part.apply(move)
             moves.append(move)
     return Solution(tuple(moves), change)
@@ -139,12 +145,12 @@ def _solve_curved(
     bend = sum((p.repeats / p.weight for p in repeated if p.repeats is not None), start=0.0)
     share = stiffness * bend / (1 + stiffness * bend) if repeated else 0.0
 
-    def mean(force: Array) -> Array:
-        first = repeated[0]
-        return first.apply(first.transpose(force) / first.repeats)
-
     def weigh(force: Array) -> Array:
-        return stiffness * (force - share * mean(force) if repeated else force)
+        if not repeated:
+            return stiffness * force
+        first = repeated[0]
+        mean = first.apply(first.transpose(force) / first.repeats)
+        return stiffness * (force - share * mean)
 
     if not others:
         found, change = [], jnp.zeros_like(request)
@@ -156,13 +162,20 @@ def _solve_curved(
     if not repeated:
         return found, change
     left = request - change
-    change = change + share * mean(left)
-    force = weigh(left)
-    inner = iter(found)
-    return [
-        part.transpose(force) / part.weight if any(part is p for p in repeated) else next(inner)
-        for part in parts
-    ], change
+    # The force, summed over the repeats of the first, is that of what is left but for a factor.
+    first = repeated[0]
+    total = first.transpose(left) / first.repeats
+    change = change + first.apply(share * total)
+    moves = iter(found)
+    found = []
+    for part in parts:
+        if part is first:
+            found.append((1 - share) * stiffness * first.repeats / part.weight * total)
+        elif any(part is p for p in repeated):
+            found.append(part.pull(stiffness * (request - change)))
+        else:
+            found.append(next(moves))
+    return found, change
 
 
 def _conjugate_gradients(
@@ -187,20 +200,22 @@ def _conjugate_gradients(
     image = response(gradient)
     gamma = jnp.sum(gradient * image)
     direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
+    length = gamma  # of the direction: the gradients that follow are orthogonal to it
     for count in range(iterations):
-        bent = direction + weigh(image)
-        curvature = jnp.sum(image * bent)
+        weighed = weigh(image)
+        curvature = length + jnp.sum(image * weighed)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
         force = force + rate * direction
         change = change + rate * image
         if count + 1 == iterations:
             break
-        gradient = gradient - rate * bent
+        gradient = gradient - rate * direction - rate * weighed
         pulled = response(gradient)
         new = jnp.sum(gradient * pulled)
         ratio = new / jnp.where(gamma > 0, gamma, 1)
         direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
-    return [part.transpose(size * force) / part.weight for part in parts], size * change
+        length = new + ratio**2 * length
+    return [part.pull(size * force) for part in parts], size * change
 
 
 def _in_operand(
@@ -214,23 +229,27 @@ def _in_operand(
     """The same steps as `_conjugate_gradients` for one part, on its move itself."""
     size = jnp.max(jnp.abs(request))
     size = jnp.where(size > 0, size, 1)
-    ratio: Any = stiffness / part.weight
-    # The gradient over −ρ, in the unit of the moves. A scalar ρ cancels in all that follows.
-    rest = part.transpose(weigh(request / size)) / part.weight
-    inner = jnp.asarray(part.weight) if jnp.ndim(part.weight) else 1.0
-    direction, gamma = rest, jnp.sum(inner * rest * rest)
-    move = jnp.zeros_like(rest)
+
+    def square(x: Array) -> Array:
+        if jnp.ndim(part.weight):
+            return jnp.sum(part.weight * x * x)
+        return part.weight * jnp.sum(x * x)
+
+    # The gradient over −ρ, in the unit of the moves.
+    rest = part.pull(weigh(request / size))
+    direction, gamma = rest, square(rest)
+    move, length = jnp.zeros_like(rest), gamma
     for count in range(iterations):
-        bent = direction + ratio * normal(direction)
-        curvature = jnp.sum(inner * direction * bent)
+        image = normal(direction)
+        curvature = length + stiffness * jnp.sum(direction * image)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
         move = move + rate * direction
         if count + 1 == iterations:
             break
-        rest = rest - rate * bent
-        new = jnp.sum(inner * rest * rest)
-        direction = rest + new / jnp.where(gamma > 0, gamma, 1) * direction
-        gamma = new
+        rest = rest - rate * direction - (rate * stiffness / part.weight) * image
+        new = square(rest)
+        ratio = new / jnp.where(gamma > 0, gamma, 1)
+        direction, gamma, length = rest + ratio * direction, new, new + ratio**2 * length
     move = size * move
     return move, part.apply(move)
 
