@@ -196,7 +196,7 @@ def _conjugate_gradients(
             total = total + part.response(force)
         return total
 
-    gradient = weigh(request / size)
+    gradient = weigh(request) / size
     image = response(gradient)
     gamma = jnp.sum(gradient * image)
     direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
@@ -236,7 +236,7 @@ def _in_operand(
         return part.weight * jnp.sum(x * x)
 
     # The gradient over −ρ, in the unit of the moves.
-    rest = part.pull(weigh(request / size))
+    rest = part.pull(weigh(request) / size)
     direction, gamma = rest, square(rest)
     move, length = jnp.zeros_like(rest), gamma
     for count in range(iterations):
