@@ -143,7 +143,8 @@ def _solve_curved(
         repeated = [p for p in candidates if p.span == candidates[0].span]
     others = [part for part in parts if not any(part is p for p in repeated)]
     bend = sum((p.repeats / p.weight for p in repeated if p.repeats is not None), start=0.0)
-    share = stiffness * bend / (1 + stiffness * bend) if repeated else 0.0
+    kept = 1 / (1 + stiffness * bend)  # of their mean, 1 − η
+    share = stiffness * bend * kept if repeated else 0.0
 
     def weigh(force: Array) -> Array:
         if not repeated:
@@ -170,7 +171,7 @@ def _solve_curved(
     found = []
     for part in parts:
         if part is first:
-            found.append((1 - share) * stiffness * first.repeats / part.weight * total)
+            found.append(kept * stiffness * first.repeats / part.weight * total)
         elif any(part is p for p in repeated):
             found.append(part.pull(stiffness * (request - change)))
         else:
