@@ -28,7 +28,8 @@ def multiplications(compiled: str) -> int:
         for name, shape in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", compiled)
     }
     total = 0
-    dots = r"= \w+\[([\d,]*)\]\S* dot\((?:\w+\[[^\]]*\]\S* )?%?([\w.-]+),.*lhs_contracting_dims={([\d,]*)}"
+    result, operand = r"= \w+\[([\d,]*)\]\S* dot\(", r"(?:\w+\[[^\]]*\]\S* )?%?([\w.-]+),.*"
+    dots = result + operand + r"lhs_contracting_dims={([\d,]*)}"
     for out, left, axes in re.findall(dots, compiled):
         size = math.prod(map(int, filter(None, out.split(","))))
         total += size * math.prod(shapes[left][int(axis)] for axis in axes.split(",") if axis)
