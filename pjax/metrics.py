@@ -192,8 +192,8 @@ class Spectral(Metric):
         prefix of the parameter pytree with such leaves.
     - `prox_step`: λ of the losses, in units of a squared prediction.
     - `iterations`: conjugate gradient steps for the response of finite parameters.
-    - `power_iterations`: steps of the power iteration for `λ_s` from a fixed direction; from where
-        a state that is handed on left it, it is one.
+    - `power_iterations`: steps of the power iteration for `λ_s` from a fixed direction; at most two
+        from where a state that is handed on left it.
 
     **Raises:** `ValueError` for a number that is not positive and finite.
     """
@@ -236,7 +236,7 @@ class Spectral(Metric):
         readers = graph.readers()
         order = graph.backward_order()
         begun = any(vector is not None for vector in measures.vectors)
-        iterations = 1 if begun else self.power_iterations
+        iterations = min(self.power_iterations, 2) if begun else self.power_iterations
         level = self.activations * len(graph.level_groups())
         weights: dict[int, Weight] = {}
         gains: list[Any] = [None] * len(graph.slots)

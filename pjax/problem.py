@@ -186,10 +186,14 @@ def _is_linear(graph: Graph, node: int, curved: Sequence[bool]) -> bool:
     rule = graph.nodes[node].rule
     if not isinstance(rule, LayerSum) or not rule.is_linear:
         return False
-    return all(
-        curved[i] and graph.slots[i].route.direct and readers[graph.slots[i].producers[0]] == [i]
-        for i in graph.nodes[node].slots
-    )
+    for index in graph.nodes[node].slots:
+        slot = graph.slots[index]
+        if not (curved[index] and slot.route.direct):
+            return False
+        (producer,) = slot.producers
+        if graph.nodes[producer].kind != "parameter" or readers[producer] != [index]:
+            return False
+    return True
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:

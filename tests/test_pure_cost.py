@@ -62,7 +62,7 @@ def test_the_products_of_a_step():
     matrix and two steps in it, the weights; its part of the line search is known. Of a square
     layer: the forward pass, the pull to the layer below, the weights' gradient, the inputs'
     covariance and two steps in it, what the move changes, the line search. Of a narrow one, five
-    in the solve, the forward pass, the pull and the line search. And a power iteration for each
+    in the solve, the forward pass, the pull and the line search. And two power iterations for each
     layer's input and for the weights of all but the first.
     """
     rows, inputs, width, classes = 64, 200, 32, 10
@@ -75,7 +75,7 @@ def test_the_products_of_a_step():
     most = 2 * first + rows**2 * inputs + 2 * rows**2 * width
     most += 5 * square + width**2 * rows + 2 * width**3
     most += 8 * narrow
-    most += 2 * rows * (inputs + 2 * width) + 2 * width * (width + classes)
+    most += 4 * rows * (inputs + 2 * width) + 4 * width * (width + classes)
     found = multiplications(step_of(mlp_loss, params, x, y))
     assert first < found <= most
 
@@ -145,7 +145,7 @@ def test_outputs_that_are_not_linear_in_what_moves_are_computed(x64):
 
 
 def test_a_state_begins_where_power_iterations_end(x64):
-    """One more step, that of a batch, is then enough for a bound."""
+    """Two more steps, those of a batch, are then enough for a bound."""
     params, x, y = make_mlp(2, 3)
 
     def loss(p):

@@ -139,10 +139,11 @@ def _solve_curved(
     """
     repeated: list[Part] = []
     if jnp.ndim(stiffness) == 0:
-        candidates = [p for p in parts if p.repeats is not None and jnp.ndim(p.weight) == 0]
+        candidates = [p for p in parts if p.repeats and jnp.ndim(p.weight) == 0]
         repeated = [p for p in candidates if p.span == candidates[0].span]
     others = [part for part in parts if not any(part is p for p in repeated)]
-    bend = sum((p.repeats / p.weight for p in repeated if p.repeats is not None), start=0.0)
+    bend = sum((p.repeats / p.weight for p in repeated if p.repeats), start=0.0)
+    count = (repeated[0].repeats if repeated else None) or 1.0
     kept = 1 / (1 + stiffness * bend)  # of their mean, 1 − η
     share = stiffness * bend * kept if repeated else 0.0
 
@@ -150,7 +151,7 @@ def _solve_curved(
         if not repeated:
             return stiffness * force
         first = repeated[0]
-        mean = first.apply(first.transpose(force) / first.repeats)
+        mean = first.apply(first.transpose(force) / count)
         return stiffness * (force - share * mean)
 
     if not others:
@@ -165,13 +166,13 @@ def _solve_curved(
     left = request - change
     # The force, summed over the repeats of the first, is that of what is left but for a factor.
     first = repeated[0]
-    total = first.transpose(left) / first.repeats
+    total = first.transpose(left) / count
     change = change + first.apply(share * total)
     moves = iter(found)
     found = []
     for part in parts:
         if part is first:
-            found.append(kept * stiffness * first.repeats / part.weight * total)
+            found.append(kept * stiffness * count / part.weight * total)
         elif any(part is p for p in repeated):
             found.append(part.pull(stiffness * (request - change)))
         else:
