@@ -7,7 +7,7 @@ judged, at the losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +19,16 @@ from pjax.trace import read
 
 _ITERATIONS = 10
 #: A Newton step of less than this share of the length is the last.
-_RESTING = 1e-4
+_RESTING = 1e-2
 #: Measured on MNIST at batch 32: 97.5 %; with 2 for each row 97.3 %, without a brake 95 % and less.
 _BRAKE = 16.0
 
 
 def line_search(
-    problem: Problem, moves: Sequence[Array | None], consts: Sequence[Any]
+    problem: Problem,
+    moves: Sequence[Array | None],
+    consts: Sequence[Any],
+    outputs: Mapping[int, Array],
 ) -> Float[Array, ""]:
     """`argmin_{τ ≥ 0} Σ_i c_i [loss_i(p_i + τ d_i) + |τ d_i|²/(2Λ)]`, a convex function of τ.
 
@@ -39,6 +42,7 @@ def line_search(
     - `problem`: the batch's problem, with its forward pass.
     - `moves`: how far each leaf moves for τ = 1, or None.
     - `consts`: the arrays that the function captures.
+    - `outputs`: for some variables how far they move, where the solve has found it.
 
     **Returns:** τ; 0 if no way ahead lowers the losses.
     """
@@ -47,7 +51,8 @@ def line_search(
         leaf if move is None else (leaf + move).astype(jnp.result_type(leaf))
         for leaf, move in zip(problem.leaves, moves, strict=True)
     ]
-    after = program.evaluate(moved, consts)
+    known = {variable: problem.values[variable] + move for variable, move in outputs.items()}
+    after = program.evaluate(moved, consts, known)
     lines = []
     for node in graph.losses:
         equation = graph.term(node).equation

@@ -69,6 +69,11 @@ class LayerSum(Rule):
     terms: tuple[Product | Addend, ...]
     name: str = "dot"
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether no product has two operands that are slots."""
+        return not any(isinstance(t, Product) and all(t.is_slot) for t in self.terms)
+
     def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:
         """For each term its operands, slots and data in their places."""
         slot, known = iter(slots), iter(knowns)
@@ -135,30 +140,32 @@ class LayerSum(Rule):
         for term, now in zip(self.terms, at, strict=True):
             if isinstance(term, Addend):
                 apply = _addend(term, now[1], like)
-                linear.append((apply, _transposed(apply, now[0])))
+                linear.append((apply, _transposed(apply, now[0]), (term, None, now)))
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
                 if free:
                     linear.append((*_product(term, side, now), (term, side, now)))
         parts = []
-        for (apply, transpose, *source), weight, gain, curved in zip(
+        for (apply, transpose, (term, side, now)), weight, gain, curved in zip(
             linear, weights, geometry.gains, geometry.curved, strict=True
         ):
-            normal = None
-            if curved and source:
-                term, side, now = source[0]
+            normal = repeats = span = None
+            if isinstance(term, Addend):
+                if term.dimensions is not None:
+                    repeats = float(_addend_gain(term, now[1], now[0].shape))
+                    span = _span(term, now[0].shape)
+            elif curved:
                 normal = _gram(term, side, now, geometry.iterations)
-            parts.append(layer.Part(apply, transpose, weight, gain, curved, normal))
+            parts.append(layer.Part(apply, transpose, weight, gain, curved, normal, repeats, span))
         return parts
 
     def _normal(self, at: Any, geometry: Geometry) -> layer.Normal | None:
-        """`JᵀJ` of a product and of biases added to all its rows, where that costs less."""
+        """`JᵀJ` of a product to whose rows nothing is added but biases, where that costs less."""
         curved = iter(geometry.curved)
-        product, biases, order = None, [], []
+        product, biases = None, []
         for term, now in zip(self.terms, at, strict=True):
             if isinstance(term, Addend):
                 if next(curved):
-                    order.append(len(biases))
                     biases.append((term, now[0].shape))
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
@@ -166,10 +173,9 @@ class LayerSum(Rule):
                     if product is not None:
                         return None
                     product = term, side, now
-                    order.append(-1)
         if product is None:
             return None
-        return _covariance(*product, biases, order, geometry.iterations)
+        return _covariance(*product, biases, geometry.iterations)
 
     def _second_order(
         self, moves: Sequence[Array], geometry: Geometry
@@ -346,17 +352,20 @@ def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> A
     return normal
 
 
+def _span(addend: Addend, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The axes of the output along which a broadcast operand differs, and their lengths."""
+    assert addend.dimensions is not None
+    return tuple((d, n) for d, n in zip(addend.dimensions, shape, strict=True) if n > 1)
+
+
 def _covariance(
     term: Product,
     side: Side,
     now: tuple[Any, ...],
     biases: Sequence[tuple[Addend, tuple[int, ...]]],
-    order: Sequence[int],
     iterations: int,
 ) -> layer.Normal | None:
-    """`JᵀJ` of an operand and of biases by the covariance of the other operand's columns, where
-    that costs less; `order` has a bias's number, and −1 for the operand.
-    """
+    """`Jᵀ (1 − η Π) J` by the covariance of the other operand's columns, where that costs less."""
     found = _rows(term.operation, side, now)
     if found is None:
         return None
@@ -365,35 +374,26 @@ def _covariance(
         return None
     (rows, length), count = found.other.shape, math.prod(found.columns)
     first = 0 if side == "left" else len(term.operation.output_shape) - len(found.columns)
-    places = [(first + axis, n) for axis, n in enumerate(found.columns) if n > 1]
+    columns = tuple((first + axis, n) for axis, n in enumerate(found.columns) if n > 1)
     for addend, shape in biases:
-        if addend.dimensions is None:
-            return None
-        if [(d, n) for d, n in zip(addend.dimensions, shape, strict=True) if n > 1] != places:
+        if addend.dimensions is None or _span(addend, shape) != columns:
             return None
     dot = _dot(term.operation)
-    covariance = term.scale**2 * dot(found.other.T, found.other)
-    total = term.scale * jnp.sum(found.other, axis=0)
     back = inverse(found.axes)
 
-    def normal(moves: Sequence[Array]) -> list[Array]:
-        move = moves[order.index(-1)]
-        matrix = jnp.transpose(move, found.axes)
-        into = dot(covariance, matrix.reshape(length, count))
-        added = None
-        for number, bias in zip(order, moves, strict=True):
-            if number >= 0:
-                part = biases[number][0].term.scale * bias.reshape(count)
-                added = part if added is None else added + part
-        if added is None:
-            return [jnp.transpose(into.reshape(matrix.shape), back)]
-        into = into + total[:, None] * added
-        summed = dot(total, matrix.reshape(length, count)) + rows * added
-        into = jnp.transpose(into.reshape(matrix.shape), back)
-        return [
-            into if number < 0 else biases[number][0].term.scale * summed.reshape(bias.shape)
-            for number, bias in zip(order, moves, strict=True)
-        ]
+    def normal(share: Any) -> Any:
+        covariance = dot(found.other.T, found.other)
+        if biases:
+            total = jnp.sum(found.other, axis=0)
+            covariance = covariance - (share / rows) * total[:, None] * total
+        covariance = term.scale**2 * covariance
+
+        def apply(move: Array) -> Array:
+            matrix = jnp.transpose(move, found.axes)
+            into = dot(covariance, matrix.reshape(length, count))
+            return jnp.transpose(into.reshape(matrix.shape), back)
+
+        return apply
 
     return normal
 

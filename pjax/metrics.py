@@ -193,8 +193,8 @@ class Spectral(Metric):
         prefix of the parameter pytree with such leaves.
     - `prox_step`: λ of the losses, in units of a squared prediction.
     - `iterations`: conjugate gradient steps for the response of finite parameters.
-    - `power_iterations`: steps of the power iteration for `λ_s`, from a fixed direction or from
-        where the state that is handed on left it.
+    - `power_iterations`: steps of the power iteration for `λ_s` from a fixed direction; at most two
+        from where a state that is handed on left it.
 
     **Raises:** `ValueError` for a number that is not positive and finite.
     """
@@ -239,6 +239,8 @@ class Spectral(Metric):
         resting, curved = self.resting(graph), self.curved(graph)
         readers = graph.readers()
         order = graph.backward_order()
+        begun = any(vector is not None for vector in measures.vectors)
+        iterations = min(self.power_iterations, 2) if begun else self.power_iterations
         level = self.activations * len(graph.level_groups())
         weights: dict[int, Weight] = {}
         gains: list[Any] = [None] * len(graph.slots)
@@ -256,7 +258,7 @@ class Spectral(Metric):
             before = [measures.vectors[slot] for slot in node.slots]
             output_rests = all(resting[i] for i in readers[index])
             wanted = [output_rests or not resting[slot] for slot in node.slots]
-            found, new = measures.gains(node, wanted, before, self.power_iterations)
+            found, new = measures.gains(node, wanted, before, iterations)
             copies = node.rule.copies(measures.shapes(node))
             asked = measures.reader_weight(index, weights)
             largest = asked.mantissa
@@ -299,6 +301,7 @@ class Curved(Spectral):
 
     parameters: Any = 16.0
     prox_step: float = 0.3
+    iterations: int = 2
     request: float | None = 1.0
     prox_per_row: bool = True
 

@@ -81,7 +81,7 @@ def _solve(
     moves = problem.parameter_moves(solution)
     length: Any = relaxation
     if extrapolate:
-        length = relaxation * line_search(problem, moves, consts)
+        length = relaxation * line_search(problem, moves, consts, problem.output_moves(solution))
     steps = [None if move is None else length * move for move in moves]
     new = None
     if state is not None:

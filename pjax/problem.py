@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pjax import _compat
 from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
+from pjax.layer import LayerSum
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
@@ -51,7 +52,8 @@ class Layout:
     - `counts`: for each slot and each of its producers how many of its entries read each entry of
         the producer; None where that differs or depends on data.
     - `asked`: the nodes that read parameters, if the metric fixes the size of their requests. A
-        state ends with a number for each, see `Problem._asked_size`.
+        state ends with an `Answer` for each.
+    - `linear`: those of them whose output is linear in parameters that nobody else reads.
     """
 
     graph: Graph
@@ -61,6 +63,7 @@ class Layout:
     curved: tuple[bool, ...]
     counts: tuple[tuple[float | None, ...], ...]
     asked: tuple[int, ...]
+    linear: tuple[int, ...]
     splitting: Splitting
     metric: Metric
     fanout: Fanout
@@ -145,14 +148,19 @@ def _make_layout(
             forms = node.rule.storages(reflecting, shared)
             for index, form in zip(node.slots, forms, strict=True):
                 storages[index] = form
+    curved = metric.curved(graph)
+    asked = _asked(graph) if metric.request is not None else ()
+    # What reflects combines states, and an answer would be none of the combined one.
+    linear = () if reflecting else tuple(n for n in asked if _is_linear(graph, n, curved))
     found = Layout(
         graph=graph,
         groups=tuple(tuple(group) for group in groups),
         storages=tuple(storages),
         resting=tuple(metric.resting(graph)),
-        curved=tuple(metric.curved(graph)),
+        curved=tuple(curved),
         counts=tuple(map(_reader_counts, graph.slots)),
-        asked=_asked(graph) if metric.request is not None else (),
+        asked=asked,
+        linear=linear,
         splitting=splitting,
         metric=metric,
         fanout=fanout,
@@ -171,6 +179,22 @@ def _asked(graph: Graph) -> tuple[int, ...]:
     return tuple(
         node.index for node in graph.nodes if node.index in reading and node.kind == "operation"
     )
+
+
+def _is_linear(graph: Graph, node: int, curved: Sequence[bool]) -> bool:
+    """Whether a node is linear in what moves it: parameters that move, and that it alone reads."""
+    readers = graph.readers()
+    rule = graph.nodes[node].rule
+    if not isinstance(rule, LayerSum) or not rule.is_linear:
+        return False
+    for index in graph.nodes[node].slots:
+        slot = graph.slots[index]
+        if not (curved[index] and slot.route.direct):
+            return False
+        (producer,) = slot.producers
+        if graph.nodes[producer].kind != "parameter" or readers[producer] != [index]:
+            return False
+    return True
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
@@ -272,6 +296,20 @@ def sizes(layout: Layout) -> Sizes:
         exactness = "exact" if node.rule is None else node.rule.exactness
         rows.append(NodeSize(node.name, exactness, count, stored, size))
     return Sizes(tuple(rows))
+
+
+class Answer(NamedTuple):
+    """What became of a request of the size that the metric fixes.
+
+    **Attributes:**
+
+    - `size`: what a deviation of 1 in the node's unit stands for, see `Problem._asked_size`.
+    - `output`: the deviation of the node's output, in its unit; None unless the node is one of
+        `Layout.linear`, and in a state at rest.
+    """
+
+    size: Array
+    output: Array | None
 
 
 class Problem:
@@ -526,11 +564,19 @@ class Problem:
             storage.fill(jnp.zeros(slot.shape, slot.dtype))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *self._no_requests())
+        return (*slots, *self._no_answers())
 
-    def _no_requests(self) -> tuple[Array, ...]:
+    def _no_answers(self, at_rest: bool = False) -> tuple[Answer, ...]:
         """What a state holds behind its slots before anything is asked for."""
-        return tuple(jnp.ones((), self._number_type(node)) for node in self.layout.asked)
+        return tuple(
+            Answer(
+                jnp.ones((), self._number_type(node)),
+                jnp.zeros_like(self.values[self.graph.nodes[node].output])  # pyright: ignore
+                if node in self.layout.linear and not at_rest
+                else None,
+            )
+            for node in self.layout.asked
+        )
 
     def _number_type(self, node: int) -> Any:
         """The type of a number that belongs to a node's output: at least float32."""
@@ -545,7 +591,7 @@ class Problem:
         """
         if self.layout.splitting != "layer":
             return self.initial()
-        return (None,) * len(self.graph.slots) + self._no_requests()
+        return (None,) * len(self.graph.slots) + self._no_answers(at_rest=True)
 
     def mean(self, state: State, slot: Slot) -> Array:
         """The deviation of a slot, in its unit; of a slot with copies, their mean."""
@@ -585,7 +631,7 @@ class Problem:
             storage.difference(self._filled(slot, a[slot.index]), self._filled(slot, b[slot.index]))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *self._no_requests())
+        return (*slots, *self._no_answers())
 
     def distance(self, a: State, b: State) -> Float[Array, ""]:
         """`(Σ ρ |a − b|²)^½`."""
@@ -615,7 +661,8 @@ class Problem:
                 outputs[index] = output
             if index in self.layout.asked:
                 place = len(graph.slots) + self.layout.asked.index(index)
-                new[place] = self._asked_size(node, targets[index])
+                size = self._asked_size(node, targets[index])
+                new[place] = Answer(size, output if index in self.layout.linear else None)
         for index in sorted({i for node in outputs for i in self._readers[node]}):
             new[index] = self._write(graph.slots[index], kept[index], outputs, state)
         return tuple(new)
@@ -830,8 +877,7 @@ class Problem:
     def _effective_weight(self, slot: Slot, state: State) -> Weight:
         if slot.node not in self.layout.asked:
             return self.weights[slot.index]
-        size = state[len(self.graph.slots) + self.layout.asked.index(slot.node)]
-        size = 1.0 if size is None else jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+        size = jnp.maximum(self._answer(slot.node, state).size, jnp.finfo(jnp.float32).tiny)
         weight = self.weights[slot.index]
         return Weight(weight.mantissa * self._ratio(slot, slot.node) / size)
 
@@ -845,6 +891,19 @@ class Problem:
         gain = self._slot_gains[slot.index]
         ratio = self._ratio(slot, slot.node) / jnp.max(self._total_weights[slot.node].mantissa)
         return Weight(asked.mantissa * (gain * ratio / (ratio + gain)), asked.exponent)
+
+    def _answer(self, node: int, state: State) -> Answer:
+        return state[len(self.graph.slots) + self.layout.asked.index(node)]
+
+    def output_moves(self, state: State) -> dict[int, Array]:
+        """How far `parameter_moves` moves outputs that are linear in parameters, by variable."""
+        found: dict[int, Array] = {}
+        for index in self.layout.linear:
+            size, output = self._answer(index, state)
+            variable = self.graph.nodes[index].output
+            if output is not None and variable is not None:
+                found[variable] = (size * output).astype(output.dtype)
+        return found
 
     def parameter_forces(self, state: State) -> list[Array | None]:
         """For each leaf `W_v δ_v`, the sum of the forces of its readers; None where nothing reads

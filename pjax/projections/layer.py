@@ -9,7 +9,9 @@ number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ
 `Λ/W + Σ_s J_s J_sᵀ Λ/ρ_s = R`. Two kinds of parts take part in that system:
 
 - *curved*: `J_s J_sᵀ` as it is, by conjugate gradients (on the moves instead of Λ where that costs
-  less);
+  less). An operand that is repeated, such as a bias in all rows, has `J_sᵀ J_s = n`, and is
+  eliminated: whatever the others do, it makes the best of it. Without it the inputs' mean no longer
+  outweighs their other directions, and conjugate gradients converge in fewer steps;
 - *diagonal*: a bound `λ_s` on it in its place, exact where `J_s J_sᵀ` is that multiple of the
   identity; else the step is a contraction, and iterated projections meet the nearest point.
 """
@@ -35,6 +37,8 @@ class Part(NamedTuple):
     - `gain`: `λ ≥ ‖J‖²`, for a diagonal part.
     - `curved`: which of the two kinds it is.
     - `normal`: `J Jᵀ Λ`, where there is a cheaper way to it than one after the other.
+    - `repeats`: an operand that is repeated so often: `JᵀJ` is this number; else None.
+    - `span`: equal for repeated operands whose `J` differ by a factor.
     """
 
     apply: Callable[[Array], Array]
@@ -43,12 +47,20 @@ class Part(NamedTuple):
     gain: Any
     curved: bool
     normal: Callable[[Array], Array] | None = None
+    repeats: float | None = None
+    span: Any = None
+
+    def pull(self, force: Array) -> Array:
+        """`Jᵀ Λ/ρ`."""
+        if jnp.ndim(self.weight):
+            return self.transpose(force) / self.weight
+        return self.transpose(force / self.weight)  # mostly the smaller array
 
     def response(self, force: Array) -> Array:
         """`J Jᵀ Λ/ρ`."""
         if self.normal is not None:
             return self.normal(force) / self.weight
-        return self.apply(self.transpose(force) / self.weight)
+        return self.apply(self.pull(force))
 
 
 class Solution(NamedTuple):
@@ -64,8 +76,8 @@ class Solution(NamedTuple):
     change: Array
 
 
-#: `δ_1, … ↦ J_1ᵀ Σ_s J_s δ_s, …` over the curved parts.
-Normal = Callable[[Sequence[Array]], Sequence[Array]]
+#: `η ↦ (δ ↦ Jᵀ (1 − η Π) J δ)` for one part, with `Π` the mean over what repeated ones span.
+Normal = Callable[[Any], Callable[[Array], Array]]
 
 
 def solve(
@@ -84,8 +96,8 @@ def solve(
     - `target_weight`: `W ≥ 0`, broadcasting to the output; 0 where nothing is asked.
     - `iterations`: steps of conjugate gradients on the curved parts. Each decreases the objective;
         with fewer than the rank the result is a regularised one, and inexact.
-    - `normal`: `JᵀJ` of the curved parts together, where that is cheaper than `J Jᵀ`. It is of use
-        where all outputs weigh the same.
+    - `normal`: of the one curved part that is not repeated, where that is cheaper than `J Jᵀ`. It
+        is of use where all outputs weigh the same.
 
     **Returns:** a `Solution`.
     """
@@ -95,31 +107,83 @@ def solve(
             shift = shift + part.gain / part.weight
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
-    if curved and normal is not None and jnp.ndim(stiffness) == 0:
-        found, change = _in_operands(curved, request, stiffness, iterations, normal)
-        force = stiffness * (request - change)
-    elif curved:
-        found, change = _conjugate_gradients(curved, request, stiffness, iterations)
-        force = stiffness * (request - change)
+    if curved:
+        found, change = _solve_curved(curved, request, stiffness, iterations, normal)
     else:
         found, change = [], jnp.zeros_like(request)
-        force = stiffness * request
+    force = stiffness * (request - change)
     inner = iter(found)
     moves = []
     for part in parts:
         if part.curved:
             moves.append(next(inner))
         else:
-            move = part.transpose(force) / part.weight
+            move = part.pull(force)
             change = change + part.apply(move)
             moves.append(move)
     return Solution(tuple(moves), change)
 
 
-def _conjugate_gradients(
-    parts: Sequence[Part], request: Array, weight: Any, iterations: int
+def _solve_curved(
+    parts: Sequence[Part],
+    request: Array,
+    stiffness: Any,
+    iterations: int,
+    normal: Normal | None,
 ) -> tuple[list[Array], Array]:
-    """Minimises `Σ ρ|δ|² + Σ ω (J δ − R)²` over the moves: monotone in the objective.
+    """The moves of curved parts, and the change that they make.
+
+    Of the repeated parts, with `Π = J Jᵀ/n`, the best moves are `Jᵀ f/ρ` for the force
+    `f = ω (1 − η Π)(R − change of the others)`, `η = ω/(ω + 1/Σ(n/ρ))`. So the others are solved
+    for with the weight `ω (1 − η Π)` in the place of `ω`.
+    """
+    repeated: list[Part] = []
+    if jnp.ndim(stiffness) == 0:
+        candidates = [p for p in parts if p.repeats and jnp.ndim(p.weight) == 0]
+        repeated = [p for p in candidates if p.span == candidates[0].span]
+    others = [part for part in parts if not any(part is p for p in repeated)]
+    bend = sum((p.repeats / p.weight for p in repeated if p.repeats), start=0.0)
+    count = (repeated[0].repeats if repeated else None) or 1.0
+    kept = 1 / (1 + stiffness * bend)  # of their mean, 1 − η
+    share = stiffness * bend * kept if repeated else 0.0
+
+    def weigh(force: Array) -> Array:
+        if not repeated:
+            return stiffness * force
+        first = repeated[0]
+        mean = first.apply(first.transpose(force) / count)
+        return stiffness * (force - share * mean)
+
+    if not others:
+        found, change = [], jnp.zeros_like(request)
+    elif normal is not None and jnp.ndim(stiffness) == 0 and len(others) == 1:
+        move, change = _in_operand(others[0], request, weigh, stiffness, iterations, normal(share))
+        found = [move]
+    else:
+        found, change = _conjugate_gradients(others, request, weigh, iterations)
+    if not repeated:
+        return found, change
+    left = request - change
+    # The force, summed over the repeats of the first, is that of what is left but for a factor.
+    first = repeated[0]
+    total = first.transpose(left) / count
+    change = change + first.apply(share * total)
+    moves = iter(found)
+    found = []
+    for part in parts:
+        if part is first:
+            found.append(kept * stiffness * count / part.weight * total)
+        elif any(part is p for p in repeated):
+            found.append(part.pull(stiffness * (request - change)))
+        else:
+            found.append(next(moves))
+    return found, change
+
+
+def _conjugate_gradients(
+    parts: Sequence[Part], request: Array, weigh: Callable[[Array], Array], iterations: int
+) -> tuple[list[Array], Array]:
+    """Minimises `Σ ρ|δ|² + (J δ − R)ᵀ Ω (J δ − R)` over the moves: monotone in the objective.
 
     Every vector of the method is `Jᵀ a/ρ` for an array `a` of the output's shape, so it is the
     `a` that are kept, and each step needs one response `J ρ⁻¹ Jᵀ a`. In units of the largest
@@ -127,7 +191,6 @@ def _conjugate_gradients(
     """
     size = jnp.max(jnp.abs(request))
     size = jnp.where(size > 0, size, 1)
-    request = request / size
 
     def response(force: Array) -> Array:
         total = parts[0].response(force)
@@ -135,68 +198,62 @@ def _conjugate_gradients(
             total = total + part.response(force)
         return total
 
-    gradient = weight * request
+    gradient = weigh(request) / size
     image = response(gradient)
     gamma = jnp.sum(gradient * image)
     direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
+    length = gamma  # of the direction: the gradients that follow are orthogonal to it
     for count in range(iterations):
-        bent = direction + weight * image
-        curvature = jnp.sum(image * bent)
+        weighed = weigh(image)
+        curvature = length + jnp.sum(image * weighed)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
         force = force + rate * direction
         change = change + rate * image
         if count + 1 == iterations:
             break
-        gradient = gradient - rate * bent
+        gradient = gradient - rate * direction - rate * weighed
         pulled = response(gradient)
         new = jnp.sum(gradient * pulled)
         ratio = new / jnp.where(gamma > 0, gamma, 1)
         direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
-    return [size * part.transpose(force) / part.weight for part in parts], size * change
+        length = new + ratio**2 * length
+    return [part.pull(size * force) for part in parts], size * change
 
 
-def _in_operands(
-    parts: Sequence[Part], request: Array, weight: Any, iterations: int, normal: Normal
-) -> tuple[list[Array], Array]:
-    """The same steps as `_conjugate_gradients`, on the moves themselves: `ω` is one number."""
+def _in_operand(
+    part: Part,
+    request: Array,
+    weigh: Callable[[Array], Array],
+    stiffness: Any,
+    iterations: int,
+    normal: Callable[[Array], Array],
+) -> tuple[Array, Array]:
+    """The same steps as `_conjugate_gradients` for one part, on its move itself."""
     size = jnp.max(jnp.abs(request))
     size = jnp.where(size > 0, size, 1)
-    asked = weight * (request / size)
-    rest = [part.transpose(asked) for part in parts]
 
-    def pulled() -> tuple[list[Array], Array]:
-        found = [r / part.weight for r, part in zip(rest, parts, strict=True)]
-        return found, _inner(rest, found)
+    def square(x: Array) -> Array:
+        if jnp.ndim(part.weight):
+            return jnp.sum(part.weight * x * x)
+        return part.weight * jnp.sum(x * x)
 
-    direction, gamma = pulled()
-    moves = [jnp.zeros_like(r) for r in rest]
+    # The gradient over −ρ, in the unit of the moves.
+    rest = part.pull(weigh(request) / size)
+    direction, gamma = rest, square(rest)
+    move, length = jnp.zeros_like(rest), gamma
     for count in range(iterations):
-        image = [
-            part.weight * d + weight * n
-            for part, d, n in zip(parts, direction, normal(direction), strict=True)
-        ]
-        curvature = _inner(direction, image)
+        image = normal(direction)
+        curvature = length + stiffness * jnp.sum(direction * image)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
-        moves = [m + rate * d for m, d in zip(moves, direction, strict=True)]
+        move = move + rate * direction
         if count + 1 == iterations:
             break
-        rest = [r - rate * i for r, i in zip(rest, image, strict=True)]
-        scaled, new = pulled()
+        rest = rest - rate * direction - (rate * stiffness / part.weight) * image
+        new = square(rest)
         ratio = new / jnp.where(gamma > 0, gamma, 1)
-        direction = [z + ratio * d for z, d in zip(scaled, direction, strict=True)]
-        gamma = new
-    moves = [size * move for move in moves]
-    change = parts[0].apply(moves[0])
-    for part, move in zip(parts[1:], moves[1:], strict=True):
-        change = change + part.apply(move)
-    return moves, change
-
-
-def _inner(a: Sequence[Array], b: Sequence[Array]) -> Array:
-    total = jnp.sum(a[0] * b[0])
-    for x, y in zip(a[1:], b[1:], strict=True):
-        total = total + jnp.sum(x * y)
-    return total
+        direction, gamma, length = rest + ratio * direction, new, new + ratio**2 * length
+    move = size * move
+    return move, part.apply(move)
 
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.

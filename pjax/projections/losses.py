@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 # Newton steps of `cross_entropy`: on each class at a fixed normaliser, and at most so many on it.
-_OMEGA_STEPS = 3
+_OMEGA_STEPS = 1
 _NORMALISER_STEPS = 10
 _NormaliserState = tuple[Array, Array, Array, Array, Array]
 
@@ -136,7 +136,7 @@ def cross_entropy(
         return count + 1, jnp.where(warm, size, jnp.inf), zeta, w, r
 
     # Newton's method squares the error: what follows a change this small is rounding.
-    small = 0.1 * jnp.finfo(dtype).eps ** 0.5
+    small = jnp.finfo(dtype).eps ** 0.5
     z = a + above + zeta
     exp = jnp.exp(jnp.minimum(z, 1))
     w = jnp.where(z > 0.6, z - jnp.log(jnp.maximum(z, 0.6)), exp / (1 + exp))

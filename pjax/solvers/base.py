@@ -310,9 +310,8 @@ def layout_for(
 
 
 def first_vectors(vectors: Callable[..., Sequence[Any]], *args: Any) -> tuple[Any, ...]:
-    """Where power iterations begin: vectors of ones, of the shapes that `vectors(*args)` has."""
-    shapes = jax.eval_shape(vectors, *args)
-    return tuple(None if v is None else jnp.ones(v.shape, v.dtype) for v in shapes)
+    """Where power iterations begin: where those of `vectors(*args)` end, without a state before."""
+    return tuple(jax.jit(vectors)(*args))
 
 
 def require_two(problem: Sets, order: bool) -> tuple[int, int]:
