@@ -13,6 +13,7 @@ from pjax.numeric import ArrayFunction
 from pjax.projections import numeric
 from pjax.projections.numeric import Rows
 from pjax.trace import TraceError, trace
+from tests.selection import mostly_slow
 
 
 def normal(seed, *shape):
@@ -125,6 +126,7 @@ def test_equal_functions_share_one_rule():
     assert first is second
 
 
+OFTEN_SCALAR = ("tanh", "exact gelu", "silu", "elu", "softplus", "exp", "log", "square")
 OFTEN = (
     "tanh",
     "exact gelu",
@@ -137,9 +139,7 @@ OFTEN = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-)
+@pytest.mark.parametrize("name", mostly_slow(ALL, OFTEN))
 def test_the_stiff_limit_is_the_gradient(name):
     loss, params = loss_with(ALL[name]), mlp_params()
     metric = pjax.metrics.Spectral(activations=1e5, prox_step=1e-5)
@@ -182,7 +182,7 @@ def scalar_oracle(function, x, z, rho, weight):
     return np.nanmin(cost)
 
 
-@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize("name", mostly_slow(SCALAR, OFTEN_SCALAR))
 def test_scalar_projection_is_the_nearest_point(x64, name):
     function = SCALAR[name]
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_scalar_projection_is_the_nearest_point(x64, name):
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "masked softmax"])
-@pytest.mark.parametrize("size", [2, 4, 16])
+@pytest.mark.parametrize("size", mostly_slow([2, 4, 16], [4]))
 def test_row_projection_decreases_and_is_stationary(x64, name, size):
     function = ROWS[name]
     reference = normal(5, 20, size).astype(jnp.float64)

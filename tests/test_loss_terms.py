@@ -16,6 +16,7 @@ from pjax.graph import build_graph
 from pjax.loss_terms import RowLoss
 from pjax.projections import losses
 from pjax.trace import trace
+from tests.selection import mostly_slow
 
 X = jax.random.normal(jax.random.key(0), (8, 5))
 CLASSES = jnp.array([0, 2, 1, 3, 0, 0, 3, 1])
@@ -147,7 +148,15 @@ def handler(equation):
     return equation.name
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+#: One of each kind, and what changes the rows.
+OFTEN = (
+    "class numbers", "weights of rows", "other axes", "mean of squares",
+    "squares behind a function",
+    "binary", "huber", "cosine", "penalties", "two heads",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mostly_slow(FUNCTIONS, OFTEN))
 def test_losses_are_found_and_give_the_gradient_in_the_limit(name):
     fn, expected = FUNCTIONS[name]
     program, leaves, consts, _ = trace(fn, PARAMS)
@@ -208,7 +217,9 @@ def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
     ],
     ids=["pure", "dr", "ap"],
 )
-@pytest.mark.parametrize("name", ["binary", "cosine", "penalties", "huber"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["binary", "cosine", "penalties", "huber"], ["cosine", "penalties"])
+)
 def test_every_way_of_training_lowers_the_loss(optimizer, name):
     fn, _ = FUNCTIONS[name]
     params, state = PARAMS, None

@@ -11,6 +11,7 @@ import pjax
 from pjax import metrics, solvers
 from pjax.extrapolation import minimise_convex
 from pjax.projections import losses
+from tests.selection import mostly_slow
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss, smooth_params, tied
 
 SOLVERS = {
@@ -161,7 +162,7 @@ def test_the_line_search_finds_the_least_value(x64, centre):
     assert float(minimise_convex(lambda t: t + t**2)) == 0
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, ["cyclic", "difference map"]))
 def test_more_steps_never_hurt(x64, name):
     """On a net of 8 layers: by step, what every node misses does not grow, and the direction in
     every parameter stays that of descent.
