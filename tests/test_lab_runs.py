@@ -39,7 +39,9 @@ def kill_after(step: int):
     return on_step
 
 
-@pytest.mark.parametrize("method", ["adam", "displacement-adam", "cp"])
+@pytest.mark.parametrize(
+    "method", mostly_slow(["adam", "displacement-adam", "cp"], ["displacement-adam"])
+)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     whole = start(tmp_path, method=method)
     runs.advance(*whole)
@@ -176,9 +178,15 @@ def training(settings: TrainConfig, **changes) -> Training:
     return config.make_training(settings, dataset, config.make_model(settings, dataset))
 
 
-@pytest.mark.parametrize(("method", "at_once"), [("adam", 0), ("adam", 2), ("cp", 0)])
+@pytest.mark.parametrize(
+    ("method", "at_once"),
+    [("adam", 0), ("adam", 2), pytest.param("cp", 0, marks=pytest.mark.slow)],
+)
 def test_seeds_side_by_side_are_the_seeds_one_by_one(method: str, at_once: int) -> None:
-    """Sums round differently in the vectorised program: equal to 1e-4, not to the bit."""
+    """Sums round differently in the vectorised program: equal to 1e-4, not to the bit. The search
+    for the length of a move (cp) ends at 1e-2 of it and may make more of that.
+    """
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 if method == "adam" else 1e-4}
     settings = dataclasses.replace(TINY, method=method, steps=5, measure_every=5)
     both = training(settings, seeds=(0, 1, 2), seeds_at_once=at_once)
     calls = []
@@ -194,7 +202,7 @@ def test_seeds_side_by_side_are_the_seeds_one_by_one(method: str, at_once: int) 
         while not one.finished:
             alone += one.advance()
         for name, value in one.params.items():
-            np.testing.assert_allclose(both.params[name][number], value[0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(both.params[name][number], value[0], **tolerance)
         own = [record for record in together if record.seed == seed]
         for mine, other in zip(own, alone, strict=True):
             assert mine.step == other.step
