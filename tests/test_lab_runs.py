@@ -25,6 +25,7 @@ from pjax.lab.data import load
 from pjax.lab.errors import RunError, UsageError
 from pjax.lab.recording import FIELDS, read_records
 from pjax.lab.train import Training
+from tests.selection import mostly_slow
 
 
 class KilledError(Exception):
