@@ -171,7 +171,7 @@ def test_float32_agrees_with_float64_in_every_layer_of_a_deep_net(x64):
         assert float(cosine) > 0.999
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_very_deep_net_neither_underflows_nor_overflows(steps):
     params, x, y = make_mlp(0, 64, width=16)
     found = pjax.displacement(mlp_loss, solver=solvers.CyclicProjections(steps))(params, x, y)
