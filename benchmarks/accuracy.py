@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ from rich.table import Table
 from benchmarks import accuracy_tasks
 from benchmarks.accuracy_methods import ADAM, METHODS, Method, Settings
 from benchmarks.accuracy_tasks import ROWS, Row, Task
+from pjax.lab import terminal
 from pjax.lab.data import DataError, batch_rows
+from pjax.lab.runs import mean_and_error
 
 #: The seed of the runs that choose a setting; none of the reported seeds.
 TUNING_SEED = 1000
@@ -382,17 +384,6 @@ def summarise(
     )
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; NaN where there are too few values."""
-    if not values:
-        return math.nan, math.nan
-    if not all(math.isfinite(value) for value in values):
-        return sum(values), math.nan
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return mean, error
-
-
 def compare(
     rows: Sequence[Row],
     methods: Sequence[Method],
@@ -499,30 +490,40 @@ def show(summaries: Sequence[Summary], console: Console) -> None:
         console.print(note, highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy", description="Accuracies beside tuned Adam's."
-    )
+def table_parser(
+    name: str,
+    description: str,
+    rows: Mapping[str, Any],
+    methods: Mapping[str, Any],
+    seeds: int,
+) -> argparse.ArgumentParser:
+    """The options of a command that fills a table, cell by cell in `runs/NAME`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cache", type=Path, default=Path("runs/accuracy"))
+    for option, choices in (("--rows", rows), ("--methods", methods)):
+        parser.add_argument(
+            option, nargs="+", choices=choices, default=list(choices), metavar="NAME"
+        )
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--cache", type=Path, default=Path("runs") / name)
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--cached", action="store_true", help="train nothing, show what is there")
     parser.add_argument("--list", action="store_true", help="name the rows and methods")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status is 0, 1 after an error, 130 after Ctrl-C."""
+    parser = table_parser("accuracy", "Accuracies beside tuned Adam's.", ROWS, METHODS, seeds=5)
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 160))
+    console = terminal.console(160)
     if options.list:
         console.print("rows:", *ROWS, sep="\n  ", highlight=False)
         console.print("methods:", *METHODS, sep="\n  ", highlight=False)
         return 0
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
-    methods = [METHODS[name] for name in options.methods or METHODS]
+    methods = [METHODS[name] for name in options.methods]
     for method in methods:
         if not method.available:
             console.print(f"{method.name} is left out: there is no pjax.{method.requires}.")

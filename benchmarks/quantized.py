@@ -11,14 +11,11 @@ file in the cache, so a command that was killed goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,15 +23,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import pjax
-from benchmarks.accuracy import TUNING_SEED, Cache, Comparison, Trainer, mean_and_error
+from benchmarks.accuracy import TUNING_SEED, Cache, Comparison, Trainer, table_parser
 from benchmarks.accuracy_methods import Method, Settings, displacement, projection
 from benchmarks.accuracy_tasks import Kind, Loss, Params, Row, Task
+from pjax.lab import terminal
 from pjax.lab.data import DataError
+from pjax.lab.runs import mean_and_error
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 #: Half of the width over which a straight-through estimator lets gradients pass, in units of a
@@ -287,23 +285,9 @@ def compare(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantized", description="Signs and quantizers."
-    )
-    parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("runs/quantized"))
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--cached", action="store_true", help="train nothing, show what is there")
-    parser.add_argument("--list", action="store_true", help="name the rows and methods")
+    parser = table_parser("quantized", "Signs and quantizers.", ROWS, METHODS, seeds=3)
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 140))
+    console = terminal.console(140)
     if options.list:
         console.print("rows:", *ROWS, sep="\n  ", highlight=False)
         console.print("methods:", *METHODS, sep="\n  ", highlight=False)

@@ -202,15 +202,9 @@ class Cones:
         operands = list(dict.fromkeys(self._variables(equation)))
         if any(a in self.stop for a in operands) and len(operands) > 1:
             return ()
-        common: tuple[int, ...] = ()
-        for place, operand in enumerate(operands):
-            chain = (operand,) if operand in self.stop else self.chains[operand]
-            if place == 0:
-                common = chain
-            else:
-                there = set(chain)
-                common = tuple(v for v in common if v in there)
-        return common
+        return common_chain(
+            [(operand,) if operand in self.stop else self.chains[operand] for operand in operands]
+        )
 
     def _find(self, var: int) -> tuple[int, frozenset[int]] | None:
         chain = self.chains.get(var, (var,))
@@ -296,6 +290,15 @@ class Cones:
         )
 
 
+def common_chain(chains: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What is in all of several chains, in the order of the first; `()` of none."""
+    common = chains[0] if chains else ()
+    for chain in chains[1:]:
+        there = set(chain)
+        common = tuple(v for v in common if v in there)
+    return common
+
+
 # --- Axes along which a cone is independent ------------------------------------------------------
 
 
@@ -373,7 +376,8 @@ def _carried(
     if primitive in SHAPES:
         return _reshaped(program.shape(operands[0]), first, shape, lose)
     if primitive in _JOINS:
-        return _joined(program, equation, operands, axes, shape, lose)
+        place = params.get("axis", params.get("dimension"))
+        return _joined(place, [axes[a] for a in operands], len(shape), lose)
     if primitive in _ROW_LOSSES:
         lose(first[-1:])
         return first[:-1]
@@ -385,20 +389,14 @@ def _carried(
 
 
 def _joined(
-    program: Program,
-    equation: Equation,
-    operands: Sequence[int],
-    axes: Mapping[int, tuple[int | None, ...]],
-    shape: tuple[int, ...],
-    lose: Any,
+    place: int, operands: Sequence[tuple[int | None, ...]], ndim: int, lose: Any
 ) -> tuple[int | None, ...]:
-    """The axes of arrays side by side, but for the one along which they are."""
-    place = equation.params.get("axis", equation.params.get("dimension"))
+    """The axes of arrays side by side along the axis `place`, which is none of theirs."""
     found: list[int | None] = []
-    stacked = len(shape) > len(axes[operands[0]])
-    for axis in range(len(shape)):
+    stacked = ndim > len(operands[0])
+    for axis in range(ndim):
         here = axis - (stacked and axis > place)
-        named = set() if stacked and axis == place else {axes[a][here] for a in operands}
+        named = set() if stacked and axis == place else {axes[here] for axes in operands}
         if axis == place or len(named) != 1:
             lose(tuple(named))
             named = {None}
@@ -441,5 +439,5 @@ def _reshaped(
 
 __all__ = [
     "ELEMENTWISE", "REDUCTIONS", "SHAPES", "SMOOTH", "Cones", "Function", "Piece", "carried_axes",
-    "cut", "single",
+    "common_chain", "cut", "single",
 ]  # fmt: skip

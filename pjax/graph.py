@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -272,15 +272,6 @@ def bipartite(graph: Graph) -> Graph:
             )
         )
     return Graph(graph.program, tuple(nodes), tuple(slots), graph.terms)
-
-
-def _descendants(program: Program, variables: Iterable[int]) -> set[int]:
-    """The variables that depend on `variables`, themselves included."""
-    found = set(variables)
-    for equation in program.equations:
-        if any(atom in found for atom in equation.inputs if isinstance(atom, int)):
-            found.update(equation.outputs)
-    return found
 
 
 @dataclass

@@ -27,9 +27,9 @@ from jaxtyping import Array
 
 from pjax import _compat, fusion, primitives
 from pjax._compat import P
-from pjax.cones import ELEMENTWISE, REDUCTIONS, SHAPES, carried_axes
+from pjax.cones import ELEMENTWISE, REDUCTIONS, SHAPES, carried_axes, common_chain
 from pjax.rules import LOSSES
-from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, read, run
+from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError, live, read, run
 from pjax.wiring import is_wiring
 
 #: What a loss is made of. Products of arrays and convolutions belong to networks.
@@ -124,6 +124,7 @@ class _Tail:
                 for reader in consumers.get(out, ())
             ):
                 inside.add(id(equation))
+        self._inside = inside
         self.equations = [e for e in program.equations if id(e) in inside]
         made = {out for e in self.equations for out in e.outputs}
         read_here = [a for e in self.equations for a in e.inputs] + [self.output]
@@ -136,6 +137,9 @@ class _Tail:
         self.data = sorted(
             {a for e in self.equations for a in e.inputs if isinstance(a, int)} - made - heads
         )
+
+    def __contains__(self, equation: Equation) -> bool:
+        return id(equation) in self._inside
 
     def coefficients(self, values: Mapping[int, Any]) -> list[Any]:
         """`∂ result/∂ head` for each head: the transpose of the tail, of ones."""
@@ -243,6 +247,12 @@ class _Finder:
         self.program = program
         self.definitions = {out: e for e in program.equations for out in e.outputs}
         self.chains: dict[int, tuple[int, ...]] = {}
+        #: The results of losses of this library, and what moves with them.
+        self.after_losses: set[Atom] = set()
+        for equation in program.equations:
+            moving = (a in self.after_losses for a in equation.inputs if program.is_variable(a))
+            if equation.primitive in LOSSES or any(moving):
+                self.after_losses.update(equation.outputs)
         self._check_result()
         self._check_named()
         self.tail = _Tail(program)
@@ -281,7 +291,7 @@ class _Finder:
                     "parameters; they must be data. Use `jax.lax.stop_gradient` on them if they "
                     "are meant to rest."
                 )
-            if self.program.is_variable(prediction) and self._depends_on_loss(prediction):
+            if self.program.is_variable(prediction) and prediction in self.after_losses:
                 raise TraceError(
                     f"`{equation.name}` ({equation.source}) reads the result of another loss."
                 )
@@ -355,12 +365,7 @@ class _Finder:
                 pending += missing
                 continue
             pending.pop()
-            common: tuple[int, ...] = ()
-            for place, operand in enumerate(operands):
-                chain = self.chains[operand]
-                there = set(chain)
-                common = chain if place == 0 else tuple(v for v in common if v in there)
-            self.chains[now] = (now, *common)
+            self.chains[now] = (now, *common_chain([self.chains[a] for a in operands]))
         return self.chains[var]
 
     def _inside(self, var: int) -> list[int]:
@@ -368,9 +373,7 @@ class _Finder:
         equation = self.definitions.get(var)
         if equation is None or len(equation.outputs) != 1 or REGISTRATIONS[equation.primitive]:
             return []
-        if equation.primitive not in _IN_LOSSES and id(equation) not in map(
-            id, self.tail.equations
-        ):
+        if equation.primitive not in _IN_LOSSES and equation not in self.tail:
             return []
         return list(
             dict.fromkeys(a for a in equation.inputs if self.program.is_variable(a))  # pyright: ignore
@@ -390,11 +393,8 @@ class _Finder:
         return [members for members, _ in groups]
 
     def _term(self, group: list[int], coefficients: Mapping[int, Any]) -> LossTerm:
-        common = self._chain(group[0])
-        for head in group[1:]:
-            there = set(self._chain(head))
-            common = tuple(v for v in common if v in there)
-        candidates = [b for b in common if group != [b] and not self._depends_on_loss(b)]
+        common = common_chain([self._chain(head) for head in group])
+        candidates = [b for b in common if group != [b] and b not in self.after_losses]
         if not candidates:
             raise TraceError(self._no_loss(group))
         shapes = [_Shape(self.program, self.definitions, self.tail, group, b) for b in candidates]
@@ -413,7 +413,7 @@ class _Finder:
         (head,) = group[-1:]
         equation = self.definitions.get(head)
         if equation is not None:
-            if any(self._depends_on_loss(a) for a in equation.inputs if program.is_variable(a)):
+            if any(a in self.after_losses for a in equation.inputs if program.is_variable(a)):
                 return (
                     f"`{equation.name}` ({equation.source}) joins a loss with a value of the "
                     "parameters that is no data, and is no function of one prediction. "
@@ -429,21 +429,6 @@ class _Finder:
         if last is not None and last is not equation:
             message += f" It ends in `{last.name}` ({last.source})."
         return f"{message} {_WHAT_TO_DO}"
-
-    def _depends_on_loss(self, var: Atom) -> bool:
-        pending: list[Any] = [var]
-        seen: set[int] = set()
-        while pending:
-            now = pending.pop()
-            if now in seen:
-                continue
-            seen.add(now)
-            equation = self.definitions.get(now)
-            if equation is not None:
-                if equation.primitive in LOSSES:
-                    return True
-                pending += [a for a in equation.inputs if self.program.is_variable(a)]  # pyright: ignore
-        return False
 
     def _choose(self, shapes: Sequence[_Shape]) -> tuple[_Shape, _Probe | None]:
         """The farthest beginning of which the loss is convex, with as many rows as the nearest."""
@@ -617,12 +602,11 @@ class _Shape:
         its entries, or, where the loss is known, of these with the sign that they have there.
         """
         full = self._over(self.row_value, self._full(self.row_value, coefficient))
-        if sign is None:
-            full = jnp.abs(full)
+        full = jnp.abs(full) if sign is None else sign * full
         if not self.separable:
-            return jnp.sum(full, -1) * (1.0 if sign is None else sign)
+            return jnp.sum(full, -1)
         place = jnp.argmax(jnp.abs(full), axis=-1, keepdims=True)
-        return jnp.take_along_axis(full, place, -1)[..., 0] * (1.0 if sign is None else sign)
+        return jnp.take_along_axis(full, place, -1)[..., 0]
 
     def scales(self, coefficients: Sequence[Any], counts: Array) -> list[Array]:
         """The coefficients of heads, relative to how much each row counts."""
@@ -811,18 +795,10 @@ def _behind(program: Program, wanted: Sequence[int], base: int) -> tuple[list[Eq
     """The equations that lead to known variables, and the inputs of the program that they read; the
     base counts as given.
     """
-    definitions = {out: e for e in program.equations for out in e.outputs}
-    needed: set[int] = set()
-    pending = list(wanted)
-    while pending:
-        now = pending.pop()
-        if now in needed or now == base:
-            continue
-        needed.add(now)
-        if now in definitions:
-            pending += [a for a in definitions[now].inputs if isinstance(a, int)]
-    equations = [e for e in program.equations if not needed.isdisjoint(e.outputs)]
-    return equations, sorted(var for var in needed if var not in definitions)
+    equations = live([e for e in program.equations if base not in e.outputs], wanted)
+    needed = {a for e in equations for a in e.inputs if isinstance(a, int)} | set(wanted)
+    made = {out for e in equations for out in e.outputs}
+    return equations, sorted(needed - made - {base})
 
 
 def _sample(aval: Any, rng: np.random.Generator, normal: bool = False) -> Array:

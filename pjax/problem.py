@@ -430,26 +430,27 @@ class Problem:
         #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
         self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
-        of_data = [c for node, c in zip(losses, coefficients, strict=True) if self._of_data(node)]
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in of_data or coefficients]))
+        pairs = list(zip(losses, coefficients, strict=True))
+        counted = [(n, c) for n, c in pairs if self._of_data(n)] or pairs
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for _, c in counted]))
         #: The largest coefficient of a row in the function's result.
         self.largest_coefficient = largest
-        relative = [_relative(c, of_data or coefficients, largest) for c in coefficients]
+        relative = [_relative(c, [c for _, c in counted], largest) for c in coefficients]
         self.loss_weights = {
             node.index: jnp.maximum(c, 0)[..., None] if np.ndim(c) else c
             for node, c in zip(losses, relative, strict=True)
         }
         if metric.row_weights == "relative":
             coefficients = relative
-        counted = [
-            (c, self.values[node.output].shape)  # pyright: ignore[reportArgumentType]
-            for node, c in zip(losses, relative, strict=True)
-            if self._of_data(node) or not of_data
+        shares = dict(zip((node.index for node in losses), relative, strict=True))
+        rows = [
+            (shares[node.index], self.values[node.output].shape)  # pyright: ignore[reportArgumentType]
+            for node, _ in counted
         ]
         #: How many rows of losses there are, each counted as it weighs against the largest.
         self.rows = jnp.maximum(
             sum(
-                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in counted),
+                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in rows),
                 start=jnp.zeros(()),
             ),
             1,

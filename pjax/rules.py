@@ -365,21 +365,17 @@ class Loss(Rule):
     exactness: ClassVar[Exactness] = "exact"
 
     @abstractmethod
-    def prox(self, reference: Array, deviation: Array, labels: Any, step: Array) -> Array:
-        """The new deviation; `step` is one number per row."""
-
-    def _prox(self, reference: Reference, deviation: Array, step: Array) -> Array:
-        (labels,) = reference.knowns
-        return self.prox(reference.inputs[0], deviation, labels, step)
+    def prox(self, reference: Array, deviation: Array, step: Array, *knowns: Array) -> Array:
+        """The new deviation; `step` is one number per row, `knowns` the data of the loss."""
 
     def project(self, reference, states, weights, target, target_weight):
-        (state,) = states
+        (state,), (value,) = states, reference.inputs
         weight = weights[0]
         if jnp.ndim(weight):
             # A row function needs one weight per row: the metric gives a slot of a loss just that.
             weight = jnp.broadcast_to(weight, state.shape)[..., 0]
             weight = jnp.where(weight > 0, weight, 1)
-        return (self._prox(reference, state, target_weight / weight),), None
+        return (self.prox(value, state, target_weight / weight, *reference.knowns),), None
 
 
 @dataclass(frozen=True)
@@ -388,7 +384,7 @@ class CrossEntropy(Loss):
 
     name: str = "cross_entropy"
 
-    def prox(self, reference, deviation, labels, step):
+    def prox(self, reference, deviation, step, labels):
         return losses.cross_entropy(reference, deviation, labels, step)
 
 
@@ -399,7 +395,7 @@ class Margin(Loss):
     margin: float
     name: str = "margin_loss"
 
-    def prox(self, reference, deviation, labels, step):
+    def prox(self, reference, deviation, step, labels):
         return losses.margin(reference, deviation, labels, self.margin, step)
 
 
@@ -409,7 +405,7 @@ class SquaredError(Loss):
 
     name: str = "squared_error"
 
-    def prox(self, reference, deviation, labels, step):
+    def prox(self, reference, deviation, step, labels):
         return losses.squared_error(reference, deviation, labels, step)
 
 
@@ -428,14 +424,11 @@ class NumericLoss(Loss):
     name: str = "loss"
     exactness: Exactness = "inexact"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def prox(self, reference, deviation, labels, step):
+    def prox(self, reference, deviation, step, *knowns):
         if self.entries is not None:
             entries = self.entries
-            return losses.separable(lambda x: entries(x, *labels), reference, deviation, step)
-        return losses.rows(lambda x: self.value(x, *labels), reference, deviation, step)
-
-    def _prox(self, reference, deviation, step):
-        return self.prox(reference.inputs[0], deviation, reference.knowns, step)
+            return losses.separable(lambda x: entries(x, *knowns), reference, deviation, step)
+        return losses.rows(lambda x: self.value(x, *knowns), reference, deviation, step)
 
 
 # --- The registry --------------------------------------------------------------------------------

@@ -296,15 +296,15 @@ class Flattener:
         atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
         cut = len(atoms) if num_outputs is None else num_outputs
         outputs, aux = atoms[:cut], atoms[cut:]
-        self._exchange_operands(_live(self.equations, outputs))
-        live = _live(self.equations, outputs)
-        self.equations = rewrites.Regrouping(self, live, outputs, REGISTRATIONS).run()
-        equations = _live(self.equations, outputs)
+        self._exchange_operands(live(self.equations, outputs))
+        needed = live(self.equations, outputs)
+        self.equations = rewrites.Regrouping(self, needed, outputs, REGISTRATIONS).run()
+        equations = live(self.equations, outputs)
         for equation in equations:
             self._check_integer_parameter(equation)
             self._check_narrow(equation)
         done = set(map(id, equations))
-        auxiliary = [e for e in _live(self.equations, aux) if id(e) not in done]
+        auxiliary = [e for e in live(self.equations, aux) if id(e) not in done]
         return self._renumber(leaves, equations, outputs, auxiliary, aux)
 
     def _exchange_operands(self, live: Sequence[Equation]) -> None:
@@ -576,7 +576,8 @@ class Flattener:
                 )
 
 
-def _live(equations: Sequence[Equation], outputs: Sequence[Atom]) -> list[Equation]:
+def live(equations: Sequence[Equation], outputs: Sequence[Atom]) -> list[Equation]:
+    """The equations that lead to `outputs`, in order."""
     needed = {atom for atom in outputs if isinstance(atom, int)}
     kept = []
     for equation in reversed(equations):

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -242,13 +241,7 @@ def _title(dataset: Dataset, options: Network) -> str:
 
 
 def _results_table(runs: Sequence[Run]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        caption="test: accuracy of the parameters with the best validation accuracy",
-        caption_justify="left",
-    )
+    table = terminal.table("test: accuracy of the parameters with the best validation accuracy")
     for heading in ("method", "settings"):
         table.add_column(heading, no_wrap=True)
     for heading in ("test", "batches", "train", "compile", "state"):
@@ -291,13 +284,9 @@ def _write_results(options: Demo, runs: Sequence[Run]) -> None:
 
 def _graph_table(problem: pjax.Problem) -> Table:
     sizes = problem.sizes()
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        caption="class: of the node's projection; variables: edge variables, every copy counted; "
-        "bytes: what alternating and cyclic projections store",
-        caption_justify="left",
+    table = terminal.table(
+        "class: of the node's projection; variables: edge variables, every copy counted; "
+        "bytes: what alternating and cyclic projections store"
     )
     table.add_column("node", justify="right")
     for heading in ("name", "set", "class"):

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -339,7 +338,7 @@ def _status(records: Sequence[Record]) -> str:
 
 
 def _accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = terminal.table()
     for heading in ("seed", "best step", "validation", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

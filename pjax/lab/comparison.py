@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from pjax import nn
@@ -179,13 +178,9 @@ def write(folder: Path, settings: CompareConfig, lines: Sequence[Line], title: s
 
 def table(lines: Sequence[Line]) -> Table:
     """The lines as a table."""
-    shown = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        caption="means over seeds ± standard errors, of the parameters with the best validation "
-        "accuracy; train: for each seed, without compiling",
-        caption_justify="left",
+    shown = terminal.table(
+        "means over seeds ± standard errors, of the parameters with the best validation "
+        "accuracy; train: for each seed, without compiling"
     )
     for heading in ("method", "settings"):
         shown.add_column(heading, no_wrap=True)
@@ -230,8 +225,7 @@ def _choose(
                 for rate, decay, accuracy in read_json(path)["candidates"]
             ]
         except (KeyError, TypeError, ValueError) as error:
-            problem = str(error) if isinstance(error, RunError) else f"{path}: damaged."
-            say(f"{problem} It is made anew.")
+            _report_damage(path, error, say)
     if not found:
         found = baselines.search(
             name,
@@ -314,9 +308,13 @@ def _read(path: Path, say: runs.Say = lambda message: None) -> Cell | None:
             raise ValueError
         return cell
     except (KeyError, TypeError, ValueError) as error:
-        problem = str(error) if isinstance(error, RunError) else f"{path}: damaged."
-        say(f"{problem} It is made anew.")
+        _report_damage(path, error, say)
         return None
+
+
+def _report_damage(path: Path, error: Exception, say: runs.Say) -> None:
+    problem = str(error) if isinstance(error, RunError) else f"{path}: damaged."
+    say(f"{problem} It is made anew.")
 
 
 def _curve(line: Line) -> plots.Curve:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import platform
 import statistics
 import time
@@ -355,8 +356,12 @@ def evaluate(run: Trained, dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; the error of one value is NaN."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    """The mean and its standard error; NaN where there are too few values."""
+    if not values:
+        return math.nan, math.nan
+    if not all(math.isfinite(value) for value in values):
+        return sum(values), math.nan
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,18 +17,26 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 #: Columns of a table that is not printed on a terminal.
 _FILE_WIDTH = 120
 
 
-def console() -> Console:
-    """Standard output."""
+def console(width: int = _FILE_WIDTH) -> Console:
+    """Standard output; at least so wide where it is no terminal."""
     found = Console()
     if not found.is_terminal:
         # A file or a pipe has no width: cut no table short.
-        found = Console(width=max(found.width, _FILE_WIDTH))
+        found = Console(width=max(found.width, width))
     return found
+
+
+def table(caption: str | None = None) -> Table:
+    """A table without rows and columns, in the style of all."""
+    return Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=caption, caption_justify="left"
+    )
 
 
 def progress(console: Console, remaining: bool = False) -> Progress:

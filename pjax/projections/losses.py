@@ -245,8 +245,7 @@ def separable(
         x = reference + move
         return jax.jvp(slope_at, (x,), (jnp.ones_like(x),))
 
-    start, _ = slope_and_bend(deviation)
-    whole = deviation - step * start
+    whole = deviation - step * slope_at(reference + deviation)
     low, high = jnp.minimum(deviation, whole), jnp.maximum(deviation, whole)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -266,7 +265,7 @@ def separable(
     _, at, low, high, _ = lax.while_loop(
         lambda state: (state[0] < _ENTRY_STEPS) & (state[-1] > 0), body, first
     )
-    found = _settled(deviation, -step * slope_and_bend(at)[0], at, reference)
+    found = _settled(deviation, -step * slope_at(reference + at), at, reference)
 
     def cost(move: Array) -> Array:
         return 0.5 * jnp.square(move - deviation) + step * entries(reference + move)
@@ -345,7 +344,8 @@ def rows(
         new = at + way(at, damping)
         there = cost(new)
         # In a deep network moves are below the rounding of the objective: let them be taken.
-        size = jnp.abs(height) + jnp.abs(step * value(reference + at)[..., None])
+        own = 0.5 * dot(at - deviation, at - deviation)
+        size = jnp.abs(height) + jnp.abs(height - own)
         lower = there <= height + 8 * jnp.finfo(dtype).eps * size
         moved = jnp.abs(new - at) > 4 * jnp.finfo(dtype).eps * jnp.abs(new)
         new, height = jnp.where(lower, new, at), jnp.where(lower, there, height)
