@@ -22,6 +22,7 @@ from pjax.projections.bilinear import (
 )
 from pjax.projections.convolution import Convolution
 from tests.oracles_bilinear import ScalarProducts, least_objective
+from tests.selection import mostly_slow
 
 NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 NCHW = ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3))
@@ -361,7 +362,7 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGURATIONS, ["strided"]))
 def test_alternating_projections_on_means_are_those_on_all_copies(x64, name):
     """In neuron splitting, until the first layer moves: borders, strides and groups included."""
     loss, params = example(*CONFIGURATIONS[name])
@@ -385,7 +386,10 @@ def test_alternating_projections_on_means_are_those_on_all_copies(x64, name):
 
 @pytest.mark.parametrize("splitting", ["neuron", "layer"])
 @pytest.mark.parametrize(
-    "solver", ["AlternatingProjections", "CyclicProjections", "DouglasRachford"]
+    "solver",
+    mostly_slow(
+        ["AlternatingProjections", "CyclicProjections", "DouglasRachford"], ["CyclicProjections"]
+    ),
 )
 def test_every_solver_trains_a_convolutional_network(x64, splitting, solver):
     loss, params = example(*CONFIGURATIONS["pooled"])

@@ -155,10 +155,12 @@ def test_the_stiff_limit_is_the_gradient(name):
     ("name", "solver", "splitting"),
     [
         ("gelu", pjax.optim.AlternatingProjections, "neuron"),
-        ("softmax", pjax.optim.AlternatingProjections, "neuron"),
+        pytest.param(
+            "softmax", pjax.optim.AlternatingProjections, "neuron", marks=pytest.mark.slow
+        ),
         ("gelu", pjax.optim.CyclicProjections, "layer"),
         ("layer norm", pjax.optim.CyclicProjections, "layer"),
-        ("batch norm", pjax.optim.CyclicProjections, "layer"),
+        pytest.param("batch norm", pjax.optim.CyclicProjections, "layer", marks=pytest.mark.slow),
     ],
 )
 def test_training_lowers_the_loss(name, solver, splitting):

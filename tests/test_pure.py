@@ -74,7 +74,7 @@ def test_the_size_of_a_hidden_request_is_a_share_of_the_layers_output(x64):
     np.testing.assert_allclose(ratio, 0.6 / 3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", mostly_slow([1, 3], [3]))
 def test_moves_do_not_depend_on_units(x64, depth):
     """A sum or a mean, a repeated batch, and inputs in other units (with weights to match) lead to
     the same networks.

@@ -16,6 +16,7 @@ from pjax.problem import Problem
 from pjax.projections import layer
 from pjax.projections.layer import _MARGIN
 from pjax.trace import trace
+from tests.selection import mostly_slow
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
 
 OPTIMIZER = pjax.optim.CyclicProjections(splitting="layer", check=False)
@@ -80,7 +81,7 @@ def test_the_products_of_a_step():
     assert first < found <= most
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", mostly_slow([1, 2, 3], [2]))
 def test_moves_of_outputs_are_those_of_their_parameters(x64, steps):
     """What the line search takes from the solve is what it would compute, also of a layer without
     a bias, of two heads on the data, and of convolutions.
