@@ -713,8 +713,6 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
     dtype = program.dtype(shape.base)
     wanted = [*tail.data, *shape.knowns]
     equations, roots = _behind(program, wanted, shape.base)
-    reference = _sample(program.avals[shape.base], rng, normal=True)
-    drawn = {root: _sample(program.avals[root], rng) for root in roots}
     pairs = int(np.clip(_ENTRIES // max(math.prod(shape.shape), 1), 2, _PAIRS))
     sizes = 10 ** rng.uniform(*_DECADES, (pairs, 2, *shape.shape[:-1], 1))
     points = np.asarray(sizes * rng.normal(size=(pairs, 2, *shape.shape)), np.float32)
@@ -742,8 +740,9 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
         return lax.map(at_pair, points), rows(zero), slope, sign
 
     with _compat.compile_time_eval():
-        args = (drawn, reference, jnp.asarray(points, dtype))
-        found = _compat.run_once(look, *args)
+        reference = _sample(program.avals[shape.base], rng, normal=True)
+        drawn = {root: _sample(program.avals[root], rng) for root in roots}
+        found = _compat.run_once(look, drawn, reference, jnp.asarray(points, dtype))
     samples, zero, slope, sign = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     first, second, middle = samples
     finite = np.isfinite(first) & np.isfinite(second) & np.isfinite(middle)

@@ -192,6 +192,34 @@ def test_the_same_loss_written_twice_is_the_same_problem():
             np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
 
 
+def test_losses_are_found_inside_of_compiled_code():
+    """The first trace of a training script is often the one inside of its own `jit` and `scan`."""
+
+    def fn(p, x, y):
+        logits = jax.nn.relu(x @ p["w"]) @ p["v"]
+        rows = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return rows.mean() + optax.huber_loss(p["w"]).sum()
+
+    step = pjax.value_and_displacement(fn)
+
+    @jax.jit
+    def train(params):
+        def body(params, _):
+            value, moved = step(params, X, CLASSES)
+            return jax.tree.map(lambda p, d: p - 0.01 * d, params, moved), value
+
+        return jax.lax.scan(body, params, None, length=2)
+
+    params, values = train(PARAMS)
+    moved = PARAMS
+    for value in values:
+        expected, displacement = step(moved, X, CLASSES)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        moved = jax.tree.map(lambda p, d: p - 0.01 * d, moved, displacement)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
     def fn(p):
         return pjax.cross_entropy(net(p), ONE_HOT).mean() + 10 * penalties(p)
