@@ -77,6 +77,16 @@ def open_jaxpr(body: Any) -> tuple[Any, tuple[Any, ...]]:
     return (body.jaxpr, tuple(body.consts)) if isinstance(body, ClosedJaxpr) else (body, ())
 
 
+def bind(equation: Any, operands: Any) -> list[Any]:
+    """The outputs of an equation of a jaxpr."""
+    params: Any = equation.primitive.get_bind_params(equation.params)
+    functions: Any = ()
+    if isinstance(params, tuple):  # before JAX 0.10.2 functions go in front of the operands
+        functions, params = params
+    out = equation.primitive.bind(*functions, *operands, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
 def scan_body(params: dict[str, Any]) -> tuple[Any, tuple[Any, ...], int, int]:
     """The `(jaxpr, consts, num_consts, num_carry)` of a `scan`.
 

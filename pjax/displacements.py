@@ -21,6 +21,7 @@ from jaxtyping import Array
 from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
 from pjax.problem import Fanout, Layout, Problem, default_metric
+from pjax.rolling import rolled
 from pjax.solvers import CyclicProjections, Solver
 from pjax.solvers.base import first_vectors, layout_for
 from pjax.trace import read, trace
@@ -35,6 +36,16 @@ def _displace(
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
     """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
+    return rolled(functools.partial(_displaced, found, solver))(leaves, consts, vectors)
+
+
+def _displaced(
+    found: Layout,
+    solver: Solver,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    vectors: Sequence[Any] | None,
+) -> tuple[Array, list[Any], list[Array], list[Any]]:
     problem = Problem(found, leaves, consts, vectors)
     state = solver.run(problem)
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and

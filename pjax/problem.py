@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from pjax.layer import LayerSum
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
-from pjax.slots import Compact, Dense, Lifted, Storage
+from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import Threshold, latent_nodes
 from pjax.trace import Program, TraceError, read, trace
 from pjax.wiring import pull_together
@@ -146,8 +146,9 @@ def _make_layout(
                 for index in node.slots
             ]
             forms = node.rule.storages(reflecting, shared)
-            for index, form in zip(node.slots, forms, strict=True):
-                storages[index] = form
+            for index, form, several in zip(node.slots, forms, shared, strict=True):
+                apart = several and isinstance(form, Dense) and _is_join(graph.slots[index])
+                storages[index] = Joined(graph.slots[index].route) if apart else form
     curved = metric.curved(graph)
     asked = _asked(graph) if metric.request is not None else ()
     # What reflects combines states, and an answer would be none of the combined one.
@@ -213,6 +214,13 @@ def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
         pulled = slot.route.pull(jnp.ones(slot.shape, slot.dtype), {})
         counts = [np.asarray(part, np.float64) for part in pulled]
     return tuple(float(c.flat[0]) if np.all(c == c.flat[0]) else None for c in counts)
+
+
+def _is_join(slot: Slot) -> bool:
+    """Whether a slot reads every entry of its producers once, and nothing else."""
+    program = slot.route.program
+    read = sum(math.prod(program.shape(var)) for var in slot.route.sources)
+    return read == math.prod(slot.shape) and all(c == 1 for c in _reader_counts(slot))
 
 
 class LargeStateWarning(UserWarning):
@@ -362,11 +370,14 @@ class Problem:
                         layout.metric.iterations,
                     )
                 )
+
+        # Of a level that is projected once in a step there is nothing to save.
         self._kept = {
             (slot.index, group): self._kept_mask(slot, frozenset(members))
             for slot in self.graph.slots
-            for group, members in enumerate(layout.groups)
+            for group, members in enumerate(layout.groups if layout.grouping == "colours" else ())
             if not frozenset(members).isdisjoint(slot.producers)
+            and not isinstance(layout.storages[slot.index], Joined)
         }
 
     # What does not change during a solve.
@@ -466,13 +477,13 @@ class Problem:
         """Whether a loss reads predictions, not parameters alone."""
         return any(self.graph.slots[i].kind == "activation" for i in node.slots)
 
-    def _kept_mask(self, slot: Slot, members: frozenset[int]) -> Array | None:
+    def _kept_mask(self, slot: Slot, members: Collection[int]) -> Array | None:
         """1 where a slot reads no producer among `members`; None if all its producers are."""
         moved = [producer in members for producer in slot.producers]
         if all(moved):
             return None
         ones = [jnp.ones_like(self.values[var]) for var in slot.route.sources]
-        others = [jnp.zeros_like(o) if m else o for o, m in zip(ones, moved, strict=True)]
+        others = [None if m else o for o, m in zip(ones, moved, strict=True)]
         mask = slot.route(others, self.values)
         if moved[0]:
             return mask
@@ -642,14 +653,7 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
-        members = self.layout.groups[group]
-        kept = {i: self._kept[i, group] for node in members for i in self._readers[node]}
-        return self._project(members, kept, state)
-
-    def _project(
-        self, members: Sequence[int], kept: dict[int, Array | None], state: State
-    ) -> State:
-        graph = self.graph
+        graph, members = self.graph, self.layout.groups[group]
         new = list(state)
         targets = self._targets(members, state)
         outputs: dict[int, Array] = {}
@@ -665,7 +669,7 @@ class Problem:
                 size = self._asked_size(node, targets[index])
                 new[place] = Answer(size, output if index in self.layout.linear else None)
         for index in sorted({i for node in outputs for i in self._readers[node]}):
-            new[index] = self._write(graph.slots[index], kept[index], outputs, state)
+            new[index] = self._write(group, graph.slots[index], outputs, state)
         return tuple(new)
 
     def _project_node(
@@ -725,15 +729,19 @@ class Problem:
         """A slot's state in the unit of its node."""
         if state is None or self._rests(slot):
             return None if accepts_rest else self._filled(slot, None)
+        if isinstance(self.layout.storages[slot.index], Joined):
+            state = self.mean((*(None,) * slot.index, state), slot)
         if isinstance(ratio, float) and ratio == 1:
             return state
         return _divided(state, ratio)
 
     def _out_of_node(self, slot: Slot, before: Any, moved: Any, ratio: Any) -> Any:
         """What the projection made of it, in the slot's unit; what rests gathers the forces."""
-        if isinstance(ratio, float) and ratio == 1:
-            return moved
-        moved = jax.tree_util.tree_map(lambda x: (x * ratio).astype(x.dtype), moved)
+        if not (isinstance(ratio, float) and ratio == 1):
+            moved = jax.tree_util.tree_map(lambda x: (x * ratio).astype(x.dtype), moved)
+        storage = self.layout.storages[slot.index]
+        if isinstance(storage, Joined):
+            moved = storage.fill(moved)
         if before is None or not self._rests(slot):
             return moved
         return jax.tree_util.tree_map(jnp.add, before, moved)
@@ -748,6 +756,19 @@ class Problem:
         pending: list[tuple[Slot, Array]] = []
         slots = {i for node in nodes for i in self._readers[node]}
         for slot in (self.graph.slots[i] for i in sorted(slots)):
+            storage = self.layout.storages[slot.index]
+            if isinstance(storage, Joined) and state[slot.index] is not None:
+                weight = self.weights[slot.index].mantissa
+                spread = (weight,) * len(slot.producers)
+                if jnp.ndim(weight):
+                    spread = storage.fill(jnp.broadcast_to(weight, slot.shape))
+                for producer, part, own in zip(
+                    slot.producers, state[slot.index], spread, strict=True
+                ):
+                    if producer in members:
+                        total = (part * own).astype(part.dtype)
+                        sums[producer] = sums[producer] + total if producer in sums else total
+                continue
             mean = self.mean(state, slot)
             if slot.route.direct and len(self._readers[slot.producers[0]]) == 1:
                 single[slot.producers[0]] = mean
@@ -807,28 +828,32 @@ class Problem:
             found += [(feeds[var], total) for var, total in sums.items()]
         return found
 
-    def _write(
-        self, slot: Slot, kept: Array | None, outputs: dict[int, Array], state: State
-    ) -> Any:
+    def _write(self, group: int, slot: Slot, outputs: dict[int, Array], state: State) -> Any:
         """The state of a slot after producers of it have moved to `outputs`."""
-        value = self._routed(slot, outputs)
         storage = self.layout.storages[slot.index]
+        if isinstance(storage, Joined):
+            parts = self._filled(slot, state[slot.index])
+            pairs = zip(slot.producers, parts, strict=True)
+            return tuple(self._sent(slot, n, outputs[n]) if n in outputs else x for n, x in pairs)
+        value = self._routed(slot, outputs)
+        key = slot.index, group
+        kept = self._kept[key] if key in self._kept else self._kept_mask(slot, outputs)
         if kept is None:
             return storage.fill(value)
         return storage.combine(self._filled(slot, state[slot.index]), kept, value)
 
     def _routed(self, slot: Slot, outputs: dict[int, Array]) -> Array:
         """What a slot reads of `outputs`; 0 where it reads other producers, or a constant."""
-        deviations = []
-        for producer, var in zip(slot.producers, slot.route.sources, strict=True):
-            if producer not in outputs:
-                deviations.append(jnp.zeros_like(self.values[var]))
-                continue
-            ratio = self._ratio(slot, producer)
-            out = outputs[producer]
-            plain = isinstance(ratio, float) and ratio == 1
-            deviations.append(out if plain else (out * ratio).astype(out.dtype))
-        return slot.route(deviations, self.values)
+        return slot.route(
+            [self._sent(slot, n, outputs[n]) if n in outputs else None for n in slot.producers],
+            self.values,
+        )
+
+    def _sent(self, slot: Slot, producer: int, output: Array) -> Array:
+        """The deviation of a producer's output in the unit of a slot that reads it."""
+        ratio = self._ratio(slot, producer)
+        plain = isinstance(ratio, float) and ratio == 1
+        return output if plain else (output * ratio).astype(output.dtype)
 
     # What comes out.
 
@@ -958,7 +983,7 @@ class Problem:
             return total
         for index in self._readers[node.index]:
             slot, storage = graph.slots[index], layout.storages[index]
-            kept = self._kept_mask(slot, frozenset([node.index]))
+            kept = self._kept_mask(slot, (node.index,))
             if kept is not None:
                 self._require_copies(graph.nodes[slot.node], state)
             value = self._routed(slot, {node.index: output})

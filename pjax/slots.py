@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from pjax.projections import bilinear
 from pjax.projections.bilinear import Bilinear, Copies, Side
+from pjax.wiring import Route
 
 
 class Storage(ABC):
@@ -83,6 +84,31 @@ class Dense(Storage):
 
     def squared_distance(self, a, b, weight, other=None):
         return jnp.sum(weight * jnp.square(a - b))
+
+    def numbers(self, shape):
+        return math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Joined(Storage):
+    """One array for each producer of a slot that reads each of their entries once, and nothing
+    else.
+
+    Of an array that joins the steps of a loop each step then writes and reads its own part.
+    """
+
+    route: Route
+
+    def fill(self, value):
+        return self.route.pull(value, {})
+
+    def mean(self, state, other=None):
+        return self.route(state, {})
+
+    def squared_distance(self, a, b, weight, other=None):
+        if jnp.ndim(weight):
+            return jnp.sum(weight * jnp.square(self.mean(a) - self.mean(b)))
+        return sum(weight * jnp.sum(jnp.square(x - y)) for x, y in zip(a, b, strict=True))
 
     def numbers(self, shape):
         return math.prod(shape)

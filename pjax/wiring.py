@@ -129,18 +129,19 @@ class Route:
         """Whether the slot simply is its one producer's output."""
         return not self.equations
 
-    def __call__(self, deviations: Sequence[Array], known: Mapping[int, Any]) -> Array:
+    def __call__(self, deviations: Sequence[Array | None], known: Mapping[int, Any]) -> Array:
         """The slot's deviation; constant entries (padding, masked ones) deviate by 0.
 
         **Arguments:**
 
-        - `deviations`: one array per source.
+        - `deviations`: one array per source; None for one that deviates by 0 everywhere.
         - `known`: values of the known variables (indices and predicates).
         """
-        return self.values(deviations, known, (self.target,))[self.target]
+        found = self.values(deviations, known, (self.target,))[self.target]
+        return self._zeros(self.target) if found is None else found
 
     def values(
-        self, deviations: Sequence[Array], known: Mapping[int, Any], targets: Sequence[int]
+        self, deviations: Sequence[Array | None], known: Mapping[int, Any], targets: Sequence[int]
     ) -> dict[int, Any]:
         """The deviations of the sources, and of all that the wiring makes of them on the way to
         `targets`.
@@ -149,9 +150,16 @@ class Route:
         values: dict[int, Any] = dict(zip(self.sources, deviations, strict=True))
         for equation in self.equations:
             structure = range(len(equation.inputs))[_STRUCTURE.get(equation.primitive, slice(0, 0))]
+            if all(
+                values.get(atom) is None if isinstance(atom, int) else True
+                for position, atom in enumerate(equation.inputs)
+                if position not in structure
+            ):
+                values.update(dict.fromkeys(equation.outputs))
+                continue
             operands = []
             for position, atom in enumerate(equation.inputs):
-                if isinstance(atom, int) and atom in values:
+                if isinstance(atom, int) and values.get(atom) is not None:
                     operands.append(values[atom])
                 elif position in structure:
                     operands.append(read(known, atom))

@@ -28,5 +28,9 @@ class AlternatingProjections(Solver):
         first, second = require_two(problem, self.change_projection_order)
         middle = problem.project(first, state)
         end = problem.project(second, middle)
-        distances = (problem.distance(middle, state), problem.distance(end, middle))
-        return Step(end, distances, middle, end)
+        return Step(
+            end,
+            lambda: (problem.distance(middle, state), problem.distance(end, middle)),
+            middle,
+            end,
+        )

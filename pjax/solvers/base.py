@@ -83,19 +83,20 @@ class Step(NamedTuple):
     **Attributes:**
 
     - `state`: where it leads.
-    - `distances`: for each side, in the order of projection, the distance to its constraints in
-        the metric: how far the projection onto it moved its point.
+    - `distances`: gives for each side, in the order of projection, the distance to its constraints
+        in the metric: how far the projection onto it moved its point. A function, since a solve
+        without a history never asks.
     - `before`, `after`: two states; their difference is the step's estimate of the gap vector.
-    - `residual`: what vanishes at a solution. By default `(Σ_sides distance²)^½`; a reflecting
-        method, whose points need not approach the sets, gives the distance between the projections
-        onto the two sides.
+    - `residual`: gives what vanishes at a solution. By default `(Σ_sides distance²)^½`; a
+        reflecting method, whose points need not approach the sets, has the distance between the
+        projections onto the two sides.
     """
 
     state: State
-    distances: tuple[Float[Array, ""], ...]
+    distances: Callable[[], tuple[Float[Array, ""], ...]]
     before: State
     after: State
-    residual: Float[Array, ""] | None = None
+    residual: Callable[[], Float[Array, ""]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -236,10 +237,10 @@ class Solver(ABC):
             new = self.step(problem, state)
             gap = problem.difference(new.after, new.before)
             zero = problem.initial()
-            distances = jnp.stack(new.distances)
+            distances = jnp.stack(new.distances())
             row = (
                 distances,
-                _length(distances) if new.residual is None else new.residual,
+                _length(distances) if new.residual is None else new.residual(),
                 problem.distance(new.state, state),
                 problem.distance(gap, zero),
                 problem.distance(gap, last_gap),

@@ -35,8 +35,12 @@ class CyclicProjections(Solver):
         points = [state]
         for group in order:
             points.append(problem.project(group, points[-1]))
-        distances = tuple(map(problem.distance, points[1:], points))
         # The gap is what the losses ask for: at a least-distance cycle it stays while the sweep
         # rests.
         place = order.index(0)
-        return Step(points[-1], distances, points[place], points[place + 1])
+        return Step(
+            points[-1],
+            lambda: tuple(map(problem.distance, points[1:], points)),
+            points[place],
+            points[place + 1],
+        )

@@ -39,9 +39,14 @@ class DifferenceMap(Solver):
         away = affine((1 + 1 / beta, onto_second), (-1 / beta, state))
         high = problem.project(first, away)
         end = affine((1.0, state), (beta, high), (-beta, low))
-        distances = (problem.distance(onto_first, state), problem.distance(onto_second, state))
         # `high` satisfies the first set and `low` the second: as for Douglas–Rachford.
-        return Step(end, distances, low, high, residual=problem.distance(high, low))
+        return Step(
+            end,
+            lambda: (problem.distance(onto_first, state), problem.distance(onto_second, state)),
+            low,
+            high,
+            residual=lambda: problem.distance(high, low),
+        )
 
     def solution(self, problem, state):
         first, second = require_two(problem, self.change_projection_order)

@@ -74,9 +74,13 @@ class CyclicDouglasRachford(Solver):
             part = reflect(problem, first, second, end, self.relaxation)
             parts.append(part)
             end = part.state
-        distances = tuple(part.distances[0] for part in parts)
-        residual = jnp.sqrt(sum(jnp.square(part.residual) for part in parts))
-        return Step(end, distances, parts[0].before, parts[0].after, residual)
+        return Step(
+            end,
+            lambda: tuple(part.distances()[0] for part in parts),
+            parts[0].before,
+            parts[0].after,
+            lambda: jnp.sqrt(sum(jnp.square(part.residual()) for part in parts)),
+        )
 
     def solution(self, problem, state):
         # The fixed points of the whole cycle project onto the intersection from any of the sets.
@@ -89,8 +93,13 @@ def reflect(problem: Sets, first: int, second: int, state: State, relaxation: fl
     reflected = affine((2.0, shadow), (-1.0, state))
     moved = problem.project(second, reflected)
     end = affine((1.0, state), (relaxation, moved), (-relaxation, shadow))
-    distances = (problem.distance(shadow, state), problem.distance(moved, reflected))
     # The shadow satisfies the one set and `moved` the other: their distance bounds how far each is
     # from the set that is not its own, and vanishes at a solution. The state and its reflection
     # need not approach either set.
-    return Step(end, distances, shadow, moved, residual=problem.distance(moved, shadow))
+    return Step(
+        end,
+        lambda: (problem.distance(shadow, state), problem.distance(moved, reflected)),
+        shadow,
+        moved,
+        residual=lambda: problem.distance(moved, shadow),
+    )
