@@ -27,6 +27,7 @@ from pjax.extrapolation import line_search
 from pjax.graph import Fallback
 from pjax.metrics import Curved, Metric, Spectral, Uniform
 from pjax.problem import Fanout, Layout, Problem, Splitting
+from pjax.rolling import rolled
 from pjax.solvers import ResidualHistory, Solver
 from pjax.solvers.base import first_vectors, layout_for
 from pjax.trace import Program, trace
@@ -66,6 +67,18 @@ class OptimizerState:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _solve(
+    layout: Layout,
+    solver: Solver,
+    extrapolate: bool,
+    averaging: float | None,
+    check: bool,
+    *arrays: Any,
+) -> tuple[list[Any], ResidualHistory, _Checks | None, OptimizerState | None]:
+    fixed = layout, solver, extrapolate, averaging, check
+    return rolled(functools.partial(_solved, *fixed))(*arrays)
+
+
+def _solved(
     layout: Layout,
     solver: Solver,
     extrapolate: bool,

@@ -23,12 +23,15 @@ from pjax._compat import P
 
 #: A run is rolled from so many repeats on; where each block reads the one before, if that saves so
 #: many equations.
-MIN_REPEATS = 8
+MIN_REPEATS = 24
 MIN_SAVED = 40
 #: Periods that are tried: those that the most equations have to the next one like them.
 _PERIODS = 64
 #: XLA runs convolutions in a loop slowly on a CPU, and nothing with effects is moved.
 _UNROLLABLE = _compat.find_primitives("conv_general_dilated")
+#: A CPU has no room for blocks side by side: larger ones than this take turns there, since the
+#: arrays of one block fit its cache, and those of all do not.
+_SHORT = 8
 _SPLITS = _compat.find_primitives("split")
 _JOINS = _compat.find_primitives("concatenate", "stack")
 
@@ -489,7 +492,8 @@ def _loop(run: Run, equations: Sequence[Any], uses: dict[Any, int], values: _Val
         for j, o in kept:
             values.known.update((block[j].outvars[o], made[j, o]) for block in blocks)
         return
-    if not carried:
+    in_turn = jax.default_backend() == "cpu" and run.period > _SHORT
+    if not carried and not in_turn:
         wholes = jax.vmap(lambda entry: [evaluate({}, entry)[place] for place in kept])(entries)
     else:
         initial = {}

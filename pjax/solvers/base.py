@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
 from pjax.problem import Fanout, Grouping, Layout, State, layout
+from pjax.rolling import rolled
 from pjax.trace import Program
 
 
@@ -249,7 +250,9 @@ class Solver(ABC):
 
         initial = problem.initial()
         if self.steps > _UNROLLED or self.reflecting:
-            (state, _), rows = jax.lax.scan(body, (initial, initial), None, length=self.steps)
+            (state, _), rows = jax.lax.scan(
+                rolled(body), (initial, initial), None, length=self.steps
+            )
         else:
             # Single steps need no loop, and what of their history is not used is not computed.
             carry, found = (_at_rest(problem), initial), []
@@ -275,9 +278,8 @@ class Solver(ABC):
         for _ in range(first):
             state = self.step(problem, state).state
         if self.steps > first:
-            state = jax.lax.fori_loop(
-                0, self.steps - first, lambda _, now: self.step(problem, now).state, state
-            )
+            step = rolled(lambda _, now: self.step(problem, now).state)
+            state = jax.lax.fori_loop(0, self.steps - first, step, state)
         return self.solution(problem, state)
 
 

@@ -1,0 +1,252 @@
+"""Rolled programs give what the programs give, and their size does not grow with repeats."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pjax
+from pjax import rolling
+from pjax.rolling import rolled
+
+N = 30
+
+
+def count(function, *args) -> int:
+    """How many equations a function has, those in loops counted once."""
+
+    def inside(jaxpr):
+        bodies = [
+            leaf
+            for equation in jaxpr.eqns
+            for leaf in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
+            if hasattr(leaf, "eqns")
+        ]
+        return len(jaxpr.eqns) + sum(map(inside, bodies))
+
+    return inside(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def check(function, *args, smaller: float = 0.5):
+    """Rolled and not, compiled and not, in float64; and that rolling made it smaller."""
+    expected = function(*args)
+    found = rolled(function)(*args)
+    compiled = jax.jit(rolled(function))(*args)
+    for other in (found, compiled):
+        assert jax.tree.structure(other) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(other), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12)
+    assert count(rolled(function), *args) < smaller * count(function, *args)
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture
+def arrays():
+    return list(jax.random.normal(jax.random.key(0), (N, 3, 3)))
+
+
+def test_layers_in_a_row(arrays):
+    def function(weights, x):
+        kept = []
+        for weight in weights:
+            x = jnp.tanh(x @ weight) + 0.5 * x
+            kept.append(x)
+        # Backwards, as a sweep reads the forward pass.
+        y = jnp.ones_like(x)
+        for weight, value in zip(reversed(weights), reversed(kept), strict=True):
+            y = (y * (1 - value**2)) @ weight.T + y
+        return x, y, kept[3], jnp.stack(kept)
+
+    check(function, arrays, jnp.ones((2, 3)))
+
+
+def test_blocks_side_by_side(arrays):
+    def function(weights, x):
+        return [jnp.sum(jnp.exp(x @ weight), axis=0) * 2 for weight in weights]
+
+    check(function, arrays, jnp.ones((2, 3)))
+
+
+def test_equal_blocks_are_computed_once():
+    def function(x):
+        return [jnp.sin(jnp.cos(x)) + 1 for _ in range(N)]
+
+    check(function, jnp.arange(3.0))
+
+
+def test_a_block_reads_two_blocks_back(arrays):
+    def function(weights):
+        a, b = weights[0], weights[1]
+        for weight in weights[2:]:
+            a, b = b, jnp.tanh(b) * 0.5 + a @ weight
+        return a, b
+
+    check(function, arrays)
+
+
+def test_numbers_and_slices_that_differ():
+    def function(x):
+        total = jnp.zeros(4)
+        for k in range(N):
+            total = jnp.sin(total) + k * jax.lax.slice(x, (k, 0), (k + 1, 4))[0] * 2.0
+        return total
+
+    check(function, jax.random.normal(jax.random.key(1), (N, 4)))
+
+
+def test_split_and_joined_arrays():
+    def function(x):
+        parts = jax.lax.split(x, (2,) * N, axis=1)
+        parts = [jnp.exp(part) * 2 for part in parts]
+        return jnp.concatenate(parts, axis=1), jnp.stack(parts, axis=1), parts[5]
+
+    check(function, jax.random.normal(jax.random.key(1), (3, 2 * N)), smaller=0.7)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parts_with_others_between(arrays, reverse):
+    def function(weights, x):
+        parts = [jnp.tanh(weight) + 1 for weight in weights]
+        if reverse:
+            parts.reverse()
+        for part in [x, *parts[:-1]]:
+            x = jnp.sin(x @ part) + x
+        return x
+
+    check(function, arrays, jnp.eye(3))
+
+
+def test_integers_masks_and_none():
+    def function(x, nothing):
+        flags = [x > k for k in range(N)]
+        total = jnp.zeros((), jnp.int32)
+        for flag in flags:
+            total = total + jnp.sum(flag) * 2
+        return {"total": total, "nothing": nothing, "flags": flags}
+
+    check(function, jnp.arange(40.0), None, smaller=0.9)
+
+
+def test_functions_with_rules_of_their_own(arrays):
+    def function(weights, x):
+        for weight in weights:
+            x = jax.nn.relu(x @ weight) + optax.safe_norm(x, 1e-3)
+        return x
+
+    check(function, arrays, jnp.ones((2, 3)))
+
+
+def test_types_stay(arrays):
+    def function(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight.astype(jnp.float32))
+        return x, x.astype(jnp.bfloat16)
+
+    half = [weight / 3 for weight in arrays]
+    found = rolled(function)(half, jnp.ones((2, 3), jnp.float32))
+    assert [leaf.dtype for leaf in found] == [jnp.float32, jnp.bfloat16]
+
+
+def test_derivatives_and_vmap_pass_through(arrays):
+    def function(x):
+        for weight in arrays:
+            x = jnp.tanh(x @ weight)
+        return jnp.sum(x)
+
+    xs = jax.random.normal(jax.random.key(2), (4, 2, 3))
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(rolled(function)))(xs), jax.vmap(jax.grad(function))(xs), rtol=1e-9
+    )
+
+
+def test_what_stays_as_it_is(arrays):
+    printed = []
+
+    def with_effects(x):
+        for k in range(N):
+            jax.debug.callback(lambda x, k=k: printed.append(k), x)
+            x = jnp.sin(x) * 2
+        return x
+
+    def convolutions(x):
+        for _ in range(N):
+            x = jnp.tanh(jax.lax.conv_general_dilated(x, jnp.ones((1, 1, 3, 3)), (1, 1), "SAME"))
+        return x
+
+    def few(x):
+        for weight in arrays[: rolling.MIN_REPEATS - 1]:
+            x = jnp.tanh(x @ weight)
+        return x
+
+    jax.block_until_ready(rolled(with_effects)(1.0))
+    jax.effects_barrier()
+    assert sorted(printed) == list(range(N))
+    for function, x in ((convolutions, jnp.ones((1, 1, 4, 4))), (few, jnp.eye(3))):
+        assert count(rolled(function), x) == count(function, x)
+
+
+def network(depth):
+    keys = jax.random.split(jax.random.key(0), depth + 2)
+    params = [0.5 * jax.random.normal(key, (8, 8)) for key in keys[:-1]]
+    x = jax.random.normal(keys[-1], (4, 8))
+
+    def loss(params):
+        h = x
+        for weight in params[:-1]:
+            h = jax.nn.relu(h @ weight) + 0.1 * h
+        return jnp.mean(pjax.cross_entropy(h @ params[-1], jnp.eye(8)[:4]))
+
+    return loss, params
+
+
+def recurrent(length):
+    key = jax.random.key(0)
+    params = {"w": 0.5 * jax.random.normal(key, (8, 4)), "u": jnp.ones((3, 4)), "v": jnp.eye(4)}
+    x = jax.random.normal(key, (length, 2, 3))
+
+    def loss(params):
+        def cell(h, entry):
+            both = jnp.concatenate([h, entry @ params["u"]], axis=-1)
+            h = 0.5 * h + jax.nn.relu(both @ params["w"])
+            return h, h
+
+        _, outputs = jax.lax.scan(cell, jnp.zeros((2, 4)), x)
+        return jnp.mean(pjax.cross_entropy(outputs @ params["v"], jnp.eye(4)[0]))
+
+    return loss, params
+
+
+@pytest.mark.parametrize("make", [network, recurrent])
+@pytest.mark.parametrize("kind", ["displacement", "parallel", "pure"])
+def test_problems_do_not_grow_with_depth_or_length(make, kind, monkeypatch):
+    """Steps of 30 and of 60 equal layers have the same number of operations, and the right result."""
+
+    def step(loss, params):
+        if kind == "displacement":
+            return pjax.displacement(loss)(params)
+        if kind == "parallel":
+            solver = pjax.solvers.AlternatingProjections(steps=4)
+            return pjax.displacement(loss, solver=solver)(params)
+        optimizer = pjax.optim.CyclicProjections(splitting="layer", check=False)
+        return optimizer.update(loss, params)[0]
+
+    sizes = []
+    for repeats in (N, 2 * N):
+        loss, params = make(repeats)
+        sizes.append(count(lambda p, loss=loss: step(loss, p), params))
+    assert sizes[1] - sizes[0] <= 12 * N  # of about 100 to 400 for each
+    loss, params = make(N)
+    found = jax.jit(lambda p: step(loss, p))(params)
+    monkeypatch.setattr(rolling, "MIN_REPEATS", 10**6)
+    jax.clear_caches()
+    expected = jax.jit(lambda p: step(loss, p))(params)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
