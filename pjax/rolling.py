@@ -247,11 +247,12 @@ class _Prints:
     def of(self, equation: Any) -> Any:
         if _is_window(equation):  # of one size, wherever it begins
             return equation.primitive, _type(equation.invars[0]), _type(equation.outvars[0])
-        # Rules of derivatives are made anew for each call of one function, and not compared.
+        # Rules of derivatives are made anew for each call of one function: its body tells.
+        is_call = equation.primitive in _compat.CALLS
         params = tuple(
             (name, self._value(value))
             for name, value in sorted(equation.params.items())
-            if not callable(value) or isinstance(value, type)
+            if not is_call or _is_body(value) or isinstance(value, (bool, int, str, tuple))
         )
         operands = tuple(_type(atom) for atom in equation.invars)
         return equation.primitive, params, operands, tuple(_type(out) for out in equation.outvars)
