@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[commands.Predict, tyro.conf.subcommand("predict")]
+            | Annotated[commands.Report, tyro.conf.subcommand("report")]
             | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
             prog="pjax",
             description="Train networks by projecting onto constraints.",
@@ -118,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.evaluate(command, console)
             case commands.Predict():
                 return commands.predict(command, console)
+            case commands.Report():
+                return commands.write_report(command, console)
             case data_cli.Data():
                 return data_cli.run(command, console)
             case _:

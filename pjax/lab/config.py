@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -17,7 +18,7 @@ import tomli_w
 
 from pjax import nn, optim
 from pjax.lab.baselines import Descent
-from pjax.lab.data import Dataset, DatasetName
+from pjax.lab.data import Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, ActivationName
 from pjax.lab.train import Method, Projection, Training
@@ -180,6 +181,16 @@ def check_data(config: Task, dataset: Dataset) -> None:
             f"--batch-size must be from 1 to {len(dataset.train)} (training rows), "
             f"got {config.batch_size}."
         )
+
+
+def load_data(config: Task) -> Dataset:
+    """The data set of a configuration, checked against it.
+
+    **Raises:** `DataError`, `UsageError`.
+    """
+    dataset = load(config.dataset, config.data_dir, config.split_seed)
+    check_data(config, dataset)
+    return dataset
 
 
 @typing.runtime_checkable
@@ -359,6 +370,34 @@ def to_table(config: Task) -> dict[str, Any]:
 def to_toml(config: Task) -> str:
     """The text of a TOML file from which `read` gets the same configuration."""
     return tomli_w.dumps(to_table(config))
+
+
+def to_command(config: Task, command: str) -> str:
+    """The command line `pjax COMMAND …` with these settings; those at their defaults are left out.
+
+    **Arguments:**
+
+    - `config`: of `pjax train` or `pjax compare`.
+    - `command`: `"train"` or `"compare"`.
+    """
+    words = ["pjax", command]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, tuple):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words += [f"--{option}", str(value)]
+    return quoted(*words)
+
+
+def quoted(*words: object) -> str:
+    """The words as a shell takes them."""
+    return shlex.join(map(str, words))
 
 
 @functools.cache

@@ -37,8 +37,14 @@ _MARKERS = {
     "adam": "D",
     "sgd": "v",
 }
-#: Where several lines are of one method: colours and markers in this order.
-_CYCLE = tuple(zip(COLOURS.values(), _MARKERS.values(), strict=True))
+#: Where several lines are of one method: these colours and markers, those that are dark first.
+CYCLE = tuple(
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#999999"),
+        "osD^vP*X",
+        strict=True,
+    )
+)
 
 
 def plot_accuracy(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -164,7 +170,7 @@ def residual_figure(curves: Sequence[Curve], labels: Sequence[str] | None = None
 
 
 #: Inches of a figure of one panel: it can be read on a phone.
-_PANEL = (5.6, 3.8)
+_PANEL = (4.8, 3.6)
 
 
 def _styled(
@@ -174,7 +180,7 @@ def _styled(
     known = len(set(methods)) == len(methods) and all(method in COLOURS for method in methods)
     found = []
     for number, curve in enumerate(curves):
-        colour, marker = _CYCLE[number % len(_CYCLE)]
+        colour, marker = CYCLE[number % len(CYCLE)]
         if known:
             colour, marker = COLOURS[curve.method], _MARKERS[curve.method]
         style = {
@@ -184,7 +190,7 @@ def _styled(
             # Light colours need an edge on white.
             "markeredgecolor": "#333333",
             "markeredgewidth": 0.5,
-            "linestyle": "-" if number < len(_CYCLE) else "--",
+            "linestyle": "-" if number < len(CYCLE) else "--",
         }
         found.append((curve, curve.method if labels is None else labels[number], style))
     return found
@@ -192,16 +198,20 @@ def _styled(
 
 def _legend(axes: Any, place: str) -> None:
     axes.grid(alpha=0.3)
-    if axes.lines:
+    if len(axes.lines) > 5:
+        axes.figure.set_figheight(_PANEL[1] + 0.1 * len(axes.lines))
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    elif axes.lines:
         axes.legend(loc=place, fontsize=8)
 
 
 def _limit_accuracy(axes: Any, curves: Sequence[Curve]) -> None:
     """The start is chance for every method; what differs is above."""
     later = np.concatenate([curve.validation_accuracy[:, 1:].ravel() for curve in curves])
-    if np.isfinite(later).any():
-        best = float(np.nanmax(later))
-        axes.set_ylim(max(float(np.nanmin(later)), best - 0.5) - 0.01, best + 0.01)
+    later = later[np.isfinite(later)]
+    if len(later):
+        best = float(later.max())
+        axes.set_ylim(max(float(later.min()), best - 0.5) - 0.01, best + 0.01)
 
 
 def literal(text: str) -> str:

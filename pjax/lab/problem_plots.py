@@ -20,7 +20,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pjax.graph import Graph, Node
-from pjax.lab.plots import literal
+from pjax.lab.plots import CYCLE, literal
 from pjax.lab.terminal import in_bytes
 from pjax.problem import Sizes
 from pjax.profiles import Profile
@@ -28,13 +28,10 @@ from pjax.profiles import Profile
 #: The two sets: their colour, and what can be read on it.
 SIDES = {"A": ("#0072B2", "white"), "B": ("#E69F00", "black")}
 _GREY = "#555555"
-_MARKERS = "osD^vP*X"
-#: Okabe and Ito's, without those that are hard to see on white.
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#999999")
 #: Up to so many nodes are drawn one by one, and up to so many rows layer by layer.
 _WHOLE, _ROWS = 40, 80
 #: Up to so many nodes of a profile are lines, and so many rows of a figure have a name.
-_CURVES, _NAMED = 8, 150
+_CURVES, _NAMED = len(CYCLE), 150
 
 Detail = Literal["auto", "nodes", "layers"]
 
@@ -365,9 +362,9 @@ def memory_by_node(sizes: Sizes, title: str = "") -> Figure:
         bars = [bar for bar in bars if bar in largest]
         name = f"{len(rest)} other nodes"
         bars.append((name, sum(bar[1] for bar in rest), sum(bar[2] for bar in rest)))
-    figure = Figure(figsize=(5.6, 0.26 * len(bars) + 1.3), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.26 * len(bars) + 1.3), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(bars)), [size for _, size, _ in bars], color=_LINES[0], height=0.65)
+    axes.barh(range(len(bars)), [size for _, size, _ in bars], color=CYCLE[0][0], height=0.65)
     for place, (_, size, copies) in enumerate(bars):
         text = in_bytes(size)
         if copies > size:
@@ -411,22 +408,22 @@ def residual_by_node(profile: Profile, title: str = "") -> Figure:
     steps, nodes = values.shape
     shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     if steps == 1:
-        figure = Figure(figsize=(5.6, 0.26 * nodes + 1.3), layout="constrained")
+        figure = Figure(figsize=(5.0, 0.26 * nodes + 1.3), layout="constrained")
         axes = figure.subplots()
-        axes.plot(shown[0], range(nodes), "o", color=_LINES[0])
+        axes.plot(shown[0], range(nodes), "o", color=CYCLE[0][0])
         _name_rows(axes, names)
         _log_axis(axes.xaxis, axes.set_xscale, shown)
         axes.set_xlabel("distance to the constraint after one step (no mark: 0)")
         axes.grid(alpha=0.3)
     elif nodes <= _CURVES:
-        figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.8), layout="constrained")
         axes = figure.subplots()
         for number, name in enumerate(names):
             axes.plot(
                 range(1, steps + 1),
                 shown[:, number],
-                color=_LINES[number],
-                marker=_MARKERS[number],
+                color=CYCLE[number][0],
+                marker=CYCLE[number][1],
                 markersize=4,
                 markevery=max(1, steps // 12),
                 label=name,
@@ -437,7 +434,7 @@ def residual_by_node(profile: Profile, title: str = "") -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     else:
-        figure = Figure(figsize=(5.6, 0.17 * min(nodes, _NAMED) + 1.4), layout="constrained")
+        figure = Figure(figsize=(5.0, 0.17 * min(nodes, _NAMED) + 1.4), layout="constrained")
         axes = figure.subplots()
         with np.errstate(invalid="ignore"):
             logarithms = np.log10(shown.T)
@@ -492,10 +489,10 @@ def displacement_by_layer(
     series = {"displacement": displacement}
     if gradient is not None:
         series["gradient"] = gradient
-    figure = Figure(figsize=(5.6, 0.28 * min(len(names), _NAMED) + 1.5), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.28 * min(len(names), _NAMED) + 1.5), layout="constrained")
     axes = figure.subplots()
     all_shares = []
-    for (name, tree), colour, marker in zip(series.items(), _LINES, "oD", strict=False):
+    for (name, tree), (colour, marker) in zip(series.items(), CYCLE, strict=False):
         moved = np.array([_length(leaf) for leaf in jax.tree_util.tree_leaves(tree)])
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = np.where((lengths > 0) & (moved > 0), moved / lengths, np.nan)
