@@ -418,12 +418,12 @@ def _convert(value: object, hint: Any) -> Any:
         return _convert(value, hint)
     if typing.get_origin(hint) is Literal:
         if not isinstance(value, str) or value not in arguments:
-            raise ValueError(f"one of {', '.join(arguments)}")
+            raise ValueError(_name(hint))
         return value
     if typing.get_origin(hint) is tuple:
         (item, _) = arguments
         if not isinstance(value, list):
-            raise ValueError(f"a list, each entry {_NAMES[item]}")
+            raise ValueError(f"a list, each entry {_name(item)}")
         try:
             return tuple(_convert(one, item) for one in value)
         except ValueError as error:
@@ -438,6 +438,13 @@ def _convert(value: object, hint: Any) -> Any:
             raise ValueError(f"{_NAMES[hint]} on one line")
         return Path(value) if hint is Path else value
     return value
+
+
+def _name(hint: Any) -> str:
+    """What a value of this type is called."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return _NAMES[hint]
 
 
 _NAMES = {

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def table(
     caption: str,
     headings: Sequence[str],
     rows: Iterable[Sequence[Child]],
-    numeric: Sequence[str] = (),
+    numeric: Collection[str] = (),
 ) -> ET.Element:
     """A table in a box that scrolls sideways; the first entry of each row is its heading.
 

@@ -5,6 +5,7 @@ Each function returns a Matplotlib figure: `figure.savefig("name.pdf")`.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -41,10 +42,8 @@ def label(name: str) -> str:
 
     `['blocks'][0]['scale'].value` is `blocks.0.scale`.
     """
-    name = name.removesuffix(".value")
-    for sign in ("']['", "'][", "]['"):
-        name = name.replace(sign, ".")
-    return name.removeprefix("['").removesuffix("']").removesuffix("]").removeprefix("[")
+    parts = re.findall(r"[^\[\]'\"]+", name.removesuffix(".value"))
+    return ".".join(part.strip(".") for part in parts) or name
 
 
 def draw_graph(graph: Graph, detail: Detail = "auto") -> Figure:
@@ -382,7 +381,7 @@ def memory_by_node(sizes: Sizes, title: str = "") -> Figure:
     total = f"{in_bytes(sizes.bytes)} in all"
     axes.set_title(literal(f"{title}: {total}" if title else total), size=10, loc="left")
     # Room for the text at the longest bar.
-    room = 1.75 if any(copies > size for _, size, copies in bars) else 1.2
+    room = 2.3 if any(copies > size for _, size, copies in bars) else 1.2
     axes.set_xlim(0, room * max([size for _, size, _ in bars], default=1))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(int(value))))

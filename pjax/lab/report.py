@@ -162,11 +162,11 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
         rows.append(
             (
                 label,
+                _percent(line, "test_accuracy"),
+                _percent(line, "validation_accuracy"),
                 line.method,
                 line.description,
                 str(len(line.cells)),
-                _percent(line, "validation_accuracy"),
-                _percent(line, "test_accuracy"),
                 str(max(cell.steps for cell in line.cells)),
                 f"{seconds:.2f} s" if math.isfinite(seconds) else "unknown",
                 terminal.in_bytes(max(sizes)) if sizes else "unknown",
@@ -174,11 +174,11 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
         )
     headings = (
         "run",
+        "test",
+        "validation",
         "method",
         "settings",
         "seeds",
-        "validation",
-        "test",
         "batches",
         "training",
         "state",
@@ -189,7 +189,7 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
         "allocates beyond parameters and batch.",
         headings,
         rows,
-        headings[3:],
+        {*headings} - {"run", "method", "settings"},
     )
 
 
@@ -204,7 +204,7 @@ def _curves(lines: Sequence[tuple[str, Line]], name: str) -> list[ET.Element]:
         if all(cell.records for cell in line.cells):
             curve = comparison.curve(line)
             curves.append(curve._replace(**{key: _finite(getattr(curve, key)) for key in _SHOWN}))
-            labels.append(label)
+            labels.append(_short(label))
     if not any(len(curve.steps) > 1 for curve in curves):
         return []
     best = "; ".join(
@@ -238,6 +238,12 @@ def _curves(lines: Sequence[tuple[str, Line]], name: str) -> list[ET.Element]:
             )
         )
     return made
+
+
+def _short(text: str, limit: int = 30) -> str:
+    """A text that a legend has room for: its middle is left out if it is long."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
 
 
 _SHOWN = ("seconds", "validation_accuracy", "residual")
