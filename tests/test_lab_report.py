@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_helpers import TINY, prepare
+from run_helpers import TINY, prepare, recorded
 from selection import mostly_slow
 
-from pjax.lab import cli, commands, config, inspection, report, runs, summaries
+from pjax.lab import cli, commands, comparison, config, inspection, report, runs, summaries
 from pjax.lab.config import CompareConfig, TrainConfig
 from pjax.lab.data import batch_rows, load
+from pjax.lab.files import write_json
+from pjax.lab.train import Record
 
 PROJECTED = dataclasses.replace(
     TINY, method="displacement-adam", seeds=(0,), steps=3, measure_every=1, schedule="constant"
@@ -85,6 +87,37 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def compared(folder: Path, name: str) -> Path:
+    """The folder of a comparison whose cells nobody trained."""
+    settings = CompareConfig(hidden=(6,), batch_size=256, steps=4, methods=("sgd",), seeds=(0, 1))
+    path = comparison.open_folder(settings, load("digits"), folder, name)
+    rates = [
+        [rate, decay, 0.9 - abs(rate - 0.3) - decay / 100]
+        for rate in (0.1, 0.3, 1)
+        for decay in (0, 4)
+    ]
+    write_json(path / "cells" / "sgd.tuning.json", {"method": "sgd", "candidates": rates})
+    for seed in settings.seeds:
+        records = tuple(Record(n, n / 10, 0.5 + 0.1 * n + seed / 50, math.nan) for n in range(5))
+        cell = comparison.Cell(
+            method="sgd",
+            description="rate 0.3, constant",
+            seed=seed,
+            together=2,
+            best_step=4,
+            steps=4,
+            stopped="",
+            validation_accuracy=records[-1].validation_accuracy,
+            test_accuracy=0.8 + seed / 60,
+            seconds=0.4,
+            compile_seconds=1.0,
+            state_bytes=5000,
+            records=records,
+        )
+        write_json(comparison._cell_path(path, "sgd", seed), comparison._plain(cell))
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on displacements, one of sgd that was stopped, and a comparison."""
@@ -92,12 +125,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, *rest = prepare(PROJECTED, root)
     path = path.rename(root / "projected")
     runs.advance(path, *rest)
-    path, *rest = prepare(dataclasses.replace(TINY, method="sgd", rate=0.5), root)
-    path = path.rename(root / "stopped")
-    runs.advance(path, *rest, should_stop=lambda: True)
-    arguments = ["--hidden", "6", "--batch-size", "256", "--steps", "4", "--measure-every", "2"]
-    arguments += ["--methods", "sgd", "--seeds", "0", "1", "--runs-dir", str(root)]
-    assert cli.main(["compare", *arguments, "--name", "compared"]) == 0
+    recorded(root, "stopped", dataclasses.replace(TINY, method="sgd", rate=0.5), finished=False)
+    compared(root, "compared")
     return root
 
 
@@ -152,18 +181,20 @@ def test_results_are_those_of_the_runs_with_their_errors(page: Page, folder: Pat
     assert list(found) == ["projected", "stopped", "compared: sgd"]
     (seed,) = result(folder / "projected")["seeds"]
     assert found["projected"]["test"] == f"{100 * seed['test_accuracy']:.2f} %"
-    (line,) = json.loads((folder / "compared" / "results.json").read_text())["methods"]
-    for name in ("test", "validation"):
-        values = np.array([seed[f"{name}_accuracy"] for seed in line["seeds"]])
+    tests, validations = np.array([0.8, 0.8 + 1 / 60]), np.array([0.9, 0.92])
+    for name, values in (("test", tests), ("validation", validations)):
         error = values.std(ddof=1) / 2**0.5
         assert found["compared: sgd"][name] == f"{100 * values.mean():.2f} ± {100 * error:.2f} %"
-    assert found["compared: sgd"]["settings"] == line["description"]
+    assert found["compared: sgd"]["settings"] == "rate 0.3, constant"
+    # Seconds are of the two seeds that trained side by side.
+    assert found["compared: sgd"]["training"] == "0.20 s"
+    assert found["compared: sgd"]["state"] == "5 kB"
     assert found["stopped"]["test"] == "not measured"
-    assert found["stopped"]["batches"] == "0"  # the one before the first measurement
+    assert found["stopped"]["batches"] == "5"
 
 
 def test_an_unfinished_run_says_how_to_go_on(page: Page, folder: Path) -> None:
-    assert "Not finished: measured up to batch 0 of 10." in page.text
+    assert "Not finished: measured up to batch 5 of 10." in page.text
     assert f"pjax train --resume {shlex.quote(str(folder / 'stopped'))}" in page.text
     assert page.text.count("Not finished:") == 1
 
@@ -184,7 +215,7 @@ def test_settings_environment_and_data_are_all_there(page: Page, folder: Path) -
     rows = page.table("sgd: tuned")[1:]
     tried = json.loads((folder / "compared" / "cells" / "sgd.tuning.json").read_text())
     assert len(rows) == len(tried["candidates"])
-    assert sum("chosen" in row[2] for row in rows) == 1
+    assert [row[:2] for row in rows if "chosen" in row[2]] == [["0.3", "constant"]]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +266,7 @@ def test_the_page_is_accessible_and_needs_no_network(page: Page) -> None:
     assert not re.search(r"url\((?!#)", page.source)
     assert not re.search(r"@import|https?:", page.source)
     figures = page.all("svg")
-    assert len(figures) == len(page.all("figure")) == len(page.all("figcaption")) == 6
+    assert len(figures) == len(page.all("figure")) == len(page.all("figcaption")) == 7
     for one in figures:
         assert one["role"] == "img"
         assert len(one["aria-label"] or "") > 40
@@ -390,7 +421,7 @@ def test_what_cannot_be_used_is_told_on_the_page(
         ("projected", "", "", "not the folder of pjax train or pjax compare"),
         ("projected", "steps = 3\n", "steps = 0\n", "steps must be from 1"),
         ("compared", "steps = 4\n", "steps = [\n", "not valid TOML"),
-        ("compared", "methods = [\n", "methods = 3\nhidden = [\n", "methods must be a list"),
+        ("compared", "seed = 1000\n", "seed = true\n", "tuning_seed must be an integer"),
     ],
 )
 def test_what_is_no_run_is_one_message(
@@ -425,9 +456,10 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize(("name", "file"), mostly_slow(FILES, quick=FILES[3:4]))
-def test_no_value_in_a_file_ends_a_report(name, file, copied, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("place", mostly_slow(FILES, quick=FILES[3:4]))
+def test_no_value_in_a_file_ends_a_report(place, copied, tmp_path: Path) -> None:
     """Every field in turn holds what it must not; the page is written."""
+    name, file = place
     damaged = copied(name)
     random = np.random.default_rng(0)
     original = (damaged / file).read_text()

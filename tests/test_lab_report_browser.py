@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from run_helpers import TINY, prepare
+from run_helpers import TINY, recorded
 
 import pjax
 from pjax.lab import report, runs
@@ -34,11 +34,8 @@ pytestmark = pytest.mark.skipif(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is finished and one that is not, with a name that must not break anything."""
     root = tmp_path_factory.mktemp("runs")
-    path, *rest = prepare(TINY, root)
-    path = path.rename(root / "finished")
-    runs.advance(path, *rest)
-    other = shutil.copytree(path, root / f"an & <b>unfinished< b> {'very' * 20}")
-    (other / "result.json").unlink()
+    recorded(root, "finished", TINY)
+    recorded(root, f"an & <b>unfinished< b> {'very' * 20}", TINY, finished=False)
     return root
 
 
@@ -69,7 +66,9 @@ def page(folder: Path) -> Path:
         gradient=params,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_inspect", lambda *given: look)
+        patch.setattr(
+            report, "_inspect", lambda one, _: look if one.folder.name == "finished" else None
+        )
         report.write(sorted(folder.iterdir()), output)
     return output
 
@@ -136,8 +135,8 @@ def test_the_page_in_a_browser(width, height, page: Path, driver) -> None:
 
     assert found["overflow"] <= 0
     assert found["outside"] == []
-    # Two figures of both runs together, four of each run's problem.
-    assert len(found["figures"]) == 10
+    # Three figures of both runs together, four of a run's problem.
+    assert len(found["figures"]) == 7
     for wide, high, label in found["figures"]:
         assert wide > 200
         assert high > 100
@@ -147,7 +146,7 @@ def test_the_page_in_a_browser(width, height, page: Path, driver) -> None:
     for words in (
         "Results on digits",
         "an & <b>unfinished< b>",
-        "Not finished: measured up to batch 10 of 10. Go on with:",
+        "Not finished: measured up to batch 5 of 10. Go on with:",
         "pjax train --resume",
         "w11",
         "Written by pjax",
