@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import pjax
 from pjax.lab import problem_plots
@@ -51,12 +52,17 @@ def loop(steps: int) -> Layout:
     return problem_of(network, params)
 
 
-def texts(figure: Any) -> list[str]:
+def axes_of(figure: Figure) -> list[Any]:
+    """Its axes, of whose contents Matplotlib's types say little."""
+    return list(figure.axes)
+
+
+def texts(figure: Figure) -> list[str]:
     """What a figure says, in the order in which it was drawn."""
     return [one.get_text() for axes in figure.axes for one in axes.texts]
 
 
-def bounds(figure: Any, artists: Any) -> list[Any]:
+def bounds(figure: Figure, artists: Any) -> list[Any]:
     """The places of artists, in pixels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
@@ -126,7 +132,7 @@ def test_rows_of_layers_do_not_overlap() -> None:
 def test_bars_of_memory_add_up(depth) -> None:
     found = sizes(chain(depth))
     figure = problem_plots.memory_by_node(found, "batches of 4")
-    (axes,) = figure.axes
+    (axes,) = axes_of(figure)
     bars = [bar.get_width() for bar in axes.patches]
     assert sum(bars) == found.bytes
     assert len(bars) == min(40, sum(node.bytes > 0 for node in found.nodes))
@@ -145,7 +151,7 @@ def profile(steps: int, nodes: int) -> pjax.Profile:
 
 def test_few_nodes_are_lines() -> None:
     found = profile(20, 5)
-    (axes,) = problem_plots.residual_by_node(found).axes
+    (axes,) = axes_of(problem_plots.residual_by_node(found))
     assert [line.get_label() for line in axes.lines] == [f"{n} block{n}.kernel" for n in range(5)]
     np.testing.assert_allclose(axes.lines[2].get_ydata(), found.residual[:, 2])
     assert axes.get_yscale() == "log"
@@ -158,7 +164,7 @@ def test_few_nodes_are_lines() -> None:
 def test_many_nodes_are_rows_whose_names_can_be_read(nodes) -> None:
     found = profile(20, nodes)
     figure = problem_plots.residual_by_node(found)
-    axes = figure.axes[0]
+    axes = axes_of(figure)[0]
     (image,) = axes.images
     wanted = np.log10(np.asarray(found.residual.T[:-1]))
     np.testing.assert_allclose(np.ma.getdata(image.get_array())[:-1], wanted, atol=1e-5)
@@ -175,7 +181,7 @@ def test_many_nodes_are_rows_whose_names_can_be_read(nodes) -> None:
 
 def test_one_step_is_a_mark_for_each_node() -> None:
     found = profile(1, 30)
-    (axes,) = problem_plots.residual_by_node(found, "a title").axes
+    (axes,) = axes_of(problem_plots.residual_by_node(found, "a title"))
     (line,) = axes.lines
     np.testing.assert_allclose(line.get_xdata()[:-1], found.residual[0, :-1])
     assert np.isnan(line.get_xdata()[-1])
@@ -188,7 +194,7 @@ def test_displacements_are_relative_to_their_parameters() -> None:
     params = {"a": jnp.full((3, 4), 2.0), "b": {"c": jnp.arange(5.0)}, "zero": jnp.zeros(2)}
     moved = jax.tree.map(lambda leaf: 0.1 * leaf + 0.01, params)
     gradient = jax.tree.map(lambda leaf: 3 * leaf, params)
-    (axes,) = problem_plots.displacement_by_layer(params, moved, gradient).axes
+    (axes,) = axes_of(problem_plots.displacement_by_layer(params, moved, gradient))
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b.c", "zero"]
     first, second = (line.get_xdata() for line in axes.lines)
     length = np.linalg.norm(np.arange(5.0))
@@ -197,7 +203,7 @@ def test_displacements_are_relative_to_their_parameters() -> None:
     )
     np.testing.assert_allclose(second[:2], [3, 3], rtol=1e-5)
     assert np.isnan(first[2])
-    (axes,) = problem_plots.displacement_by_layer(params, moved).axes
+    (axes,) = axes_of(problem_plots.displacement_by_layer(params, moved))
     assert len(axes.lines) == 1
 
 
