@@ -197,11 +197,10 @@ def test_displacements_are_relative_to_their_parameters() -> None:
     (axes,) = axes_of(problem_plots.displacement_by_layer(params, moved, gradient))
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b.c", "zero"]
     first, second = (line.get_xdata() for line in axes.lines)
-    length = np.linalg.norm(np.arange(5.0))
-    np.testing.assert_allclose(
-        first[:2], [0.105, np.linalg.norm(0.1 * np.arange(5.0) + 0.01) / length], rtol=1e-5
-    )
-    np.testing.assert_allclose(second[:2], [3, 3], rtol=1e-5)
+    numbers = np.arange(5.0)
+    share = np.linalg.norm(0.1 * numbers + 0.01) / np.linalg.norm(numbers)
+    assert first[:2] == pytest.approx([0.105, share], rel=1e-5)
+    assert second[:2] == pytest.approx([3, 3], rel=1e-5)
     assert np.isnan(first[2])
     (axes,) = axes_of(problem_plots.displacement_by_layer(params, moved))
     assert len(axes.lines) == 1
