@@ -97,7 +97,7 @@ def plot_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for curve in curves:
-        style = _method_style(curve.method)
+        style = method_style(curve.method)
         _band(by_step, curve.steps, curve.validation_accuracy, curve.method, style)
         # Time is on a logarithmic axis, which has no place for the start at zero seconds.
         _band(by_time, curve.seconds[1:], curve.validation_accuracy[:, 1:], curve.method, style)
@@ -113,7 +113,7 @@ def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> Non
     axes = figure.subplots()
     for curve in curves:
         if np.isfinite(curve.residual[:, 1:]).any():
-            style = _method_style(curve.method)
+            style = method_style(curve.method)
             _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method, style)
     _finish_residual(figure, axes, path, title)
 
@@ -242,7 +242,8 @@ def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
     save(figure, path)
 
 
-def _method_style(method: str) -> dict[str, Any]:
+def method_style(method: str) -> dict[str, Any]:
+    """Colour and marker of a method's line."""
     return {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
 
 
