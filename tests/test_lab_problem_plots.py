@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from selection import mostly_slow
 
 import pjax
 from pjax.lab import problem_plots
@@ -105,7 +106,7 @@ def test_a_very_deep_graph_is_drawn_by_source_line(monkeypatch) -> None:
     assert layers[0].reads == (0,)
 
 
-@pytest.mark.parametrize("splitting", ["neuron", "layer"])
+@pytest.mark.parametrize("splitting", mostly_slow(["neuron", "layer"], quick=["neuron"]))
 def test_a_graph_is_whole_if_it_is_small(splitting) -> None:
     small, large = chain(2, splitting=splitting).graph, chain(14, splitting=splitting).graph
     assert len(small.nodes) < 40 < len(large.nodes)
@@ -128,7 +129,7 @@ def test_rows_of_layers_do_not_overlap() -> None:
     assert all(box.x0 >= 0 and box.x1 <= right for box in boxes)
 
 
-@pytest.mark.parametrize("depth", [2, 24])
+@pytest.mark.parametrize("depth", mostly_slow([2, 24], quick=[2]))
 def test_bars_of_memory_add_up(depth) -> None:
     found = sizes(chain(depth))
     figure = problem_plots.memory_by_node(found, "batches of 4")
@@ -160,7 +161,7 @@ def test_few_nodes_are_lines() -> None:
     assert len(colours) == len(markers) == 5
 
 
-@pytest.mark.parametrize("nodes", [9, 100, 400])
+@pytest.mark.parametrize("nodes", mostly_slow([9, 100, 400], quick=[100]))
 def test_many_nodes_are_rows_whose_names_can_be_read(nodes) -> None:
     found = profile(20, nodes)
     figure = problem_plots.residual_by_node(found)
