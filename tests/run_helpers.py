@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from pjax import nn
-from pjax.lab import checkpoints, config, runs
+from pjax.lab import checkpoints, config, recording, runs
 from pjax.lab.config import TrainConfig
 from pjax.lab.data import Dataset, load
+from pjax.lab.files import write_json
+from pjax.lab.train import Record
 
 #: Four batches an epoch; a checkpoint every third, a measurement every fourth batch.
 TINY = TrainConfig(
@@ -62,3 +64,43 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert runs.finished_result(one).rows == runs.finished_result(other).rows
     tables = [(path / "metrics.csv").read_text().splitlines() for path in (one, other)]
     assert len(tables[0]) == len(tables[1]) == len(metrics(one)) + 1
+
+
+def recorded(folder: Path, name: str, settings: TrainConfig, finished: bool = True) -> Path:
+    """The folder of a run as far as its metrics and its result go, without training it."""
+    path = runs.create(settings, load(settings.dataset), folder)
+    path = path.rename(folder / name)
+    last = settings.steps if finished else settings.steps // 2
+    records = [
+        Record(
+            step=step,
+            seconds=0.01 * step,
+            validation_accuracy=0.9 - 0.5 / (step + 1) + 0.01 * number,
+            residual=1 / (step + 1),
+            loss=2 / (step + 1),
+            train_accuracy=0.9,
+            epoch=step / 4,
+            seed=seed,
+        )
+        for step in range(last + 1)
+        for number, seed in enumerate(settings.seeds)
+    ]
+    recorder = recording.Recorder(path)
+    recorder.write(records)
+    recorder.close()
+    rows = [
+        {
+            "seed": record.seed,
+            "best_step": last,
+            "validation_accuracy": record.validation_accuracy,
+            "test_accuracy": record.validation_accuracy - 0.0123,
+            "steps": last,
+            "stopped": "",
+        }
+        for record in records[-len(settings.seeds) :]
+    ]
+    if finished:
+        costs = {"step": last, "seconds": 0.01 * last, "compile_seconds": 1.5, "state_bytes": 4096}
+        content = {**costs, "config": config.to_table(settings), "seeds": rows}
+        write_json(path / "result.json", content)
+    return path

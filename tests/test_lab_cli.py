@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pjax.lab import cli, plots, terminal
+from pjax.lab import cli, plots, problem_plots, terminal
 from pjax.lab.train import Record, Run
 
 SMALL = ["--hidden", "8", "--batch-size", "32", "--projection-steps", "3"]
@@ -138,7 +138,7 @@ def test_bytes_are_written_with_a_unit() -> None:
 
 def test_layout_runs_left_to_right_and_no_two_nodes_meet() -> None:
     edges = [(0, 2), (1, 2), (2, 3), (4, 5), (3, 5), (2, 5)]
-    places = plots._layout(range(6), edges)
+    places = problem_plots._layout(range(6), edges)
     assert all(places[start][0] < places[end][0] for start, end in edges)
     assert len(set(places.values())) == 6
     assert places[4][0] == places[5][0] - 1  # a parameter stands next to its reader
@@ -146,7 +146,8 @@ def test_layout_runs_left_to_right_and_no_two_nodes_meet() -> None:
 
 def test_a_deep_graph_can_be_drawn(tmp_path: Path) -> None:
     nodes = [SimpleNamespace(index=i, name=f"n{i}", colour="AB"[i % 2]) for i in range(60)]
-    plots.plot_graph(nodes, [(i, i + 1) for i in range(59)], tmp_path / "graph.png")
+    figure = problem_plots._draw_nodes(nodes, [(i, i + 1) for i in range(59)])
+    plots.save(figure, tmp_path / "graph.png")
     width, height = png_size(tmp_path / "graph.png")
     assert width > 10 * height
 

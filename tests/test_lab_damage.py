@@ -123,6 +123,7 @@ def test_a_folder_as_a_configuration(tmp_path: Path, capsys) -> None:
     [
         ('methods = ["cp", "newton"]\n', "methods must be a list, each entry one of ap"),
         ("methods = []\n", "needs at least one method"),
+        ("methods = 3\n", "methods must be a list, each entry one of ap"),
         ('methods = ["cp", "cp"]\n', "holds a method twice"),
         ("seeds = [0, 1]\ntuning_seed = 1\n", "none of the seeds"),
         ('method = "cp"\n', "did you mean methods?"),

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pjax
-from pjax.lab import baselines, commands, data_cli, plots, terminal
+from pjax.graph import Splitting
+from pjax.lab import baselines, commands, data_cli, plots, problem_plots, terminal
 from pjax.lab.config import OPTIMIZERS
 from pjax.lab.data import DataError, Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError
@@ -66,8 +67,14 @@ class Demo(Network):
 class Graph(Network):
     """Print nodes, colours, edge variables and bytes of the training problem; draw its graph."""
 
+    splitting: Splitting = "neuron"
+    """A constraint for each scalar product, or for each array operation."""
+    detail: problem_plots.Detail = "auto"
+    """Draw every node, or every layer (auto: layers beyond 40 nodes)."""
     output: Path = Path("graph.png")
-    """The picture."""
+    """The picture: .png, .svg or .pdf."""
+    memory: Path | None = None
+    """Draw the bytes of each node too, into this file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[commands.Predict, tyro.conf.subcommand("predict")]
+            | Annotated[commands.Report, tyro.conf.subcommand("report")]
             | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
             prog="pjax",
             description="Train networks by projecting onto constraints.",
@@ -111,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.evaluate(command, console)
             case commands.Predict():
                 return commands.predict(command, console)
+            case commands.Report():
+                return commands.write_report(command, console)
             case data_cli.Data():
                 return data_cli.run(command, console)
             case _:
@@ -177,16 +187,24 @@ def demo(options: Demo, dataset: Dataset, model: MLP, console: Console) -> int:
 
 def graph(options: Graph, dataset: Dataset, model: MLP, console: Console) -> int:
     """Prints the nodes of one batch's problem and draws its coloured graph."""
+    for path in (options.output, options.memory):
+        if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+            raise UsageError(f"{path}: the name of a picture must end in .png, .svg or .pdf.")
     x = jnp.asarray(dataset.train.x[: options.batch_size])
     labels = jax.nn.one_hot(dataset.train.y[: options.batch_size], dataset.num_classes)
     problem = pjax.feasibility_problem(
         lambda params: pjax.cross_entropy(model.apply(params, x), labels),
         model.init(jax.random.key(options.seed)),
+        splitting=options.splitting,
     )
     console.print(f"[bold]{_title(dataset, options)}[/bold]")
     console.print(_graph_table(problem))
-    plots.plot_graph(problem.graph.nodes, problem.graph.edges(), options.output)
+    plots.save(problem_plots.draw_graph(problem.graph, options.detail), options.output)
     console.print(f"Drew the graph: {options.output}")
+    if options.memory is not None:
+        title = f"batches of {options.batch_size}"
+        plots.save(problem_plots.memory_by_node(problem.sizes(), title), options.memory)
+        console.print(f"Drew the memory: {options.memory}")
     return 0
 
 
@@ -297,7 +315,7 @@ def _graph_table(problem: pjax.Problem) -> Table:
     for node, size in zip(problem.graph.nodes, sizes.nodes, strict=True):
         table.add_row(
             str(node.index),
-            plots.label(node.name),
+            problem_plots.label(node.name),
             colours[node.colour],
             size.exactness,
             f"{size.edge_variables:,}",

@@ -1,4 +1,4 @@
-"""`pjax train`, `compare`, `evaluate` and `predict`."""
+"""`pjax train`, `compare`, `evaluate`, `predict` and `report`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pjax.lab import comparison, config, recording, runs, terminal
+from pjax.lab import comparison, config, recording, report, runs, terminal
 from pjax.lab.config import CompareConfig, Task, TrainConfig
-from pjax.lab.data import Dataset, load
+from pjax.lab.data import Dataset
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.files import write_text
 from pjax.lab.train import Record, Training
@@ -75,6 +75,20 @@ class Predict:
     """Which seed's parameters (default: the seed with the best validation accuracy)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs and comparisons: tables, figures, how to repeat them."""
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of pjax train and pjax compare."""
+    output: Path = Path("report.html")
+    """The page; it holds all it needs."""
+    data_dir: Path | None = None
+    """Folder with the data sets' files (default: each run's); nothing is downloaded."""
+    solve: bool = True
+    """Solve one batch of each run anew, for the figures of its problem."""
+
+
 Settings = TypeVar("Settings", Train, Compare)
 
 
@@ -102,13 +116,13 @@ def train(options: Train, console: Console) -> int:
             raise UsageError("--resume takes all settings from the run: give no other option.")
         folder = options.resume
         settings = runs.settings_of(folder)
-        dataset = _load(settings)
+        dataset = config.load_data(settings)
         runs.check_same_data(folder, dataset)
         model = config.make_model(settings, dataset)
     else:
         settings = _plain(options, TrainConfig)
         config.check(settings)
-        dataset = _load(settings)
+        dataset = config.load_data(settings)
         model = config.make_model(settings, dataset)
         if settings.tensorboard:
             recording.check_event_writer()
@@ -160,7 +174,7 @@ def compare(options: Compare, console: Console) -> int:
     """Trains what is missing of a comparison, and shows all of it."""
     settings = _plain(options, CompareConfig)
     config.check(settings)
-    dataset = _load(settings)
+    dataset = config.load_data(settings)
     model = config.make_model(settings, dataset)
     name = options.name or f"compare-{settings.dataset}-{settings.model}"
     folder = comparison.open_folder(settings, dataset, options.runs_dir, name)
@@ -211,7 +225,7 @@ def evaluate(options: Evaluate, console: Console) -> int:
     settings = run.settings
     if options.data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=options.data_dir)
-    dataset = _load(settings)
+    dataset = config.load_data(settings)
     runs.check_same_data(options.run, dataset)
     console.print(f"[bold]{options.run}[/bold], checkpoint of step {run.step}")
     console.print(_accuracy_table(runs.evaluate(run, dataset)))
@@ -241,6 +255,19 @@ def predict(options: Predict, console: Console) -> int:
     else:
         write_text(options.output, text.getvalue())
         console.print(f"Wrote {len(x)} predictions to {options.output}.", highlight=False)
+    return 0
+
+
+def write_report(options: Report, console: Console) -> int:
+    """Writes the page."""
+    report.write(
+        options.run,
+        options.output,
+        data_dir=options.data_dir,
+        solve=options.solve,
+        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+    )
+    console.print(f"Wrote {options.output}.", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -289,12 +316,6 @@ def _read_csv(path: Path) -> np.ndarray:
 def _plain(options: Any, kind: Any) -> Any:
     """The settings alone, without what the command adds."""
     return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
-
-
-def _load(settings: Task) -> Dataset:
-    dataset = load(settings.dataset, settings.data_dir, settings.split_seed)
-    config.check_data(settings, dataset)
-    return dataset
 
 
 def _warn(text: str) -> None:

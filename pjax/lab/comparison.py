@@ -171,7 +171,7 @@ def write(folder: Path, settings: CompareConfig, lines: Sequence[Line], title: s
         "methods": results,
     }
     write_json(folder / RESULTS, content)
-    curves = [_curve(line) for line in lines]
+    curves = [curve(line) for line in lines]
     plots.plot_curves(curves, folder / "accuracy.png", title)
     plots.plot_residual_curves(curves, folder / "residual.png", title)
 
@@ -192,15 +192,16 @@ def table(lines: Sequence[Line]) -> Table:
             line.method,
             line.description,
             str(len(line.cells)),
-            _percent(*line.mean("validation_accuracy")),
-            _percent(*line.mean("test_accuracy")),
+            percent(*line.mean("validation_accuracy")),
+            percent(*line.mean("test_accuracy")),
             f"{line.seconds:.2f} s",
             terminal.in_bytes(max(sizes)) if sizes else "unknown",
         )
     return shown
 
 
-def _percent(mean: float, error: float) -> str:
+def percent(mean: float, error: float) -> str:
+    """A mean and its standard error in percent."""
     text = f"{100 * mean:.2f}"
     return f"{text} %" if math.isnan(error) else f"{text} ± {100 * error:.2f} %"
 
@@ -317,7 +318,8 @@ def _report_damage(path: Path, error: Exception, say: runs.Say) -> None:
     say(f"{problem} It is made anew.")
 
 
-def _curve(line: Line) -> plots.Curve:
+def curve(line: Line) -> plots.Curve:
+    """What the seeds of a line did, to draw."""
     steps = sorted({record.step for cell in line.cells for record in cell.records})
     place = {step: number for number, step in enumerate(steps)}
     accuracy = np.full((len(line.cells), len(steps)), np.nan)

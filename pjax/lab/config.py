@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -17,7 +18,7 @@ import tomli_w
 
 from pjax import nn, optim
 from pjax.lab.baselines import Descent
-from pjax.lab.data import Dataset, DatasetName
+from pjax.lab.data import Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, ActivationName
 from pjax.lab.train import Method, Projection, Training
@@ -180,6 +181,16 @@ def check_data(config: Task, dataset: Dataset) -> None:
             f"--batch-size must be from 1 to {len(dataset.train)} (training rows), "
             f"got {config.batch_size}."
         )
+
+
+def load_data(config: Task) -> Dataset:
+    """The data set of a configuration, checked against it.
+
+    **Raises:** `DataError`, `UsageError`.
+    """
+    dataset = load(config.dataset, config.data_dir, config.split_seed)
+    check_data(config, dataset)
+    return dataset
 
 
 @typing.runtime_checkable
@@ -361,6 +372,34 @@ def to_toml(config: Task) -> str:
     return tomli_w.dumps(to_table(config))
 
 
+def to_command(config: Task, command: str) -> str:
+    """The command line `pjax COMMAND …` with these settings; those at their defaults are left out.
+
+    **Arguments:**
+
+    - `config`: of `pjax train` or `pjax compare`.
+    - `command`: `"train"` or `"compare"`.
+    """
+    words = ["pjax", command]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, tuple):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words += [f"--{option}", str(value)]
+    return quoted(*words)
+
+
+def quoted(*words: object) -> str:
+    """The words as a shell takes them."""
+    return shlex.join(map(str, words))
+
+
 @functools.cache
 def _hints(kind: type[Task]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
@@ -379,12 +418,12 @@ def _convert(value: object, hint: Any) -> Any:
         return _convert(value, hint)
     if typing.get_origin(hint) is Literal:
         if not isinstance(value, str) or value not in arguments:
-            raise ValueError(f"one of {', '.join(arguments)}")
+            raise ValueError(_name(hint))
         return value
     if typing.get_origin(hint) is tuple:
         (item, _) = arguments
         if not isinstance(value, list):
-            raise ValueError(f"a list, each entry {_NAMES[item]}")
+            raise ValueError(f"a list, each entry {_name(item)}")
         try:
             return tuple(_convert(one, item) for one in value)
         except ValueError as error:
@@ -399,6 +438,13 @@ def _convert(value: object, hint: Any) -> Any:
             raise ValueError(f"{_NAMES[hint]} on one line")
         return Path(value) if hint is Path else value
     return value
+
+
+def _name(hint: Any) -> str:
+    """What a value of this type is called."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return _NAMES[hint]
 
 
 _NAMES = {

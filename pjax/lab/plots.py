@@ -1,17 +1,16 @@
-"""Figures: accuracy against steps and time, residuals, and the coloured graph, as PNG files."""
+"""Figures of training: accuracy against batches and seconds, and residuals."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from graphlib import TopologicalSorter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from pjax.lab.train import Run
 
@@ -38,7 +37,14 @@ _MARKERS = {
     "adam": "D",
     "sgd": "v",
 }
-_SIDES = {"A": "#0072B2", "B": "#E69F00"}
+#: Where several lines are of one method: these colours and markers, those that are dark first.
+CYCLE = tuple(
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#999999"),
+        "osD^vP*X",
+        strict=True,
+    )
+)
 
 
 def plot_accuracy(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -91,15 +97,13 @@ def plot_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for curve in curves:
-        _band(by_step, curve.steps, curve.validation_accuracy, curve.method)
+        style = method_style(curve.method)
+        _band(by_step, curve.steps, curve.validation_accuracy, curve.method, style)
         # Time is on a logarithmic axis, which has no place for the start at zero seconds.
-        _band(by_time, curve.seconds[1:], curve.validation_accuracy[:, 1:], curve.method)
+        _band(by_time, curve.seconds[1:], curve.validation_accuracy[:, 1:], curve.method, style)
     by_step.set(xlabel="batches", ylabel="validation accuracy")
     by_time.set(xlabel="seconds of training for each seed, without compilation", xscale="log")
-    reached = [float(np.nanmax(curve.validation_accuracy)) for curve in curves]
-    low = [float(np.nanmin(curve.validation_accuracy[:, 1:])) for curve in curves]
-    # The start is chance for every method; what differs is above.
-    by_step.set_ylim(max(min(low), max(reached) - 0.5) - 0.01, max(reached) + 0.01)
+    _limit_accuracy(by_step, curves)
     _finish_pair(figure, by_step, by_time, path, title)
 
 
@@ -109,8 +113,115 @@ def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> Non
     axes = figure.subplots()
     for curve in curves:
         if np.isfinite(curve.residual[:, 1:]).any():
-            _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method)
+            style = method_style(curve.method)
+            _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method, style)
     _finish_residual(figure, axes, path, title)
+
+
+def accuracy_figure(
+    curves: Sequence[Curve],
+    against: Literal["batches", "seconds"] = "batches",
+    labels: Sequence[str] | None = None,
+) -> Figure:
+    """Validation accuracy against batches or seconds: the mean over seeds, and their range.
+
+    **Arguments:**
+
+    - `curves`: what is drawn; not all of them may be empty.
+    - `against`: batches, or seconds of training for each seed (on a logarithmic axis).
+    - `labels`: of the curves; by default their methods.
+
+    **Returns:** the figure, of one panel.
+    """
+    figure = Figure(figsize=_PANEL, layout="constrained")
+    axes = figure.subplots()
+    for curve, text, style in _styled(curves, labels):
+        if against == "batches":
+            _band(axes, curve.steps, curve.validation_accuracy, text, style)
+        else:
+            _band(axes, curve.seconds[1:], curve.validation_accuracy[:, 1:], text, style)
+    if against == "batches":
+        axes.set_xlabel("batches")
+    else:
+        axes.set(xlabel="seconds of training for each seed, without compilation", xscale="log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("validation accuracy")
+    _limit_accuracy(axes, curves)
+    _legend(axes, "lower right")
+    return figure
+
+
+def residual_figure(curves: Sequence[Curve], labels: Sequence[str] | None = None) -> Figure | None:
+    """The residual at the end of a batch's solve: the mean over seeds, and their range.
+
+    **Returns:** the figure, of one panel; nothing if no curve has a residual.
+    """
+    figure = Figure(figsize=_PANEL, layout="constrained")
+    axes = figure.subplots()
+    for curve, text, style in _styled(curves, labels):
+        if (curve.residual[:, 1:] > 0).any():
+            _band(axes, curve.steps[1:], curve.residual[:, 1:], text, style)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _legend(axes, "best")
+    return figure
+
+
+#: Inches of a figure of one panel: it can be read on a phone.
+_PANEL = (4.8, 3.6)
+
+
+def _styled(
+    curves: Sequence[Curve], labels: Sequence[str] | None
+) -> list[tuple[Curve, str, dict[str, Any]]]:
+    methods = [curve.method for curve in curves]
+    known = len(set(methods)) == len(methods) and all(method in COLOURS for method in methods)
+    found = []
+    for number, curve in enumerate(curves):
+        colour, marker = CYCLE[number % len(CYCLE)]
+        if known:
+            colour, marker = COLOURS[curve.method], _MARKERS[curve.method]
+        style = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 5,
+            # Light colours need an edge on white.
+            "markeredgecolor": "#333333",
+            "markeredgewidth": 0.5,
+            "linestyle": "-" if number < len(CYCLE) else "--",
+        }
+        found.append((curve, curve.method if labels is None else labels[number], style))
+    return found
+
+
+def _legend(axes: Any, place: str) -> None:
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 5:
+        axes.figure.set_figheight(_PANEL[1] + 0.1 * len(axes.lines))
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    elif axes.lines:
+        axes.legend(loc=place, fontsize=8)
+
+
+def _limit_accuracy(axes: Any, curves: Sequence[Curve]) -> None:
+    """The start is chance for every method; what differs is above."""
+    later = np.concatenate([curve.validation_accuracy[:, 1:].ravel() for curve in curves])
+    later = later[np.isfinite(later)]
+    if len(later):
+        best = float(later.max())
+        axes.set_ylim(max(float(later.min()), best - 0.5) - 0.01, best + 0.01)
+
+
+def literal(text: str) -> str:
+    """Text that a figure shows as it is: a dollar starts no formula, a name is never hidden."""
+    text = "".join(
+        sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text
+    )
+    text = text.replace("$", r"\$")
+    # Matplotlib leaves labels with an underscore in front out of a legend.
+    return f" {text}" if text.startswith("_") else text
 
 
 def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: str) -> None:
@@ -118,7 +229,7 @@ def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: 
         axes.grid(alpha=0.3)
     by_step.legend(loc="lower right")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
@@ -128,113 +239,28 @@ def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _band(axes: Any, x: np.ndarray, values: np.ndarray, method: str) -> None:
+def method_style(method: str) -> dict[str, Any]:
+    """Colour and marker of a method's line."""
+    return {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
+
+
+def _band(axes: Any, x: np.ndarray, values: np.ndarray, text: str, style: dict[str, Any]) -> None:
     known = np.isfinite(values).any(axis=0)
     x, values = x[known], values[:, known]
-    style = {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
-    axes.plot(x, np.nanmean(values, axis=0), label=method, **style)
+    if not len(x):
+        return
+    axes.plot(x, np.nanmean(values, axis=0), label=literal(text), **style)
     axes.fill_between(
         x,
         np.nanmin(values, axis=0),
         np.nanmax(values, axis=0),
-        color=COLOURS[method],
+        color=style["color"],
         alpha=0.2,
         linewidth=0,
     )
-
-
-def plot_graph(nodes: Iterable[Any], edges: Iterable[tuple[int, int]], path: Path) -> None:
-    """The graph of a problem: data flows to the right, blue nodes are A, orange ones B.
-
-    **Arguments:**
-
-    - `nodes`: with `index`, `name` and `colour` (`"A"` or `"B"`).
-    - `edges`: pairs of indices, producer before consumer.
-    """
-    nodes, edges = list(nodes), list(edges)
-    places = _layout([node.index for node in nodes], edges)
-    columns = max((x for x, _ in places.values()), default=0) + 1
-    rows = max((abs(y) for _, y in places.values()), default=0) * 2 + 1
-    figure = Figure(figsize=(1.5 + 1.5 * columns, 1.5 + 0.9 * rows), layout="constrained")
-    axes = figure.subplots()
-    for start, end in edges:
-        # A longer edge bends, or it would run through the nodes in between.
-        bend = 0.0 if places[end][0] - places[start][0] <= 1 else 0.35
-        axes.annotate(
-            "",
-            xy=places[end],
-            xytext=places[start],
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": "#666666",
-                "shrinkA": 15,
-                "shrinkB": 15,
-                "connectionstyle": f"arc3,rad={bend}",
-            },
-        )
-    for node in nodes:
-        x, y = places[node.index]
-        axes.plot(x, y, "o", markersize=26, color=_SIDES[node.colour], zorder=2)
-        axes.annotate(
-            str(node.index), (x, y), ha="center", va="center", color="white", zorder=3, size=10
-        )
-        axes.annotate(
-            label(node.name),
-            (x, y),
-            xytext=(0, -25),
-            textcoords="offset points",
-            ha="center",
-            size=8,
-            zorder=3,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-        )
-    for side, colour in _SIDES.items():
-        axes.plot([], [], "o", color=colour, label=f"set {side}")
-    axes.legend(loc="upper left", ncols=2, frameon=False)
-    axes.set_xlim(-0.7, columns - 0.3)
-    axes.set_ylim(-rows / 2 - 0.4, rows / 2 + 0.5)
-    axes.set_axis_off()
-    _save(figure, path)
-
-
-def label(name: str) -> str:
-    """A node's name as a person writes it: `['dense1.weight']` is `dense1.weight`."""
-    return name.removeprefix("['").removesuffix("']")
-
-
-def _layout(
-    indices: Sequence[int], edges: Sequence[tuple[int, int]]
-) -> dict[int, tuple[float, float]]:
-    """Columns by the longest way to a node; parameters stand just before their first reader."""
-    readers, producers = defaultdict(list), defaultdict(list)
-    for start, end in edges:
-        readers[start].append(end)
-        producers[end].append(start)
-    column: dict[int, int] = {}
-    for index in TopologicalSorter({index: producers[index] for index in indices}).static_order():
-        column[index] = 1 + max((column[other] for other in producers[index]), default=-1)
-    for index in indices:
-        if not producers[index] and readers[index]:
-            column[index] = min(column[reader] for reader in readers[index]) - 1
-    members = defaultdict(list)
-    for index in indices:
-        members[column[index]].append(index)
-    row: dict[int, float] = {}
-    for place in sorted(members):
-        # Each node as high as its producers: fewer crossings.
-        ordered = sorted(
-            members[place],
-            key=lambda i: (
-                sum(row[p] for p in producers[i]) / len(producers[i]) if producers[i] else -1e9,
-                i,
-            ),
-        )
-        for position, index in enumerate(ordered):
-            row[index] = (len(ordered) - 1) / 2 - position
-    return {index: (float(column[index]), row[index]) for index in indices}
 
 
 def _style(run: Run) -> dict[str, Any]:
@@ -249,6 +275,7 @@ def _style(run: Run) -> dict[str, Any]:
     }
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, in the format that the file's ending names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -135,7 +135,7 @@ def parse(content: Any) -> Record:
             values[name] = value
         elif value is None:
             values[name] = math.nan
-        elif type(value) in (int, float):
+        elif type(value) in (int, float) and abs(value) < 1e308:
             values[name] = float(value)
         else:
             raise ValueError(f"{name} must be a number")
