@@ -169,7 +169,7 @@ class TextTask(Task):
     batch_size: int = 64
     model: Literal["rnn", "transformer"] = "rnn"
     context: int = 32
-    batches: int = 600
+    batches: int = 400
 
     @property
     def label(self) -> str:
