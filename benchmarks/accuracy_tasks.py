@@ -297,10 +297,16 @@ def _rows() -> list[Row]:
             rows.append(Row(f"{dataset}-{name}", task, half, half, note=note))
     convolutional = ConvolutionalTask("cifar10", epochs=3)
     rows.append(Row("cifar10-cnn", convolutional, _within(0.005), note="channels standardised"))
-    for model in ("rnn", "transformer"):
-        task = TextTask("tinyshakespeare", model=model, measure_every=100)
+    for model, size in (("rnn", 64), ("transformer", 32)):
+        task = TextTask("tinyshakespeare", batch_size=size, model=model, measure_every=100)
         rows += [
-            Row(f"shakespeare-{model}", task, _within(0.005), part="validation", note="validation"),
+            Row(
+                f"shakespeare-{model}",
+                task,
+                _within(0.005),
+                part="validation",
+                note="validation rows",
+            ),
             Row(f"shakespeare-{model}-test", task, _within(0.005)),
         ]
     rows.append(
@@ -344,14 +350,14 @@ def load(name: str, data_dir: str | None) -> data.Dataset:
     return dataclasses.replace(dataset, train=train, validation=validation)
 
 
-class Rows(NamedTuple):
+class Examples(NamedTuple):
     """Windows of tokens, and the token behind each of theirs."""
 
     x: UInt8[np.ndarray, "rows context"]
     y: UInt8[np.ndarray, "rows context"]
 
     @classmethod
-    def of(cls, windows: np.ndarray) -> Rows:
+    def of(cls, windows: np.ndarray) -> Examples:
         tokens = windows.astype(np.uint8)
         return cls(tokens[:, :-1], tokens[:, 1:])
 
@@ -359,9 +365,9 @@ class Rows(NamedTuple):
 class Windows(NamedTuple):
     """A text as rows: all windows of the training part, those side by side of the others."""
 
-    train: Rows
-    validation: Rows
-    test: Rows
+    train: Examples
+    validation: Examples
+    test: Examples
     num_features: int
     num_classes: int
 
@@ -370,9 +376,9 @@ class Windows(NamedTuple):
 def load_windows(name: str, data_dir: str | None, context: int) -> Windows:
     """The windows of a text; of validation and test, each character is predicted once."""
     text = data.load_text(name, data_dir)
-    train = Rows.of(text.windows("train", context + 1))
-    validation = Rows.of(text.windows("validation", context + 1, stride=context))
-    test = Rows.of(text.windows("test", context + 1, stride=context))
+    train = Examples.of(text.windows("train", context + 1))
+    validation = Examples.of(text.windows("validation", context + 1, stride=context))
+    test = Examples.of(text.windows("test", context + 1, stride=context))
     return Windows(train, validation, test, context, len(text.vocabulary))
 
 

@@ -1,7 +1,7 @@
 """Networks that predict the next character, written as one would without this library.
 
 Each has `init(key)`, a dictionary of parameters, and `network(params, tokens)`: from integers
-`(batch, length)` to logits `(batch, length, symbols)`, those at a position from the tokens up to it.
+`(batch, length)` to logits `(batch, length, symbols)`, at each position from the tokens up to it.
 """
 
 from __future__ import annotations
