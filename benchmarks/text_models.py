@@ -22,7 +22,7 @@ _lecun = jax.nn.initializers.lecun_normal()
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
-    """The paper's character RNN: an embedding, a cell that is an MLP with a skip, a readout.
+    """A character RNN like the paper's: an embedding, a cell that is an MLP with a skip, a readout.
 
     The state goes on as `h ← [relu([h, e] W₁ + b₁), h, e] W₂ + b₂`, from 0.
 
