@@ -122,7 +122,7 @@ def test_runs_are_kept_and_rows_of_a_task_share_them(text: Text, tmp_path: Path)
 @pytest.mark.parametrize("model", ["rnn", "transformer"])
 def test_projections_learn_what_takes_memory(text: Text, model):
     """The last character alone tells the next one in half of all cases."""
-    task = TextTask("letters", (32,), model=model, context=8, batch_size=32, batches=300)
+    task = TextTask("letters", (32,), model=model, context=4, batch_size=32, batches=300)
     trainer = accuracy.Trainer(None)
 
     def reach(name, **settings):
