@@ -75,7 +75,7 @@ class Run:
     def result(self, row: Row) -> float:
         """What the row reports; infinity for a score that was not reached."""
         if not row.reach:
-            return self.test
+            return self.test if row.part == "test" else self.validation[-1].score
         point = self.reached(row.reach)
         return point.batch if point else math.inf
 
@@ -93,7 +93,7 @@ class Trainer:
 
     def __init__(self, data_dir: str | None) -> None:
         self._data_dir = data_dir
-        self._arrays: dict[str, tuple[Any, Any]] = {}
+        self._arrays: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._programs: dict[tuple[Task, str, int], Any] = {}
         self._networks: dict[Task, Callable[..., Any]] = {}
 
@@ -106,17 +106,18 @@ class Trainer:
         on_chunk: Callable[[int, int], None] = lambda done, total: None,
     ) -> Run:
         """One run; `on_chunk` hears of the batches done and their total."""
-        dataset = accuracy_tasks.load(task.dataset, self._data_dir)
-        if task.dataset not in self._arrays:
-            self._arrays[task.dataset] = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
-        train_x, train_y = self._arrays[task.dataset]
-        size = min(task.batch_size, len(dataset.train))
-        per_epoch = len(dataset.train) // size
-        total = task.epochs * per_epoch
+        dataset = task.load(self._data_dir)
+        of_rows = task.dataset, dataset.num_features
+        if of_rows not in self._arrays:
+            self._arrays[of_rows] = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
+        train_x, train_y = self._arrays[of_rows]
+        size = min(task.batch_size, len(train_x))
+        per_epoch = len(train_x) // size
+        total = task.num_batches(per_epoch)
         rows = np.stack(list(itertools.islice(batch_rows(len(train_x), size, seed), total)))
         params = task.init(dataset.num_features, dataset.num_classes, seed)
         loss = task.loss(method.kind)
-        first = train_x[rows[0]] * task.scale
+        first = task.inputs(train_x[rows[0]])
         labels = jax.nn.one_hot(train_y[rows[0]], dataset.num_classes)
         state = jax.tree.map(jnp.asarray, method.init(loss, params, (first, labels)))
         traced = {name: jnp.float32(value) for name, value in settings.items()}
@@ -124,7 +125,7 @@ class Trainer:
         def advance(params: Any, state: Any, settings: Any, x: Any, y: Any, rows: Any, at: Any):
             def body(carry: Any, item: Any) -> Any:
                 (params, state), (number, chosen) = carry, item
-                batch = x[chosen] * task.scale, jax.nn.one_hot(y[chosen], dataset.num_classes)
+                batch = task.inputs(x[chosen]), jax.nn.one_hot(y[chosen], dataset.num_classes)
                 progress = number / total
                 return method.step(loss, params, state, *batch, progress, settings), None
 
@@ -161,7 +162,7 @@ class Trainer:
 
     def _logits(self, task: Task, params: Any, x: np.ndarray) -> np.ndarray:
         if task not in self._networks:
-            self._networks[task] = jax.jit(lambda params, x: task.network(params, x * task.scale))
+            self._networks[task] = jax.jit(lambda params, x: task.network(params, task.inputs(x)))
         return np.asarray(self._networks[task](params, x))
 
 
@@ -176,8 +177,7 @@ class Cache:
         number = hashlib.sha256(key.encode()).hexdigest()[:10]
         values = "-".join(f"{name}{value:g}" for name, value in settings.items())
         name = f"{values or 'fixed'}-seed{seed}-{number}.json"
-        depth = "x".join(str(width) for width in task.widths)
-        return self._folder / f"{task.dataset}-{depth}" / method.name / name
+        return self._folder / task.label / method.name / name
 
     def read(self, task: Task, method: Method, settings: Settings, seed: int) -> Run | None:
         """The run, or nothing if it is not there or its file is damaged."""

@@ -6,18 +6,20 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, UInt8
 
 import pjax
+from benchmarks.text_models import Recurrent, Transformer
 from pjax.lab import data
 
-Params = dict[str, list[Array]]
+#: A pytree of arrays.
+Params = Any
 Kind = Literal["gradient", "optax", "pure"]
 #: `loss_fn(params, (x, one_hot))`, the mean cross-entropy of a batch.
 Loss = Callable[[Params, tuple[Array, Array]], Array]
@@ -60,6 +62,23 @@ class Task:
     def in_loop(self) -> bool:
         """Whether batches are looped over in compiled code."""
         return True
+
+    @property
+    def label(self) -> str:
+        """The folder of its cached runs."""
+        return f"{self.dataset}-{'x'.join(str(width) for width in self.widths)}"
+
+    def load(self, data_dir: str | None) -> data.Dataset | Windows:
+        """The rows, from files."""
+        return load(self.dataset, data_dir)
+
+    def num_batches(self, per_epoch: int) -> int:
+        """How many batches a run has, if there are so many in an epoch."""
+        return self.epochs * per_epoch
+
+    def inputs(self, x: Array) -> Array:
+        """What the network reads of rows."""
+        return x * self.scale
 
     def init(self, num_features: int, num_classes: int, seed: int) -> Params:
         """He-normal weights and zero biases, on every layer."""
@@ -135,6 +154,48 @@ class ConvolutionalTask(Task):
 
 
 @dataclasses.dataclass(frozen=True)
+class TextTask(Task):
+    """The next character at every position of windows of a text.
+
+    **Arguments:**
+
+    - `hidden`: the width of embedding and state.
+    - `model`: which of `benchmarks.text_models`.
+    - `context`: the length of the windows.
+    - `batches`: how many, in the place of `epochs`.
+    """
+
+    hidden: tuple[int, ...] = (64,)
+    batch_size: int = 64
+    model: Literal["rnn", "transformer"] = "rnn"
+    context: int = 32
+    batches: int = 400
+
+    @property
+    def label(self) -> str:
+        return f"{self.dataset}-{self.model}"
+
+    def load(self, data_dir: str | None) -> Windows:
+        return load_windows(self.dataset, data_dir, self.context)
+
+    def num_batches(self, per_epoch: int) -> int:
+        return self.batches
+
+    def inputs(self, x: Array) -> Array:
+        return x.astype(jnp.int32)
+
+    def _network(self, symbols: int) -> Recurrent | Transformer:
+        kind = {"rnn": Recurrent, "transformer": Transformer}[self.model]
+        return kind(symbols, self.context, *self.hidden)
+
+    def init(self, num_features: int, num_classes: int, seed: int) -> Params:
+        return self._network(num_classes).init(jax.random.key(seed))
+
+    def network(self, params: Params, x: Array) -> Array:
+        return self._network(params["bias"].size).network(params, x)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bound:
     """What is asked of a method beside tuned Adam.
 
@@ -187,7 +248,8 @@ class Row:
     - `name`, `task`: how it is called and what is trained.
     - `optax`, `pure`: what is asked of methods of these kinds.
     - `reach`: the result is the number of batches until validation reaches this accuracy; 0: it is
-      the test accuracy (AUC) at the end.
+      the accuracy (AUC) at the end.
+    - `part`: on which rows that is measured.
     - `reflecting_only`: pure methods that reflect, and no others; Adam is not needed.
     - `note`: what the reader must know.
     """
@@ -197,6 +259,7 @@ class Row:
     optax: Bound | None = None
     pure: Bound | None = None
     reach: float = 0.0
+    part: Literal["test", "validation"] = "test"
     reflecting_only: bool = False
     note: str = ""
 
@@ -234,6 +297,12 @@ def _rows() -> list[Row]:
             rows.append(Row(f"{dataset}-{name}", task, half, half, note=note))
     convolutional = ConvolutionalTask("cifar10", epochs=3)
     rows.append(Row("cifar10-cnn", convolutional, _within(0.005), note="channels standardised"))
+    recurrent = TextTask("tinyshakespeare", measure_every=100)
+    attention = dataclasses.replace(recurrent, model="transformer", batch_size=32)
+    for task in (recurrent, attention):
+        name, half = f"shakespeare-{task.model}", _within(0.005)
+        rows.append(Row(name, task, half, part="validation", note="validation rows"))
+        rows.append(Row(f"{name}-test", task, half))
     rows.append(
         Row(
             "mnist-1x128-reflecting",
@@ -273,6 +342,38 @@ def load(name: str, data_dir: str | None) -> data.Dataset:
         data.Split(rows["x"][part], rows["y"][part]) for part in (back[:cut], back[cut:])
     )
     return dataclasses.replace(dataset, train=train, validation=validation)
+
+
+class Examples(NamedTuple):
+    """Windows of tokens, and the token behind each of theirs."""
+
+    x: UInt8[np.ndarray, "rows context"]
+    y: UInt8[np.ndarray, "rows context"]
+
+    @classmethod
+    def of(cls, windows: np.ndarray) -> Examples:
+        tokens = windows.astype(np.uint8)
+        return cls(tokens[:, :-1], tokens[:, 1:])
+
+
+class Windows(NamedTuple):
+    """A text as rows: all windows of the training part, those side by side of the others."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    num_features: int
+    num_classes: int
+
+
+@functools.cache
+def load_windows(name: str, data_dir: str | None, context: int) -> Windows:
+    """The windows of a text; of validation and test, each character is predicted once."""
+    text = data.load_text(name, data_dir)
+    train = Examples.of(text.windows("train", context + 1))
+    validation = Examples.of(text.windows("validation", context + 1, stride=context))
+    test = Examples.of(text.windows("test", context + 1, stride=context))
+    return Windows(train, validation, test, context, len(text.vocabulary))
 
 
 def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:

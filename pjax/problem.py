@@ -533,7 +533,9 @@ class Problem:
     def _ratio(self, slot: Slot, node: int) -> Any:
         """`2**(k_s − K_v)`: from the unit of a node to that of a slot that it has or writes to."""
         weight = self.weights[slot.index]
-        if node == slot.node and weight.relative is not None:
+        if node != slot.node:
+            return _share(weight.exponent, self._exponent(self.graph.nodes[node]))
+        if weight.relative is not None:
             return weight.relative
         return _power_between(weight.exponent, self._exponent(self.graph.nodes[node]))
 
@@ -878,10 +880,11 @@ class Problem:
         if not self.layout.asked:
             return self.parameter_deviations(state)
         latent = latent_nodes(self.graph)
+        read = {node.index for node in self.graph.parameters} | latent
         effective: dict[int, Weight] = {
             slot.index: self._effective_weight(slot, state)
             for slot in self.graph.slots
-            if slot.kind == "weight" and slot.node not in latent
+            if slot.node not in latent and not read.isdisjoint(slot.producers)
         }
         for index in self.graph.backward_order():
             if index in latent:

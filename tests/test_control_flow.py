@@ -174,6 +174,20 @@ def looked_up_in_the_body(p):
     return jnp.mean(pjax.cross_entropy(h @ p["head"], labels))
 
 
+def concatenated(p):
+    """State and entry in one operand; in the first step it depends on parameters only, later it
+    does not. Each step reads symbols that those before do not.
+    """
+    _, tokens, labels = data()
+
+    def body(h, entry):
+        return jax.nn.relu(jnp.concatenate([h, entry], -1) @ p["gate"] + 0.5), None
+
+    entries = p["table"][tokens + jnp.arange(STEPS)[:, None]]
+    h, _ = jax.lax.scan(body, jnp.zeros((ROWS, WIDTH), entries.dtype), entries)
+    return jnp.mean(pjax.cross_entropy(h @ p["head"], labels))
+
+
 def tied(p):
     """Embedding and output weights are one table."""
     _, tokens, _ = data()
@@ -190,6 +204,7 @@ def tied(p):
         (looped, ("u", "w", "head")),
         (embedded, ("u", "table", "bias", "head")),
         (looked_up_in_the_body, ("u", "table", "head")),
+        (concatenated, ("gate", "table", "head")),
         (tied, ("u", "table")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -200,6 +215,21 @@ def test_the_stiff_limit_is_the_gradient(x64, fn, read):
     expected_value, expected = jax.value_and_grad(fn)(params)
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)
     close(found, expected)
+
+
+def test_pure_projection_moves_parameters_beside_activations():
+    xs, tokens, labels = data()
+
+    def fn(p):
+        entries = jnp.concatenate([jax.nn.relu(xs[0] @ p["w"]), p["table"][tokens[0]]], -1)
+        return jnp.mean(pjax.cross_entropy(entries @ p["gate"] @ p["head"], labels))
+
+    params = used(make_params(2), "w", "gate", "table", "head")
+    optimizer = pjax.optim.CyclicProjections(splitting="layer")
+    moved, _ = optimizer.update(fn, params)
+    assert fn(moved) < fn(params)
+    rows = jnp.any(moved["table"] != params["table"], axis=1)
+    np.testing.assert_array_equal(rows, np.isin(np.arange(SYMBOLS), tokens[0]))
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill"])
