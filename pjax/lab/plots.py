@@ -26,6 +26,7 @@ COLOURS = {
     "displacement-adam": "#CC79A7",
     "adam": "#D55E00",
     "sgd": "#E69F00",
+    "straight-through": "#882255",
 }
 _MARKERS = {
     "ap": "o",
@@ -37,6 +38,7 @@ _MARKERS = {
     "displacement-adam": "*",
     "adam": "D",
     "sgd": "v",
+    "straight-through": "p",
 }
 _SIDES = {"A": "#0072B2", "B": "#E69F00"}
 
