@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pjax
-from pjax.lab import baselines, commands, data_cli, plots, terminal
+from pjax.lab import baselines, commands, data_cli, experiment_cli, plots, terminal
 from pjax.lab.config import OPTIMIZERS
 from pjax.lab.data import DataError, Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError
@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[commands.Predict, tyro.conf.subcommand("predict")]
+            | Annotated[experiment_cli.Command, tyro.conf.subcommand("experiment")]
             | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
             prog="pjax",
             description="Train networks by projecting onto constraints.",
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.evaluate(command, console)
             case commands.Predict():
                 return commands.predict(command, console)
+            case experiment_cli.Command():
+                return experiment_cli.run(command, console)
             case data_cli.Data():
                 return data_cli.run(command, console)
             case _:

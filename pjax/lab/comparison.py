@@ -138,11 +138,9 @@ def train_missing(
         ]
         if not missing:
             continue
-        fields = {
-            field.name: getattr(settings, field.name) for field in dataclasses.fields(config.Task)
-        }
-        fields.update(seeds=tuple(missing), schedule=schedule)
-        one = TrainConfig(**fields, method=name, rate=rate, window=window)
+        one = config.single(
+            settings, name, seeds=tuple(missing), schedule=schedule, rate=rate, window=window
+        )
         if not _train(folder, one, dataset, model, on_step, should_stop):
             return False
     return True

@@ -63,7 +63,7 @@ class Task:
     channels: tuple[int, ...] = (32, 64)
     """Channels of each convolution."""
     skip: bool = False
-    """Let the perceptron's last layer read the outputs of all hidden layers."""
+    """Let the perceptron's last layer read all hidden layers, or add the recurrent net's states."""
     activation: ActivationName = "relu"
     """What follows each hidden layer."""
     weight_levels: int = 0
@@ -200,6 +200,12 @@ class CompareConfig(Task):
                 f"must be from 0 to 2³² − 1 and none of the seeds, got {shown(self.tuning_seed)}."
             )
         return super().problem()
+
+
+def single(settings: CompareConfig, method: MethodName, **changes: Any) -> TrainConfig:
+    """The training of one method of a comparison, with these settings changed."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Task)}
+    return TrainConfig(**(fields | changes), method=method)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Task)

@@ -178,8 +178,10 @@ class RNN(nn.Module):
     **Arguments:**
 
     - `vocabulary`: how many tokens there are; each position's output row has this length.
-    - `hidden`, `skip`, `activation`: of the cell's `MLP`; embeddings `e` and states have the width
-      of its last hidden layer.
+    - `hidden`, `activation`: of the cell's `MLP`; embeddings `e` and states have the width of its
+      last hidden layer.
+    - `skip`: the state goes on as `h_t = h_{t−1} + MLP([e(x_t), h_{t−1}])`; the cell's last weights
+      start at a tenth of their size, so that it does not grow much.
 
     Inputs are rows of tokens, as integers or whole floating-point numbers.
     """
@@ -191,9 +193,13 @@ class RNN(nn.Module):
         skip: bool = False,
         activation: ActivationName = "relu",
     ) -> None:
-        self.width = hidden[-1]
+        self.width, self.skip = hidden[-1], skip
         self.embedding = nn.Embedding(vocabulary, self.width)
-        self.cell = MLP(2 * self.width, self.width, hidden, skip, activation)
+        self.cell = MLP(2 * self.width, self.width, hidden, activation=activation)
+        if skip:
+            self.cell.output = nn.Linear(
+                self.width, self.width, lambda *args: 0.1 * nn.he_normal(*args)
+            )
         self.output = nn.Linear(self.width, vocabulary)
 
     def __call__(self, x: ArrayLike) -> Array:
@@ -201,7 +207,8 @@ class RNN(nn.Module):
         start = jnp.zeros((tokens.shape[1], self.width))
 
         def step(state: Array, embedded: Array) -> tuple[Array, Array]:
-            state = self.cell(pnp.concatenate([embedded, state], axis=-1))
+            new = self.cell(pnp.concatenate([embedded, state], axis=-1))
+            state = state + new if self.skip else new
             return state, state
 
         _, states = jax.lax.scan(step, start, self.embedding(tokens))

@@ -120,7 +120,7 @@ def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: 
         axes.grid(alpha=0.3)
     by_step.legend(loc="lower right")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
@@ -130,14 +130,13 @@ def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, method: str) -> None:
     known = np.isfinite(values).any(axis=0)
     x, values = x[known], values[:, known]
-    style = {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
-    axes.plot(x, np.nanmean(values, axis=0), label=method, **style)
+    axes.plot(x, np.nanmean(values, axis=0), label=method, **method_style(method))
     axes.fill_between(
         x,
         np.nanmin(values, axis=0),
@@ -199,7 +198,7 @@ def plot_graph(nodes: Iterable[Any], edges: Iterable[tuple[int, int]], path: Pat
     axes.set_xlim(-0.7, columns - 0.3)
     axes.set_ylim(-rows / 2 - 0.4, rows / 2 + 0.5)
     axes.set_axis_off()
-    _save(figure, path)
+    save(figure, path)
 
 
 def label(name: str) -> str:
@@ -251,6 +250,12 @@ def _style(run: Run) -> dict[str, Any]:
     }
 
 
-def _save(figure: Figure, path: Path) -> None:
+def method_style(method: str) -> dict[str, Any]:
+    """The colour and the marker of a method."""
+    return {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
