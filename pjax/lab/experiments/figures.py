@@ -65,7 +65,8 @@ def _curves(experiment: Experiment, found: Mapping[str, list[Line]], path: Path)
             by_step.set_ylim(max(lowest, highest - 0.3) - 0.01, highest + 0.01)
         for axes in (by_step, by_time):
             axes.grid(alpha=0.3)
-        _legend(by_time, outside=True)
+        if by_time.get_legend_handles_labels()[0]:
+            by_time.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, experiment, path)
 
 
@@ -184,7 +185,7 @@ def _sizes(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> Non
         axes.set(xlabel=experiment.x, ylabel="MB", xscale="log", yscale="log")
         _whole_ticks(axes, [entry.x for entry in entries])
 
-    _panels(experiment, draw, path)
+    _panels(experiment, draw, path, sharey=True)
 
 
 def _panels(
@@ -203,7 +204,9 @@ def _panels(
         draw(axes, [entry for entry in experiment.entries if entry.panel == panel])
         axes.set_title(panel)
         axes.grid(alpha=0.3)
-        _legend(axes)
+        if axes.get_legend_handles_labels()[0]:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+            axes.legend(fontsize=8, **below)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _save(figure, experiment, path)
@@ -256,12 +259,6 @@ def _whole_ticks(axes: Any, values: Sequence[float | None]) -> None:
     if known:
         axes.set_xticks(known, [f"{value:g}" for value in known])
         axes.minorticks_off()
-
-
-def _legend(axes: Any, outside: bool = False) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if outside else {"loc": "best"}
-        axes.legend(fontsize=8, **place)
 
 
 def _save(figure: Figure, experiment: Experiment, path: Path) -> None:

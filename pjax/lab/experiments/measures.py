@@ -79,6 +79,8 @@ def cost(settings: CompareConfig, dataset: Dataset, model: nn.Module, tick: Tick
 
 #: A solve's history is kept at so many steps.
 _KEPT = 200
+#: Of the margin loss: what a row asks for is then its nearest point that holds the margin.
+_PROX_STEP = 1e6
 
 
 def residual(
@@ -86,9 +88,9 @@ def residual(
 ) -> Rows | None:
     """The residual along one solve for the first `batch_size` training rows, from the first seed.
 
-    The constraint on a row is hard: its class scores at least 1, the others at most −1
-    (`pjax.margin_loss`). Where a network can do that for all rows the residual goes to 0; where it
-    cannot, a gap stays.
+    The constraint on a row is all but hard: its class scores at least 1, the others at most −1
+    (`pjax.margin_loss` with a large prox step). Where a network can do that for all rows the
+    residual goes to 0; where it cannot, a gap stays.
     """
     x = jnp.asarray(dataset.train.x[: settings.batch_size])
     y = dataset.train.y[: settings.batch_size]
@@ -103,7 +105,10 @@ def residual(
         if tick(number, len(settings.methods)):
             return None
         optimizer = OPTIMIZERS[method](
-            settings.projection_steps, splitting=settings.splitting, check=False
+            settings.projection_steps,
+            splitting=settings.splitting,
+            check=False,
+            prox_step=_PROX_STEP,
         )
         moved, history = optimizer.update(loss, params)
         count = len(history)

@@ -161,7 +161,8 @@ def write(experiment: Experiment, folder: Path) -> None:
             "entries": results,
         },
     )
-    write_text(folder / TABLE, _document(experiment, cells))
+    made = [path.stat().st_mtime for path in folder.glob(f"{ENTRIES}/*/{comparison.CELLS}/*")]
+    write_text(folder / TABLE, _document(experiment, cells, max(made, default=time.time())))
     if lines:
         figures.draw_accuracies(experiment, lines, folder / FIGURE)
     elif measured:
@@ -195,12 +196,12 @@ _NOTES = {
 }
 
 
-def _document(experiment: Experiment, cells: Sequence[Sequence[str]]) -> str:
+def _document(experiment: Experiment, cells: Sequence[Sequence[str]], made: float) -> str:
     head = COLUMNS[experiment.kind]
     rows = [head, ["---"] * len(head), *cells]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    date = time.strftime("%Y-%m-%d", time.gmtime())
+    date = time.strftime("%Y-%m-%d", time.gmtime(made))
     quick = " --quick" * experiment.quick
     return (
         f"# {experiment.title}\n\n`pjax experiment run {experiment.name}{quick}`, {date}, "
