@@ -169,8 +169,10 @@ def _entry(path: Path, number: int, tables: list[dict[str, Any]], data_dir: Path
         raise RunError(f"{path}: {where} needs a name.")
     name = _text(path, f"name of {where}", merged.pop("name"))
     where = f"entry {shown(name)}"
-    if name.startswith(".") or any(sign in name for sign in "/\\:"):
-        raise RunError(f"{path}: the name of {where} must be the name of a folder.")
+    if name.startswith(".") or any(sign in name for sign in "/\\:|"):
+        raise RunError(
+            f"{path}: the name of {where} must be the name of a folder, without / \\ : |."
+        )
     panel = merged.pop("panel", "")
     if panel:
         panel = _text(path, f"panel of {where}", panel)

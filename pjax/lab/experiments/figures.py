@@ -59,8 +59,9 @@ def _curves(experiment: Experiment, found: Mapping[str, list[Line]], path: Path)
                         linewidth=0,
                     )
                 lowest, highest = min(lowest, mean[1:].min()), max(highest, mean[1:].max())
-        by_step.set(xlabel="batches", ylabel="validation accuracy", title=panel)
-        by_time.set(xlabel="seconds of training for each seed", xscale="log", title=panel)
+        by_step.set(xlabel="batches", ylabel="validation accuracy")
+        by_step.set_title(_literal(panel), loc="left")
+        by_time.set(xlabel="seconds of training for each seed", xscale="log")
         if highest:
             by_step.set_ylim(max(lowest, highest - 0.3) - 0.01, highest + 0.01)
         for axes in (by_step, by_time):
@@ -81,7 +82,7 @@ def _against(experiment: Experiment, found: Mapping[str, list[Line]], path: Path
             label = method if splitting == "layer" else f"{method}, neurons"
             error = [0.0 if math.isnan(one) else one for one in error]
             axes.errorbar(x, y, error, capsize=2, **_style(method, members[0], label))
-        axes.set(xlabel=experiment.x, ylabel="test accuracy")
+        axes.set(xlabel=_literal(experiment.x), ylabel="test accuracy")
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path, sharey=True)
@@ -105,7 +106,7 @@ def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -
             )
         axes.set_ylim(-max(len(lines), 1) + 0.4, 0.6)
         axes.set_yticks([])
-        axes.set_ylabel(entry.name, rotation=0, ha="right", va="center")
+        axes.set_ylabel(_literal(entry.name), rotation=0, ha="right", va="center")
         axes.margins(x=0.1)
         axes.grid(alpha=0.3, axis="x")
         axes.tick_params(labelsize=8)
@@ -132,7 +133,7 @@ def _cost(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> None
             label = method if splitting == "layer" else f"{method}, neurons"
             axes.plot(*zip(*sorted(points), strict=True), **_style(method, members[0], label))
         axes.set(
-            xlabel=experiment.x,
+            xlabel=_literal(experiment.x),
             ylabel="ms for one step",
             xscale="log",
             yscale="log",
@@ -155,7 +156,7 @@ def _residual(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> 
                 several = len(found[entry.name]) > 1
                 label = f"{row['rows']} rows" + f", {row['method']}" * several
                 axes.plot(row["steps"], values, color=colour, label=f"{label}: {row['verdict']}")
-        axes.set(xlabel=experiment.x, ylabel="residual", xscale="log", yscale="log")
+        axes.set(xlabel=_literal(experiment.x), ylabel="residual", xscale="log", yscale="log")
 
     _panels(experiment, draw, path, sharey=True)
 
@@ -182,7 +183,7 @@ def _sizes(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> Non
                 axes.plot(
                     x, used, **style | {"linestyle": ":", "label": f"{name}: XLA's temporaries"}
                 )
-        axes.set(xlabel=experiment.x, ylabel="MB", xscale="log", yscale="log")
+        axes.set(xlabel=_literal(experiment.x), ylabel="MB", xscale="log", yscale="log")
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path, sharey=True)
@@ -202,7 +203,7 @@ def _panels(
     grid = figure.subplots(height, columns, squeeze=False, sharey=sharey).ravel()
     for axes, panel in zip(grid, panels, strict=False):
         draw(axes, [entry for entry in experiment.entries if entry.panel == panel])
-        axes.set_title(panel)
+        axes.set_title(_literal(panel))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
@@ -241,7 +242,12 @@ def _metric(lines: Sequence[Line]) -> str:
 
 
 def _label(method: str, entry: Entry, entries: Sequence[Entry]) -> str:
-    return method if len(entries) == 1 else f"{method}, {entry.name}"
+    return method if len(entries) == 1 else f"{method}, {_literal(entry.name)}"
+
+
+def _literal(text: str) -> str:
+    """A text as it is, where a dollar would begin mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _style(method: str, entry: Entry, label: str) -> dict[str, Any]:
@@ -262,5 +268,5 @@ def _whole_ticks(axes: Any, values: Sequence[float | None]) -> None:
 
 
 def _save(figure: Figure, experiment: Experiment, path: Path) -> None:
-    figure.suptitle(experiment.title + ", quick" * experiment.quick)
+    figure.suptitle(_literal(experiment.title) + ", quick" * experiment.quick)
     plots.save(figure, path)
