@@ -20,7 +20,7 @@ from pjax import nn
 from pjax.lab import config
 from pjax.lab.config import OPTIMIZERS, CompareConfig, TrainConfig
 from pjax.lab.data import Dataset, Split
-from pjax.lab.train import Accuracy, Training
+from pjax.lab.train import Accuracy, Params, Training
 
 Rows = list[dict[str, Any]]
 #: Hears how much is done and how much there is; returns whether to stop.
@@ -92,14 +92,7 @@ def residual(
     (`pjax.margin_loss` with a large prox step). Where a network can do that for all rows the
     residual goes to 0; where it cannot, a gap stays.
     """
-    x = jnp.asarray(dataset.train.x[: settings.batch_size])
-    y = dataset.train.y[: settings.batch_size]
-    labels = jax.nn.one_hot(y, dataset.num_classes)
-    params = model.init(jax.random.key(settings.seeds[0]))
-
-    def loss(params: Any) -> Any:
-        return pjax.margin_loss(model.apply(params, x), labels)
-
+    batch, params, loss = _first_batch(settings, dataset, model, pjax.margin_loss)
     rows: Rows = []
     for number, method in enumerate(settings.methods):
         if tick(number, len(settings.methods)):
@@ -126,7 +119,7 @@ def residual(
                 "last": _number(values[-1]),
                 "verdict": history.verdict.name.lower().replace("_", "-"),
                 "satisfied": int(held),
-                "train_accuracy": Accuracy(model)(moved, Split(np.asarray(x), y)),
+                "train_accuracy": Accuracy(model)(moved, batch),
             }
         )
     tick(len(settings.methods), len(settings.methods))
@@ -139,14 +132,7 @@ def sizes(settings: CompareConfig, dataset: Dataset, model: nn.Module, tick: Tic
     `temporary_bytes` is what XLA reports for the compiled update of a method, beyond parameters,
     batch and result.
     """
-    x = jnp.asarray(dataset.train.x[: settings.batch_size])
-    y = jnp.asarray(dataset.train.y[: settings.batch_size])
-    labels = jax.nn.one_hot(y, dataset.num_classes)
-    params = model.init(jax.random.key(settings.seeds[0]))
-
-    def loss(params: Any) -> Any:
-        return pjax.cross_entropy(model.apply(params, x), labels)
-
+    _, params, loss = _first_batch(settings, dataset, model, pjax.cross_entropy)
     rows: Rows = []
     for number, method in enumerate(settings.methods):
         if tick(number, len(settings.methods)):
@@ -189,6 +175,17 @@ def sizes(settings: CompareConfig, dataset: Dataset, model: nn.Module, tick: Tic
 
 
 MEASURES: dict[str, Measure] = {"cost": cost, "residual": residual, "sizes": sizes}
+
+
+def _first_batch(
+    settings: CompareConfig, dataset: Dataset, model: nn.Module, loss: Callable[..., Any]
+) -> tuple[Split, Params, Callable[[Params], Any]]:
+    """The first training rows, the first seed's parameters, and the loss of these rows."""
+    part = slice(settings.batch_size)
+    batch = Split(dataset.train.x[part], dataset.train.y[part])
+    x, labels = jnp.asarray(batch.x), jax.nn.one_hot(batch.y, dataset.num_classes)
+    params = model.init(jax.random.key(settings.seeds[0]))
+    return batch, params, lambda params: loss(model.apply(params, x), labels)
 
 
 def _one_method(settings: CompareConfig, method: Any) -> TrainConfig:
