@@ -115,7 +115,7 @@ def test_rows_of_a_text_are_windows_side_by_side() -> None:
         text().dataset(40)
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("skip", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_recurrent_network_is_its_formula(skip: bool) -> None:
     model = models.RNN(4, (5,), skip)
     params = model.init(jax.random.key(0))

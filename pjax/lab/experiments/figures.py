@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from pjax.lab import comparison, plots
 from pjax.lab.comparison import Line
@@ -264,7 +265,7 @@ def _whole_ticks(axes: Any, values: Sequence[float | None]) -> None:
     known = sorted({value for value in values if value is not None})
     if known:
         axes.set_xticks(known, [f"{value:g}" for value in known])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _save(figure: Figure, experiment: Experiment, path: Path) -> None:
