@@ -90,7 +90,7 @@ def _against(experiment: Experiment, found: Mapping[str, list[Line]], path: Path
 
 
 def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -> None:
-    """One row for each entry, one mark for each method; each row has its own range."""
+    """One row for each entry, one mark for each method; each row has its own middle."""
     entries = experiment.entries
     figure = Figure(figsize=(8, 0.9 + 1.15 * len(entries)), layout="constrained")
     grid = figure.subplots(len(entries), 1, squeeze=False)[:, 0]
@@ -107,18 +107,16 @@ def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -
             )
         axes.set_ylim(-max(len(lines), 1) + 0.4, 0.6)
         axes.set_yticks([])
-        axes.set_ylabel(_literal(entry.name), rotation=0, ha="right", va="center")
-        axes.margins(x=0.1)
+        name = f"{_literal(entry.name)}\n{metric.replace('_', ' ').replace('auc', 'AUC')}"
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", size=9)
         axes.grid(alpha=0.3, axis="x")
         axes.tick_params(labelsize=8)
-        axes.annotate(
-            "test AUC" if metric == "test_auc" else "test accuracy",
-            (0.995, 0.06),
-            xycoords="axes fraction",
-            ha="right",
-            size=7,
-            color="#555555",
-        )
+    # The same width for all, so that differences can be compared from row to row.
+    filled = [axes for axes, entry in zip(grid, entries, strict=True) if found.get(entry.name)]
+    width = max(axes.get_xlim()[1] - axes.get_xlim()[0] for axes in filled)
+    for axes in filled:
+        middle = sum(axes.get_xlim()) / 2
+        axes.set_xlim(middle - 0.55 * width, middle + 0.55 * width)
     if seen:
         figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen))
     _save(figure, experiment, path)
