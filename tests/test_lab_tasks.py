@@ -131,9 +131,8 @@ def test_the_recurrent_network_is_its_formula(skip: bool) -> None:
         np.testing.assert_allclose(found[:, place], expected, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["adam", pytest.param("displacement-adam", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adam", "displacement-adam"])
 def test_a_recurrent_network_learns_a_text(name) -> None:
     dataset = text().dataset(6)
     training = Training(
@@ -185,6 +184,7 @@ def test_layers_read_levels_of_their_weights() -> None:
         assert bool(jnp.any(found["dense.0.weight"] != 0)) is reached
 
 
+@pytest.mark.slow
 def test_windows_are_tuned_with_rates_and_kept(tmp_path: Path, monkeypatch) -> None:
     given = ["compare", *TINY, "--activation", "sign", "--methods", "straight-through"]
     given += ["--seeds", "0", "--runs-dir", str(tmp_path), "--name", "c"]
