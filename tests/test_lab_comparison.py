@@ -139,7 +139,7 @@ def test_a_search_goes_on_beyond_an_end_that_is_best(best, tried, monkeypatch) -
         raced.extend(candidates)
         # The further from `best`, the worse; beyond the upper end it is better still.
         return np.array(
-            [-abs(np.log(rate / (best * 3.2 if best == 3 else best))) for rate, _ in candidates]
+            [-abs(np.log(rate / (best * 3.2 if best == 3 else best))) for rate, *_ in candidates]
         )
 
     monkeypatch.setattr(baselines, "_race", race)
@@ -147,7 +147,7 @@ def test_a_search_goes_on_beyond_an_end_that_is_best(best, tried, monkeypatch) -
     settings = {"steps": 5, "batch_size": 8, "seed": 0, "measure_every": 5}
     model = make_model(CompareConfig(hidden=(6,)), dataset)
     found = baselines.search("sgd", model, dataset, extend=True, **settings)
-    assert len({rate for rate, _ in raced}) == tried
+    assert len({rate for rate, *_ in raced}) == tried
     assert len(raced) == len(set(raced)) == len(found)
     plain = baselines.search("sgd", model, dataset, **settings)
     assert {one.rate for one in plain} == set(baselines.RATES["sgd"])

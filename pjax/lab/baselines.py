@@ -19,18 +19,23 @@ from pjax.displacements import ValueAndDisplacement
 from pjax.lab.data import Dataset, batch_rows
 from pjax.lab.train import Accuracy, Outcome, Params, cosine
 
-Name = Literal["adam", "sgd", "displacement-adam"]
+Name = Literal["adam", "sgd", "displacement-adam", "straight-through"]
 
 #: The rates that are tried, each with and without cosine decay.
 RATES: dict[str, tuple[float, ...]] = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
     "displacement-adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "straight-through": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
+#: The windows that are tried with each rate: half of the width over which a straight-through
+#: estimator lets gradients pass, in units of the largest level.
+WINDOWS: dict[str, tuple[float, ...]] = {"straight-through": (0.25, 0.5, 1.0, 2.0)}
 _DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
     "sgd": optax.identity,
     "displacement-adam": optax.scale_by_adam,
+    "straight-through": optax.scale_by_adam,
 }
 
 
@@ -43,20 +48,24 @@ class Descent:
 
     **Arguments:**
 
-    - `name`: `"adam"`, `"sgd"` or `"displacement-adam"`.
+    - `name`: `"adam"`, `"sgd"`, `"displacement-adam"`, or `"straight-through"`: Adam on the
+      gradient of a straight-through estimator.
     - `rate`: the learning rate at the start.
     - `decay_steps`: the batches over which a cosine takes the rate to zero; 0 keeps it constant.
     - `num_classes`: the length of a one-hot row.
+    - `window`: of the straight-through estimator, see `WINDOWS`.
     """
 
     name: Name
     rate: float
     decay_steps: int
     num_classes: int
+    window: float = 0.0
 
     @property
     def description(self) -> str:
-        return f"rate {self.rate:g}, {'cosine' if self.decay_steps else 'constant'}"
+        window = f", window {self.window:g}" if self.name in WINDOWS else ""
+        return f"rate {self.rate:g}{window}, {'cosine' if self.decay_steps else 'constant'}"
 
     def init(self, model: nn.Module, params: Params, x: Array, y: Array) -> Any:
         return _init(self.name, model, self.num_classes, params, x, y)
@@ -64,8 +73,9 @@ class Descent:
     def step(
         self, model: nn.Module, params: Params, state: Any, x: Array, y: Array
     ) -> tuple[Params, Any, Outcome]:
+        setting = self.rate, self.decay_steps, self.window
         params, state, loss = _update(
-            self.name, model, self.num_classes, params, state, x, y, self.rate, self.decay_steps
+            self.name, model, self.num_classes, params, state, x, y, setting
         )
         return params, state, Outcome(loss, jnp.array(jnp.nan))
 
@@ -76,6 +86,7 @@ class Candidate(NamedTuple):
     rate: float
     decay_steps: int
     accuracy: float
+    window: float = 0.0
 
 
 def tune(
@@ -89,7 +100,7 @@ def tune(
 def best_of(name: Name, candidates: Sequence[Candidate], num_classes: int) -> Descent:
     """The method with the best of these settings, the first of equal ones."""
     best = max(candidates, key=lambda candidate: candidate.accuracy)
-    return Descent(name, best.rate, best.decay_steps, num_classes)
+    return Descent(name, best.rate, best.decay_steps, num_classes, best.window)
 
 
 def search(
@@ -107,6 +118,8 @@ def search(
 ) -> list[Candidate]:
     """The validation accuracies of `RATES[name]`, each rate constant and with cosine decay.
 
+    Methods that have a window try each of `WINDOWS[name]` with each of these.
+
     All candidates train at once, in one compiled program, from the initial parameters and on the
     batches that `pjax.lab.train.train` uses for the same seed.
 
@@ -118,7 +131,8 @@ def search(
     found: list[Candidate] = []
     while True:
         tried = {candidate.rate for candidate in found}
-        candidates = [(rate, decay) for rate in rates if rate not in tried for decay in (0, steps)]
+        fresh = [rate for rate in rates if rate not in tried]
+        candidates = list(itertools.product(fresh, (0, steps), WINDOWS.get(name, (0.0,))))
         accuracies = _race(
             name,
             model,
@@ -131,7 +145,10 @@ def search(
             on_step,
             should_stop,
         )
-        found += [Candidate(*one, float(a)) for one, a in zip(candidates, accuracies, strict=True)]
+        found += [
+            Candidate(rate, decay, float(accuracy), window)
+            for (rate, decay, window), accuracy in zip(candidates, accuracies, strict=True)
+        ]
         best = max(found, key=lambda candidate: candidate.accuracy).rate
         if extend and not should_stop() and best == min(rates) > _LIMITS[0]:
             rates.append(float(f"{best / 10**0.5:.0e}"))
@@ -149,7 +166,7 @@ def _race(
     name: Name,
     model: nn.Module,
     dataset: Dataset,
-    candidates: Sequence[tuple[float, int]],
+    candidates: Sequence[tuple[float, int, float]],
     steps: int,
     batch_size: int,
     seed: int,
@@ -157,9 +174,8 @@ def _race(
     on_step: Callable[[int], None],
     should_stop: Callable[[], bool],
 ) -> np.ndarray:
-    """The best validation accuracy of each candidate (rate, decay steps) along its run."""
-    rates = jnp.array([rate for rate, _ in candidates])
-    decays = jnp.array([decay for _, decay in candidates])
+    """The best validation accuracy of each candidate (rate, decay, window) along its run."""
+    settings = tuple(jnp.array(column) for column in zip(*candidates, strict=True))
     params = model.init(jax.random.key(seed))
     train_x, train_y = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
     first = slice(batch_size)
@@ -168,15 +184,15 @@ def _race(
         lambda leaf: jnp.broadcast_to(leaf, (len(candidates), *leaf.shape)), (params, state)
     )
 
-    def run(params: Params, state: Any, rate: Array, decay: Array, rows: Array) -> Any:
+    def run(params: Params, state: Any, setting: tuple[Array, ...], rows: Array) -> Any:
         def body(carry: tuple[Params, Any], chosen: Array) -> tuple[tuple[Params, Any], None]:
             x, y = train_x[chosen], train_y[chosen]
-            params, state, _ = _update(name, model, dataset.num_classes, *carry, x, y, rate, decay)
+            params, state, _ = _update(name, model, dataset.num_classes, *carry, x, y, setting)
             return (params, state), None
 
         return jax.lax.scan(body, (params, state), rows)[0]
 
-    advance = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, 0, None)))
+    advance = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None)))
     measure = Accuracy(model)
     order = batch_rows(len(dataset.train), batch_size, seed)
     best = np.zeros(len(candidates))
@@ -184,7 +200,7 @@ def _race(
     while done < steps and not (done and should_stop()):
         size = min(measure_every, steps - done)
         rows = jnp.asarray(np.stack(list(itertools.islice(order, size))))
-        params, state = jax.block_until_ready(advance(params, state, rates, decays, rows))
+        params, state = jax.block_until_ready(advance(params, state, settings, rows))
         done += size
         best = np.maximum(best, measure.each(params, dataset.validation))
         on_step(done)
@@ -209,13 +225,15 @@ def _update(
     state: Any,
     x: Array,
     y: Array,
-    rate: Any,
-    decay_steps: Any,
+    setting: tuple[Any, ...],
 ) -> tuple[Params, Any, Array]:
     count, direction_state, carried = state
+    # They may be traced: tuning runs all of them side by side.
+    rate, decay_steps, window = setting
+    options = {"window": window} if name in WINDOWS else {}
 
     def loss(params: Params) -> Array:
-        logits = model.apply(params, x)
+        logits = model.apply(params, x, **options)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
     if name == "displacement-adam":
@@ -224,7 +242,6 @@ def _update(
     else:
         value, found = jax.value_and_grad(loss)(params)
     direction, direction_state = _DIRECTIONS[name]().update(found, direction_state)
-    # `decay_steps` may be traced: tuning runs constant and decaying rates side by side.
     rate = rate * cosine(count, decay_steps)
     updates = jax.tree.map(lambda leaf: -rate * leaf, direction)
     new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]

@@ -20,7 +20,15 @@ from rich.table import Table
 
 import pjax
 from pjax.graph import Splitting
-from pjax.lab import baselines, commands, data_cli, plots, problem_plots, terminal
+from pjax.lab import (
+    baselines,
+    commands,
+    data_cli,
+    experiment_cli,
+    plots,
+    problem_plots,
+    terminal,
+)
 from pjax.lab.config import OPTIMIZERS
 from pjax.lab.data import DataError, Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError
@@ -100,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[commands.Predict, tyro.conf.subcommand("predict")]
             | Annotated[commands.Report, tyro.conf.subcommand("report")]
+            | Annotated[experiment_cli.Command, tyro.conf.subcommand("experiment")]
             | Annotated[data_cli.Data, tyro.conf.subcommand("data")],  # pyright: ignore[reportArgumentType]
             prog="pjax",
             description="Train networks by projecting onto constraints.",
@@ -121,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.predict(command, console)
             case commands.Report():
                 return commands.write_report(command, console)
+            case experiment_cli.Command():
+                return experiment_cli.run(command, console)
             case data_cli.Data():
                 return data_cli.run(command, console)
             case _:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pjax.lab import comparison, config, recording, report, runs, terminal
 from pjax.lab.config import CompareConfig, Task, TrainConfig
-from pjax.lab.data import Dataset
+from pjax.lab.data import Dataset, standardise
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.files import write_text
 from pjax.lab.train import Record, Training
@@ -68,7 +68,7 @@ class Predict:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     input: Path
-    """Rows of features, scaled as in training: .npy, or .csv without a header."""
+    """Rows of features, scaled as the data set scales them: .npy, or .csv without a header."""
     output: Path | None = None
     """CSV file for the predictions (default: standard output)."""
     seed: int | None = None
@@ -236,16 +236,20 @@ def predict(options: Predict, console: Console) -> int:
     """Writes row, class and probability for each row of the input."""
     run = runs.trained(options.run, _warn)
     params = run.of_seed(options.seed)
+    if run.settings.dataset in config.TEXTS:
+        raise UsageError(f"pjax predict reads rows of features; {options.run} is of a text.")
     x = read_rows(options.input, run.features)
     forward = jax.jit(lambda params, x: jax.nn.softmax(run.model.apply(params, x), axis=-1))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "class", "probability"])
     for start in range(0, len(x), _CHUNK):
-        part = np.asarray(x[start : start + _CHUNK], np.float32)
+        part = np.array(x[start : start + _CHUNK], np.float32)
         if not np.isfinite(part).all():
             row = start + int(np.argmin(np.isfinite(part).all(axis=1))) + 1
             raise RunError(f"{options.input}: row {row} holds a value that is not finite.")
+        if run.moments is not None:
+            standardise(part.reshape(-1, len(run.moments[0])), *run.moments)
         chances = np.asarray(forward(params, part))
         for number, row in enumerate(chances, start + 1):
             best = int(np.argmax(row))
@@ -325,6 +329,8 @@ def _warn(text: str) -> None:
 def _title(settings: Task, dataset: Dataset) -> str:
     if settings.model == "cnn":
         shape = f"CNN {'-'.join(map(str, settings.channels))}"
+    elif settings.model == "rnn":
+        shape = f"RNN {'-'.join(map(str, settings.hidden))}" + (" with skips" * settings.skip)
     else:
         widths = [dataset.num_features, *settings.hidden, dataset.num_classes]
         shape = "-".join(map(str, widths)) + (" with skips" if settings.skip else "")
@@ -360,7 +366,8 @@ def _status(records: Sequence[Record]) -> str:
 
 def _accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = terminal.table()
-    for heading in ("seed", "best step", "validation", "test"):
+    auc = any(row["test_auc"] is not None for row in rows)
+    for heading in ("seed", "best step", "validation", "test", *(["test AUC"] if auc else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -368,6 +375,7 @@ def _accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["best_step"]),
             f"{row['validation_accuracy']:.2%}",
             f"{row['test_accuracy']:.2%}",
+            *([f"{row['test_auc']:.4f}"] if auc else []),
         )
     if len(rows) > 1:
         table.add_section()
@@ -375,5 +383,9 @@ def _accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
             runs.mean_and_error([row[name] for row in rows])
             for name in ("validation_accuracy", "test_accuracy")
         ]
-        table.add_row("mean", "", *(f"{100 * mean:.2f} ± {100 * se:.2f} %" for mean, se in both))
+        means = [comparison.percent(*one) for one in both]
+        if auc:
+            found = runs.mean_and_error([row["test_auc"] for row in rows])
+            means.append(comparison.fraction(*found))
+        table.add_row("mean", "", *means)
     return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Cell:
     **Attributes:**
 
     - `together`: how many seeds trained side by side; `seconds` in the records are of all of them.
+    - `test_auc`: where there are two classes.
     """
 
     method: str
@@ -52,6 +54,7 @@ class Cell:
     compile_seconds: float
     state_bytes: int | None
     records: tuple[Record, ...]
+    test_auc: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Line:
     cells: tuple[Cell, ...]
 
     def mean(self, name: str) -> tuple[float, float]:
-        return runs.mean_and_error([getattr(cell, name) for cell in self.cells])
+        """The mean over the seeds and its standard error; NaN where a cell has no such number."""
+        values = [getattr(cell, name) for cell in self.cells]
+        return runs.mean_and_error([] if None in values else values)
 
     @property
     def seconds(self) -> float:
@@ -121,22 +126,21 @@ def train_missing(
     **Returns:** whether all cells are there.
     """
     for name in settings.methods:
-        rate, schedule = None, settings.schedule
+        rate, window, schedule = None, None, settings.schedule
         if name in baselines.RATES:
             chosen = _choose(folder, settings, dataset, model, name, on_step, should_stop, say)
             if chosen is None:
                 return False
             rate, schedule = chosen.rate, "cosine" if chosen.decay_steps else "constant"
+            window = chosen.window if name in baselines.WINDOWS else None
         missing = [
             seed for seed in settings.seeds if _read(_cell_path(folder, name, seed), say) is None
         ]
         if not missing:
             continue
-        fields = {
-            field.name: getattr(settings, field.name) for field in dataclasses.fields(config.Task)
-        }
-        fields.update(seeds=tuple(missing), schedule=schedule)
-        one = TrainConfig(**fields, method=name, rate=rate)
+        one = config.single(
+            settings, name, seeds=tuple(missing), schedule=schedule, rate=rate, window=window
+        )
         if not _train(folder, one, dataset, model, on_step, should_stop):
             return False
     return True
@@ -155,25 +159,30 @@ def summarise(folder: Path, settings: CompareConfig) -> list[Line]:
 
 def write(folder: Path, settings: CompareConfig, lines: Sequence[Line], title: str) -> None:
     """Writes `results.json`, `accuracy.png` and `residual.png`."""
-    results = []
-    for line in lines:
-        entry: dict[str, Any] = {"method": line.method, "description": line.description}
-        for name in ("test_accuracy", "validation_accuracy"):
-            mean, error = line.mean(name)
-            entry[name] = mean
-            entry[f"{name}_error"] = error if math.isfinite(error) else None
-        entry["seconds_per_seed"] = line.seconds
-        entry["seeds"] = [_plain(cell) for cell in line.cells]
-        results.append(entry)
     content = {
         "environment": runs.environment(),
         "config": config.to_table(settings),
-        "methods": results,
+        "methods": plain_lines(lines),
     }
     write_json(folder / RESULTS, content)
     curves = [curve(line) for line in lines]
     plots.plot_curves(curves, folder / "accuracy.png", title)
     plots.plot_residual_curves(curves, folder / "residual.png", title)
+
+
+def plain_lines(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The lines as JSON has them."""
+    results = []
+    for line in lines:
+        entry: dict[str, Any] = {"method": line.method, "description": line.description}
+        for name in ("test_accuracy", "validation_accuracy", "test_auc"):
+            mean, error = line.mean(name)
+            entry[name] = mean if math.isfinite(mean) else None
+            entry[f"{name}_error"] = error if math.isfinite(error) else None
+        entry["seconds_per_seed"] = line.seconds
+        entry["seeds"] = [_plain(cell) for cell in line.cells]
+        results.append(entry)
+    return results
 
 
 def table(lines: Sequence[Line]) -> Table:
@@ -184,7 +193,15 @@ def table(lines: Sequence[Line]) -> Table:
     )
     for heading in ("method", "settings"):
         shown.add_column(heading, no_wrap=True)
-    for heading in ("seeds", "validation", "test", "train", "state"):
+    auc = any(cell.test_auc is not None for line in lines for cell in line.cells)
+    for heading in (
+        "seeds",
+        "validation",
+        "test",
+        *(["test AUC"] if auc else []),
+        "train",
+        "state",
+    ):
         shown.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         sizes = [cell.state_bytes for cell in line.cells if cell.state_bytes is not None]
@@ -194,10 +211,17 @@ def table(lines: Sequence[Line]) -> Table:
             str(len(line.cells)),
             percent(*line.mean("validation_accuracy")),
             percent(*line.mean("test_accuracy")),
+            *([fraction(*line.mean("test_auc"))] if auc else []),
             f"{line.seconds:.2f} s",
             terminal.in_bytes(max(sizes)) if sizes else "unknown",
         )
     return shown
+
+
+def fraction(mean: float, error: float) -> str:
+    """A mean and its standard error, as an AUC is shown."""
+    text = "" if math.isnan(mean) else f"{mean:.4f}"
+    return text if math.isnan(error) else f"{text} ± {error:.4f}"
 
 
 def percent(mean: float, error: float) -> str:
@@ -222,8 +246,8 @@ def _choose(
     if path.exists():
         try:
             found = [
-                baselines.Candidate(float(rate), int(decay), float(accuracy))
-                for rate, decay, accuracy in read_json(path)["candidates"]
+                baselines.Candidate(float(rate), int(decay), float(accuracy), *map(float, window))
+                for rate, decay, accuracy, *window in read_json(path)["candidates"]
             ]
         except (KeyError, TypeError, ValueError) as error:
             _report_damage(path, error, say)
@@ -242,7 +266,8 @@ def _choose(
         )
         if should_stop():
             return None
-        write_json(path, {"method": name, "candidates": [list(one) for one in found]})
+        fields = 4 if name in baselines.WINDOWS else 3
+        write_json(path, {"method": name, "candidates": [list(one[:fields]) for one in found]})
     return baselines.best_of(name, found, dataset.num_classes)
 
 
@@ -262,7 +287,9 @@ def _train(
         on_step(settings.method, training.step, settings.steps)
         if should_stop() and not training.finished:
             return False
-    for one, accuracy in zip(training.standings, training.test(), strict=True):
+    for one, accuracy, auc in zip(
+        training.standings, training.test(), training.test_auc(), strict=True
+    ):
         own = tuple(record for record in records if record.seed == one.seed)
         cell = Cell(
             method=settings.method,
@@ -278,6 +305,7 @@ def _train(
             compile_seconds=training.compile_seconds,
             state_bytes=training.state_bytes,
             records=own,
+            test_auc=auc,
         )
         write_json(_cell_path(folder, settings.method, one.seed), _plain(cell))
     return True
@@ -305,6 +333,8 @@ def _read(path: Path, say: runs.Say = lambda message: None) -> Cell | None:
         for name in ("validation_accuracy", "test_accuracy", "seconds"):
             if type(getattr(cell, name)) is not float:
                 raise ValueError
+        if type(cell.test_auc) not in (float, types.NoneType):
+            raise ValueError
         if type(cell.together) is not int or cell.together < 1:
             raise ValueError
         return cell

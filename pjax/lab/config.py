@@ -17,13 +17,18 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 
 from pjax import nn, optim
-from pjax.lab.baselines import Descent
-from pjax.lab.data import Dataset, DatasetName, load
+from pjax.lab.baselines import WINDOWS, Descent
+from pjax.lab.data import Dataset, DatasetName, load, load_text
 from pjax.lab.errors import RunError, UsageError, shown
-from pjax.lab.models import CNN, MLP, ActivationName
+from pjax.lab.models import CNN, MLP, QUANTIZED, RNN, ActivationName
 from pjax.lab.train import Method, Projection, Training
 
-MethodName = Literal["ap", "cp", "dr", "cdr", "dm", "ar", "displacement-adam", "adam", "sgd"]
+MethodName = Literal[
+    "ap", "cp", "dr", "cdr", "dm", "ar", "displacement-adam", "adam", "sgd", "straight-through"
+]
+TaskName = Literal[DatasetName, "tinyshakespeare"]
+#: Those that are texts, and the characters in a row of one.
+TEXTS, WINDOW = ("tinyshakespeare",), 32
 
 OPTIMIZERS = {
     "ap": optim.AlternatingProjections,
@@ -34,7 +39,7 @@ OPTIMIZERS = {
     "ar": optim.AlternatingReflections,
 }
 #: The learning rate where none is given.
-DEFAULT_RATES = {"adam": 3e-3, "sgd": 0.1, "displacement-adam": 3e-3}
+DEFAULT_RATES = {"adam": 3e-3, "sgd": 0.1, "displacement-adam": 3e-3, "straight-through": 3e-3}
 #: Counts beyond this are mistakes.
 _LARGEST = 10**9
 _LARGEST_FILE = 100_000
@@ -44,22 +49,26 @@ _LARGEST_FILE = 100_000
 class Task:
     """A data set, a network, and how long to train; what `pjax train` and `pjax compare` share."""
 
-    dataset: DatasetName = "digits"
+    dataset: TaskName = "digits"
     """digits comes with scikit-learn; the others are read from files."""
     data_dir: Path | None = None
     """Folder with the files (default: $PJAX_DATA_DIR, then the cache; see pjax data list)."""
     split_seed: int = 0
     """Seed of the split into training, validation and test rows."""
-    model: Literal["mlp", "cnn"] = "mlp"
-    """A multilayer perceptron, or strided 3x3 convolutions for images."""
+    standardise: bool = False
+    """Give each channel of the training images mean 0 and deviation 1, and the others the same."""
+    model: Literal["mlp", "cnn", "rnn"] = "mlp"
+    """A multilayer perceptron, strided 3x3 convolutions for images, a recurrent net for texts."""
     hidden: tuple[int, ...] = (128,)
-    """Width of each hidden layer of the perceptron."""
+    """Width of each hidden layer of the perceptron, or of the recurrent net's cell."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of each convolution."""
     skip: bool = False
-    """Let the perceptron's last layer read the outputs of all hidden layers."""
+    """Let the perceptron's last layer read all hidden layers, or add the recurrent net's states."""
     activation: ActivationName = "relu"
     """What follows each hidden layer."""
+    weight_levels: int = 0
+    """Let the perceptron's layers read weights of so many levels (0: real numbers)."""
     splitting: Literal["layer", "neuron"] = "layer"
     """How finely projection methods cut the network into constraints."""
     projection_steps: int | None = None
@@ -87,6 +96,7 @@ class Task:
             ("split_seed", 0),
             ("seeds_at_once", 0),
             ("patience", 0),
+            ("weight_levels", 0),
             ("projection_steps", 1),
             ("measure_every", 1),
         ):
@@ -96,6 +106,16 @@ class Task:
         for name in ("hidden", "channels"):
             if not all(1 <= width <= _LARGEST for width in getattr(self, name)):
                 return name, f"takes positive widths, got {shown(getattr(self, name))}."
+        is_text = self.dataset in TEXTS
+        if is_text != (self.model == "rnn"):
+            wanted = "rnn for the text" if is_text else "mlp or cnn for"
+            return "model", f"must be {wanted} {self.dataset}, got {self.model}."
+        if is_text and not self.hidden:
+            return "hidden", "needs at least one width for a recurrent net."
+        if is_text and self.standardise:
+            return "standardise", f"has no meaning for the text {self.dataset}."
+        if self.weight_levels == 1 or (self.weight_levels and self.model != "mlp"):
+            return "weight_levels", "must be 0, or at least 2 and with model mlp."
         if not self.seeds:
             return "seeds", "needs at least one seed."
         if len(set(self.seeds)) < len(self.seeds):
@@ -105,8 +125,18 @@ class Task:
         return None
 
     @property
+    def quantizes(self) -> bool:
+        """Whether activations or weights have no useful derivative."""
+        return self.activation in QUANTIZED or self.weight_levels > 0
+
+    @property
     def measured_every(self) -> int:
         return self.measure_every or max(1, self.steps // 20)
+
+
+_NEEDS_QUANTIZERS = (
+    f"needs the activation {' or '.join(QUANTIZED)}, or weight_levels: others have a gradient."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +146,9 @@ class TrainConfig(Task):
     method: MethodName = "cp"
     """Pure projection (ap, cp, dr, cdr, dm, ar), Adam on displacements, or a gradient method."""
     rate: float | None = None
-    """Learning rate of displacement-adam, adam and sgd (default: 0.003, and 0.1 for sgd)."""
+    """Learning rate of methods that have one (default: 0.003, and 0.1 for sgd)."""
+    window: float | None = None
+    """Half of the width over which straight-through lets gradients pass (default: 1)."""
     checkpoint_every: int | None = None
     """Batches between checkpoints (default: as measurements)."""
     keep: int = 3
@@ -129,6 +161,12 @@ class TrainConfig(Task):
             return "rate", f"must be positive, got {shown(self.rate)}."
         if self.rate is not None and self.method in OPTIMIZERS:
             return "rate", f"has no meaning for {self.method}, which has no learning rate."
+        if self.window is not None and not (math.isfinite(self.window) and self.window > 0):
+            return "window", f"must be positive, got {shown(self.window)}."
+        if self.window is not None and self.method not in WINDOWS:
+            return "window", f"has no meaning for {self.method}."
+        if self.method in WINDOWS and not self.quantizes:
+            return "method", f"{self.method} {_NEEDS_QUANTIZERS}"
         for name in ("checkpoint_every", "keep"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:
@@ -156,11 +194,19 @@ class CompareConfig(Task):
             return "methods", "needs at least one method."
         if len(set(self.methods)) < len(self.methods):
             return "methods", f"holds a method twice, got {shown(self.methods)}."
+        if not self.quantizes and any(method in WINDOWS for method in self.methods):
+            return "methods", f"straight-through {_NEEDS_QUANTIZERS}"
         if not 0 <= self.tuning_seed < 2**32 or self.tuning_seed in self.seeds:
             return "tuning_seed", (
                 f"must be from 0 to 2³² − 1 and none of the seeds, got {shown(self.tuning_seed)}."
             )
         return super().problem()
+
+
+def single(settings: CompareConfig, method: MethodName, **changes: Any) -> TrainConfig:
+    """The training of one method of a comparison, with these settings changed."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Task)}
+    return TrainConfig(**(fields | changes), method=method)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Task)
@@ -188,9 +234,12 @@ def load_data(config: Task) -> Dataset:
 
     **Raises:** `DataError`, `UsageError`.
     """
-    dataset = load(config.dataset, config.data_dir, config.split_seed)
+    if config.dataset in TEXTS:
+        dataset = load_text(config.dataset, config.data_dir).dataset(WINDOW)
+    else:
+        dataset = load(config.dataset, config.data_dir, config.split_seed)
     check_data(config, dataset)
-    return dataset
+    return dataset.standardised() if config.standardise else dataset
 
 
 @typing.runtime_checkable
@@ -219,6 +268,8 @@ def make_model(config: Task, dataset: Rows) -> nn.Module:
     if config.model == "cnn":
         shape = image_shape(dataset)
         model = CNN(shape, dataset.num_classes, config.channels, config.activation)
+    elif config.model == "rnn":
+        model = RNN(dataset.num_classes, config.hidden, config.skip, config.activation)
     else:
         model = MLP(
             dataset.num_features,
@@ -226,6 +277,7 @@ def make_model(config: Task, dataset: Rows) -> nn.Module:
             config.hidden,
             config.skip,
             config.activation,
+            config.weight_levels,
         )
     declared = model._declared().values()
     size = 4 * len(config.seeds) * sum(math.prod(one.shape) for one in declared)
@@ -270,7 +322,7 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
         )
     rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
     name: Any = config.method
-    return Descent(name, rate, decay_steps, num_classes)
+    return Descent(name, rate, decay_steps, num_classes, config.window or 1.0)
 
 
 def make_training(
@@ -306,6 +358,14 @@ def read(path: Path, kind: type[AnyConfig], complete: bool = False) -> AnyConfig
 
     **Raises:** `RunError`, with a message of one line that names the file and the setting.
     """
+    return from_table(path, read_toml(path), kind, complete)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file that holds settings.
+
+    **Raises:** `RunError`, with a message of one line that names the file.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(_LARGEST_FILE + 1)
@@ -323,11 +383,11 @@ def read(path: Path, kind: type[AnyConfig], complete: bool = False) -> AnyConfig
         raise RunError(f"{path}: not valid TOML ({shown(str(error), 200)[1:-1]}).") from error
     if not table:
         raise RunError(f"{path}: holds no settings.")
-    return from_table(path, table, kind, complete)
+    return table
 
 
 def from_table(
-    path: Path, table: Mapping[str, Any], kind: type[AnyConfig], complete: bool = False
+    path: Path | str, table: Mapping[str, Any], kind: type[AnyConfig], complete: bool = False
 ) -> AnyConfig:
     """The configuration in a table that was read from `path`; see `read`."""
     hints = _hints(kind)

@@ -25,6 +25,7 @@ COLOURS = {
     "displacement-adam": "#CC79A7",
     "adam": "#D55E00",
     "sgd": "#E69F00",
+    "straight-through": "#882255",
 }
 _MARKERS = {
     "ap": "o",
@@ -36,6 +37,7 @@ _MARKERS = {
     "displacement-adam": "*",
     "adam": "D",
     "sgd": "v",
+    "straight-through": "p",
 }
 #: Where several lines are of one method: these colours and markers, those that are dark first.
 CYCLE = tuple(

@@ -116,7 +116,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(split.y).tobytes())
         for part in (split.x[:1000], split.x[-1000:]):
             digest.update(np.ascontiguousarray(part).tobytes())
-    return {
+    described: dict[str, Any] = {
         "name": dataset.name,
         "features": dataset.num_features,
         "classes": dataset.num_classes,
@@ -128,6 +128,9 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         },
         "sha256": digest.hexdigest(),
     }
+    if dataset.moments is not None:
+        described["moments"] = [values.tolist() for values in dataset.moments]
+    return described
 
 
 def check_same_data(folder: Path, dataset: Dataset) -> None:
@@ -264,6 +267,7 @@ def finished_result(folder: Path) -> Result:
                 "test_accuracy": float(row["test_accuracy"]),
                 "steps": int(row["steps"]),
                 "stopped": str(row["stopped"]),
+                "test_auc": None if row.get("test_auc") is None else float(row["test_auc"]),
             }
             for row in content["seeds"]
         ]
@@ -284,6 +288,7 @@ class Trained:
 
     - `params`: stacked along a first axis, one entry for each seed.
     - `validation_accuracy`, `best_step`: of each seed.
+    - `moments`: mean and deviation of each channel, if the data were standardised.
     """
 
     settings: TrainConfig
@@ -294,6 +299,7 @@ class Trained:
     params: Params
     validation_accuracy: list[float]
     best_step: list[int]
+    moments: tuple[np.ndarray, np.ndarray] | None = None
 
     def of_seed(self, seed: int | None = None) -> Params:
         """The parameters of a seed; by default the one with the best validation accuracy."""
@@ -322,6 +328,12 @@ def trained(folder: Path, say: Say = lambda message: None) -> Trained:
         standings = found.numbers["training"]["standings"]
         accuracies = [float(one["best_accuracy"]) for one in standings]
         steps = [int(one["best_step"]) for one in standings]
+        moments = None
+        if settings.standardise:
+            mean, deviation = (np.array(values, np.float64) for values in data["moments"])
+            if not mean.shape == deviation.shape == (stand_in.shape[-1],):
+                raise ValueError
+            moments = mean, deviation
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder / DATA}: damaged, not the description of a data set.") from error
     model = config.make_model(settings, stand_in)
@@ -336,20 +348,24 @@ def trained(folder: Path, say: Say = lambda message: None) -> Trained:
                 f"{(len(settings.seeds), *leaf.shape)} expected."
             )
         params[name] = jax.numpy.asarray(array)
-    return Trained(settings, model, features, classes, found.step, params, accuracies, steps)
+    return Trained(
+        settings, model, features, classes, found.step, params, accuracies, steps, moments
+    )
 
 
 def evaluate(run: Trained, dataset: Dataset) -> list[dict[str, Any]]:
-    """Validation and test accuracy of each seed's best parameters."""
+    """Validation and test accuracy of each seed's best parameters; of two classes test AUC too."""
     measure = Accuracy(run.model)
     validation = measure.each(run.params, dataset.validation)
     test = measure.each(run.params, dataset.test)
+    auc = measure.auc(run.params, dataset.test) if dataset.num_classes == 2 else None
     return [
         {
             "seed": seed,
             "best_step": run.best_step[number],
             "validation_accuracy": float(validation[number]),
             "test_accuracy": float(test[number]),
+            "test_auc": None if auc is None else float(auc[number]),
         }
         for number, seed in enumerate(run.settings.seeds)
     ]
@@ -394,8 +410,11 @@ def _finish(folder: Path, settings: TrainConfig, training: Training) -> None:
             "test_accuracy": accuracy,
             "steps": one.steps,
             "stopped": one.stopped,
+            "test_auc": auc,
         }
-        for one, accuracy in zip(training.standings, training.test(), strict=True)
+        for one, accuracy, auc in zip(
+            training.standings, training.test(), training.test_auc(), strict=True
+        )
     ]
     write_json(
         folder / RESULT,

@@ -56,7 +56,7 @@ class Method(Protocol):
         model: nn.Module,
         params: Params,
         x: Float[Array, "batch features"],
-        y: Int[Array, " batch"],
+        y: Int[Array, "batch *positions"],
     ) -> Any:
         """What the method carries from batch to batch, a pytree of arrays (`()` for nothing).
 
@@ -70,7 +70,7 @@ class Method(Protocol):
         params: Params,
         state: Any,
         x: Float[Array, "batch features"],
-        y: Int[Array, " batch"],
+        y: Int[Array, "batch *positions"],
     ) -> tuple[Params, Any, Outcome]:
         """New parameters, new state and what the step tells."""
         ...
@@ -357,6 +357,12 @@ class Training:
         """Test accuracy of each seed's best parameters."""
         return [float(one) for one in self._measure.each(self.best, self.dataset.test)]
 
+    def test_auc(self) -> list[float | None]:
+        """Test AUC of each seed's best parameters; None where there are not two classes."""
+        if self.dataset.num_classes != 2:
+            return [None] * len(self.seeds)
+        return [float(one) for one in self._measure.auc(self.best, self.dataset.test)]
+
     def best_of(self, number: int) -> Params:
         """The best parameters of the seed with this position."""
         return {name: jnp.asarray(np.asarray(value)[number]) for name, value in self.best.items()}
@@ -395,7 +401,9 @@ class Training:
         count, features = len(self.seeds), self.dataset.num_features
         batch = (
             jax.ShapeDtypeStruct((count, self.batch_size, features), jnp.float32),
-            jax.ShapeDtypeStruct((count, self.batch_size), jnp.int32),
+            jax.ShapeDtypeStruct(
+                (count, self.batch_size, *self.dataset.train.y.shape[1:]), jnp.int32
+            ),
         )
         chosen = min(at_once, count) or count
         while True:
@@ -461,7 +469,10 @@ def train(
 
 
 class Accuracy:
-    """The fraction of rows whose largest output is the true class, in chunks of a few thousand."""
+    """The fraction of classes that have the largest output, over rows (and positions of texts).
+
+    Rows are taken in chunks of a few thousand.
+    """
 
     def __init__(self, model: nn.Module, chunk: int = 5000) -> None:
         self._chunk = chunk
@@ -470,6 +481,7 @@ class Accuracy:
             return jnp.sum(jnp.argmax(model.apply(params, x), axis=-1) == y)
 
         self._correct = jax.jit(jax.vmap(correct, in_axes=(0, None, None)))
+        self._outputs = jax.jit(jax.vmap(model.apply, in_axes=(0, None)))
 
     def __call__(self, params: Params, split: Split) -> float:
         """The accuracy of these parameters."""
@@ -482,7 +494,29 @@ class Accuracy:
         for start in range(0, len(split), self._chunk):
             part = slice(start, start + self._chunk)
             correct = correct + np.asarray(self._correct(params, split.x[part], split.y[part]))
-        return correct / len(split)
+        return correct / split.y.size
+
+    def auc(self, params: Params, split: Split) -> Float[np.ndarray, " seeds"]:
+        """The area under the receiver operating characteristic, of two classes.
+
+        The score of a row is the difference of its outputs; 0.5 where one is not finite or the rows
+        have one class only.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        chunks = [
+            np.asarray(self._outputs(params, split.x[start : start + self._chunk]))
+            for start in range(0, len(split), self._chunk)
+        ]
+        outputs = np.concatenate(chunks, axis=1)
+        scores = outputs[..., 1] - outputs[..., 0]
+        known = len(np.unique(split.y)) == 2
+        return np.array(
+            [
+                roc_auc_score(split.y, one) if known and np.isfinite(one).all() else 0.5
+                for one in scores
+            ]
+        )
 
 
 def _over_seeds(method: Method, model: nn.Module, count: int, at_once: int) -> Callable[..., Any]:

@@ -20,7 +20,16 @@ from pjax.lab.data.files import (
     folder_name,
 )
 from pjax.lab.data.formats import read_idx
-from pjax.lab.data.sets import NAMES, Dataset, DatasetName, Split, Text, load, load_text
+from pjax.lab.data.sets import (
+    NAMES,
+    Dataset,
+    DatasetName,
+    Split,
+    Text,
+    load,
+    load_text,
+    standardise,
+)
 
 __all__ = [
     "CACHE_DIR_VARIABLE",
@@ -40,4 +49,5 @@ __all__ = [
     "load",
     "load_text",
     "read_idx",
+    "standardise",
 ]

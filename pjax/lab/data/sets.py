@@ -23,10 +23,10 @@ DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "higgs", "h
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows and their class numbers."""
+    """Rows and their class numbers; of a text, the class of each position of a row."""
 
     x: Float32[np.ndarray, "rows features"]
-    y: Int32[np.ndarray, " rows"]
+    y: Int32[np.ndarray, "rows *positions"]
 
     def __len__(self) -> int:
         return len(self.y)
@@ -36,6 +36,8 @@ class Split:
 class Dataset:
     """A classification task; pixels are scaled to [0, 1], other features standardised.
 
+    Rows of a text are the numbers of its characters.
+
     **Arguments:**
 
     - `name`: of the data set, `"higgs-sample"` where a sample stands in for `"higgs"`.
@@ -44,6 +46,7 @@ class Dataset:
     - `shape`: that the features of a row have: `(height, width, channels)` for images; by default
       `(features,)`.
     - `files`: what was read.
+    - `moments`: what `standardised` subtracted and divided by, for each channel.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Dataset:
     num_classes: int
     shape: tuple[int, ...] = ()
     files: tuple[Path, ...] = ()
+    moments: tuple[np.ndarray, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -72,12 +76,15 @@ class Dataset:
 
         def split(part: Split) -> Split:
             x = part.x.copy()
-            _standardise(x.reshape(-1, channels), mean, deviation)
+            standardise(x.reshape(-1, channels), mean, deviation)
             return Split(x, part.y)
 
         parts = (split(part) for part in (self.train, self.validation, self.test))
         train, validation, test = parts
-        return dataclasses.replace(self, train=train, validation=validation, test=test)
+        moments = mean, deviation
+        return dataclasses.replace(
+            self, train=train, validation=validation, test=test, moments=moments
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +136,16 @@ class Text:
                 f"from {len(tokens)} {part} tokens."
             )
         return np.lib.stride_tricks.sliding_window_view(tokens, length)[::stride]
+
+    def dataset(self, length: int) -> Dataset:
+        """Windows side by side: a row has `length` tokens, its classes are those that follow."""
+
+        def split(part: Literal["train", "validation", "test"]) -> Split:
+            windows = self.windows(part, length + 1, length)
+            return Split(windows[:, :-1].astype(np.float32), windows[:, 1:].copy())
+
+        parts = split("train"), split("validation"), split("test")
+        return Dataset(self.name, *parts, num_classes=len(self.vocabulary), files=self.files)
 
 
 def load(
@@ -370,7 +387,7 @@ def _higgs(found: Found, seed: int) -> Dataset:
         )
     mean, deviation = _moments(train.x)
     for split in (train, validation, test):
-        _standardise(split.x, mean, deviation)
+        standardise(split.x, mean, deviation)
     name = "higgs" if official else "higgs-sample"
     return Dataset(name, train, validation, test, num_classes=2, files=found.paths)
 
@@ -405,8 +422,8 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(variance)
 
 
-def _standardise(x: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
-    """In place; computed in float64."""
+def standardise(x: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+    """`x ← (x − mean) / deviation` in place, computed in float64; constant columns become 0."""
     scale = np.where(deviation > 0, deviation, 1)
     for at in range(0, len(x), _CHUNK):
         x[at : at + _CHUNK] = (x[at : at + _CHUNK] - mean) / scale
