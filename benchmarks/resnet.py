@@ -1,0 +1,256 @@
+"""Residual networks for images: how large their problems are, what a step compiles to, and the loss
+of first batches beside Adam's.
+
+    python -m benchmarks.resnet sizes [--networks resnet18 resnet50] [--batch-size 128]
+    python -m benchmarks.resnet compile [--networks resnet18] [--batch-size 128]
+    python -m benchmarks.resnet train --data-dir DIR [--width 8] [--batches 200] [--seeds 3]
+
+The networks are Flax NNX modules with a 3x3 stem, with batch norm or without a norm (then the last
+convolution of each block begins at zero). `sizes` traces a training step and counts; `compile`
+compiles one displacement beside backprop's gradient, without running them; `train` trains narrow
+networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned by a seed of their
+own, and prints the mean loss of each quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+import pjax
+from pjax.lab import data
+from pjax.problem import sizes
+from pjax.solvers.base import layout_for
+from pjax.trace import trace
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED = 1000
+#: Blocks in each of the four stages, and whether they are bottlenecks.
+NETWORKS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, beside a skip."""
+
+    def __init__(
+        self, inputs: int, width: int, stride: int, bottleneck: bool, norm: bool, rngs: nnx.Rngs
+    ) -> None:
+        outputs = 4 * width if bottleneck else width
+        shapes = [(inputs, width, 1), (width, width, 3), (width, outputs, 1)]
+        if not bottleneck:
+            shapes = [(inputs, width, 3), (width, width, 3)]
+        # The stride is that of the first 3x3 convolution.
+        strided = next(i for i, (_, _, size) in enumerate(shapes) if size == 3)
+        he, zero = nnx.initializers.he_normal(), nnx.initializers.zeros
+        last = len(shapes) - 1
+        self.convolutions = nnx.List(
+            nnx.Conv(
+                before,
+                after,
+                (size, size),
+                strides=stride if place == strided else 1,
+                use_bias=not norm,
+                kernel_init=zero if place == last and not norm else he,
+                rngs=rngs,
+            )
+            for place, (before, after, size) in enumerate(shapes)
+        )
+        self.norms = nnx.List(nnx.BatchNorm(after, rngs=rngs) for _, after, _ in shapes if norm)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nnx.data(
+            None
+            if same
+            else nnx.Conv(
+                inputs, outputs, (1, 1), strides=stride, use_bias=False, kernel_init=he, rngs=rngs
+            )
+        )
+
+    def __call__(self, x: Array) -> Array:
+        y = x
+        for place, convolution in enumerate(self.convolutions):
+            y = convolution(nnx.relu(y) if place else y)
+            y = self.norms[place](y) if len(self.norms) else y
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class ResNet(nnx.Module):
+    """A residual network for 32x32 images; its first stage has `width` channels."""
+
+    def __init__(
+        self, stages: Sequence[int], bottleneck: bool, width: int, norm: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.stem = nnx.Conv(3, width, (3, 3), use_bias=not norm, rngs=rngs)
+        self.norm = nnx.data(nnx.BatchNorm(width, rngs=rngs) if norm else None)
+        blocks, inputs = [], width
+        for stage, count in enumerate(stages):
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                blocks.append(Block(inputs, width << stage, stride, bottleneck, norm, rngs))
+                inputs = (width << stage) * (4 if bottleneck else 1)
+        self.blocks = nnx.List(blocks)
+        self.head = nnx.Linear(inputs, 10, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.stem(x)
+        x = nnx.relu(x if self.norm is None else self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def make(name: str, width: int, norm: bool, seed: int) -> tuple[Any, Any, Callable[..., Any]]:
+    """The parameters, the other state, and `loss(params, state, x, labels)` with the new state."""
+    definition, params, state = nnx.split(
+        ResNet(*NETWORKS[name], width, norm, nnx.Rngs(seed)), nnx.Param, ...
+    )
+
+    def loss(params: Any, state: Any, x: Array, labels: Array) -> tuple[Array, Any]:
+        model = nnx.merge(definition, params, state, copy=True)
+        rows = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+        return jnp.mean(rows), nnx.split(model, nnx.Param, ...)[2]
+
+    return params, state, loss
+
+
+def batch(size: int) -> tuple[Array, Array]:
+    """Noise of CIFAR-10's shape."""
+    x = jax.random.normal(jax.random.key(0), (size, 32, 32, 3))
+    return x, jnp.arange(size) % 10
+
+
+def show_sizes(options: argparse.Namespace) -> None:
+    print(f"batch {options.batch_size}, width {options.width}; numbers in millions, bytes in GB")
+    columns = ("norm", "params", "nodes", "layer: edges", "bytes", "neuron: edges", "bytes", "s")
+    print(f"{'network':10s}" + "".join(f"{column:>14s}" for column in columns))
+    for name in options.networks:
+        for norm in (True, False):
+            params, state, loss = make(name, options.width, norm, 0)
+            x, labels = batch(options.batch_size)
+            begin = time.perf_counter()
+            program, *_ = trace(lambda p: loss(p, state, x, labels), params, True)  # noqa: B023
+            cells: list[Any] = ["batch" if norm else "none"]
+            cells.append(f"{sum(p.size for p in jax.tree.leaves(params)) / 1e6:.2f}")
+            for splitting in ("layer", "neuron"):
+                metric = pjax.metrics.Spectral() if splitting == "layer" else pjax.metrics.Uniform()
+                found = layout_for(
+                    pjax.solvers.CyclicProjections(1), program, metric, "exact", splitting
+                )
+                size = sizes(found)
+                if splitting == "layer":
+                    cells.append(len(found.graph.nodes))
+                cells += [f"{size.edge_variables / 1e6:.1f}", f"{size.bytes / 1e9:.2f}"]
+            cells.append(f"{time.perf_counter() - begin:.1f}")
+            print(f"{name:10s}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+
+
+def show_compiled(options: argparse.Namespace) -> None:
+    print(f"batch {options.batch_size}, width {options.width}; JAX {jax.__version__}, one cold run")
+    columns = ("norm", "step", "lower s", "compile s", "temp GB")
+    print(f"{'network':10s}" + "".join(f"{column:>14s}" for column in columns))
+    for name in options.networks:
+        for norm in (True, False):
+            params, state, loss = make(name, options.width, norm, 0)
+            for kind, direction in (
+                ("backprop", jax.value_and_grad(loss, has_aux=True)),
+                ("displacement", pjax.value_and_displacement(loss, has_aux=True)),
+            ):
+                begin = time.perf_counter()
+                lowered = jax.jit(direction).lower(params, state, *batch(options.batch_size))
+                middle = time.perf_counter()
+                compiled = lowered.compile()
+                end = time.perf_counter()
+                temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e9
+                print(
+                    f"{name:10s}{'batch' if norm else 'none':>14s}{kind:>14s}"
+                    f"{middle - begin:14.1f}{end - middle:14.1f}{temporaries:14.2f}",
+                    flush=True,
+                )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Losses of the first batches; all rates and seeds of a method share one program."""
+    found = data.load("cifar10", options.data_dir).standardised()
+    images = found.train.x.reshape(-1, *found.shape)
+    for norm in (True, False):
+        losses: dict[str, dict[tuple[float, int], np.ndarray]] = {}
+        for kind in ("adam", "displacement-adam"):
+            step = _step(kind, options, norm)
+            curve = functools.partial(_curve, step, options, norm, images, found.train.y)
+            tuned = {rate: float(np.mean(curve(rate, TUNING_SEED)[-50:])) for rate in RATES}
+            best = min(tuned, key=lambda rate: tuned[rate] if np.isfinite(tuned[rate]) else np.inf)
+            losses[kind] = {(best, seed): curve(best, seed) for seed in range(options.seeds)}
+            quarters = np.array(
+                [[part.mean() for part in np.array_split(c, 4)] for c in losses[kind].values()]
+            )
+            print(
+                f"{'batch norm' if norm else 'no norm':12s}{kind:20s}rate {best:<8g}quarters "
+                + ", ".join(
+                    f"{column.mean():.3f} ± {statistics.stdev(column):.3f}" for column in quarters.T
+                ),
+                flush=True,
+            )
+
+
+def _step(kind: str, options: argparse.Namespace, norm: bool) -> Callable[..., Any]:
+    _, _, loss = make("resnet18", options.width, norm, 0)
+    of = jax.value_and_grad if kind == "adam" else pjax.value_and_displacement
+    direction = of(loss, has_aux=True)
+
+    @jax.jit
+    def step(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
+        params, state, moments = carry
+        (value, state), moved = direction(params, state, x, labels)
+        updates, moments = optax.scale_by_adam().update(moved, moments, params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        return (params, state, moments), value
+
+    return step
+
+
+def _curve(
+    step: Callable[..., Any],
+    options: argparse.Namespace,
+    norm: bool,
+    images: np.ndarray,
+    labels: np.ndarray,
+    rate: float,
+    seed: int,
+) -> np.ndarray:
+    params, state, _ = make("resnet18", options.width, norm, seed)
+    carry = params, state, optax.scale_by_adam().init(params)
+    order = np.random.default_rng(seed).permutation(len(images))
+    values = []
+    for number in range(options.batches):
+        rows = order[number * options.batch_size : (number + 1) * options.batch_size]
+        carry, value = step(carry, rate, images[rows], labels[rows])
+        values.append(float(value))
+    return np.asarray(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Residual networks by projection.")
+    parser.add_argument("command", choices=("sizes", "compile", "train"))
+    parser.add_argument("--networks", nargs="+", default=["resnet18"], choices=list(NETWORKS))
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))
+    options = parser.parse_args()
+    {"sizes": show_sizes, "compile": show_compiled, "train": train}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
