@@ -729,10 +729,14 @@ class Problem:
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""
+        storage = self.layout.storages[slot.index]
+        whole = isinstance(storage, Joined)  # for rules, which have operands as one array
         if state is None or self._rests(slot):
-            return None if accepts_rest else self._filled(slot, None)
-        if isinstance(self.layout.storages[slot.index], Joined):
-            state = self.mean((*(None,) * slot.index, state), slot)
+            if accepts_rest:
+                return None
+            return jnp.zeros(slot.shape, slot.dtype) if whole else self._filled(slot, None)
+        if whole:
+            state = storage.mean(state)
         if isinstance(ratio, float) and ratio == 1:
             return state
         return _divided(state, ratio)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax import solvers
+from pjax import problem, solvers
+from pjax.slots import Joined
 from tests.naive import NaiveProblem
 
 
@@ -292,3 +293,53 @@ def test_labels_that_are_not_numbers_trace():
         jnp.ones((3, 2)),
     )
     assert [node.kind for node in problem.graph.nodes] == ["parameter", "operation", "loss"]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pjax.solvers.CyclicProjections(steps=3),
+        pytest.param(pjax.solvers.CyclicDouglasRachford(steps=3), marks=pytest.mark.slow),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+@pytest.mark.parametrize("splitting", ["layer", pytest.param("neuron", marks=pytest.mark.slow)])
+def test_slots_in_parts_follow_whole_ones(x64, monkeypatch, solver, splitting):
+    """Slots that join producers, before a layer and before a loss: parts change nothing."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [jax.random.normal(key, (3, 3)) for key in keys[:3]]
+    x = jax.random.normal(keys[3], (4, 3))
+
+    def fn(params):
+        first = jax.nn.relu(x @ params[0])
+        second = jax.nn.relu(first @ params[1])
+        both = jnp.concatenate([first, 2 * second], axis=1)
+        rows = jnp.stack([both[:, :3] @ params[2], second])
+        return jnp.mean(pjax.squared_error(rows, jnp.ones_like(rows))) + jnp.mean(
+            pjax.squared_error(both, jnp.zeros_like(both))
+        )
+
+    def solve():
+        made = pjax.feasibility_problem(
+            fn,
+            params,
+            splitting=splitting,
+            grouping=solver.grouping,
+            reflecting=True,  # residuals need the copies
+            metric=pjax.metrics.Uniform(),
+        )
+        state, history = solver.solve(made)
+        means = [made.mean(state, slot) for slot in made.graph.slots]
+        size = made.sizes().bytes, made.sizes().edge_variables
+        return made, (means, history.distances, made.residuals(state), size)
+
+    made, found = solve()
+    assert any(isinstance(storage, Joined) for storage in made.layout.storages)
+    monkeypatch.setattr(problem, "_is_join", lambda slot: False)
+    problem._LAYOUTS.clear()
+    jax.clear_caches()
+    made, expected = solve()
+    assert not any(isinstance(storage, Joined) for storage in made.layout.storages)
+    problem._LAYOUTS.clear()
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-12)
