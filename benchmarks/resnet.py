@@ -171,7 +171,8 @@ def show_compiled(options: argparse.Namespace) -> None:
                 middle = time.perf_counter()
                 compiled = lowered.compile()
                 end = time.perf_counter()
-                temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e9
+                memory: Any = compiled.memory_analysis()
+                temporaries = memory.temp_size_in_bytes / 1e9
                 print(
                     f"{name:10s}{'batch' if norm else 'none':>14s}{kind:>14s}"
                     f"{middle - begin:14.1f}{end - middle:14.1f}{temporaries:14.2f}",
