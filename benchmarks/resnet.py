@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -181,27 +181,30 @@ def show_compiled(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Losses of the first batches; all rates and seeds of a method share one program."""
+    """Losses of the first batches; each curve is kept, so that a killed command goes on."""
     found = data.load("cifar10", options.data_dir).standardised()
     images = found.train.x.reshape(-1, *found.shape)
-    for norm in (True, False):
-        losses: dict[str, dict[tuple[float, int], np.ndarray]] = {}
+    print(
+        f"ResNet-18, width {options.width}, batches of {options.batch_size}: mean training loss of "
+        f"each quarter of {options.batches} batches, {options.seeds} seeds ± standard deviations"
+    )
+    for norm in options.norms:
+        quarters: dict[str, np.ndarray] = {}
         for kind in ("adam", "displacement-adam"):
-            step = _step(kind, options, norm)
-            curve = functools.partial(_curve, step, options, norm, images, found.train.y)
+            step = _step(kind, options, norm == "batch")
+            curve = functools.partial(_curve, step, kind, options, norm, images, found.train.y)
             tuned = {rate: float(np.mean(curve(rate, TUNING_SEED)[-50:])) for rate in RATES}
             best = min(tuned, key=lambda rate: tuned[rate] if np.isfinite(tuned[rate]) else np.inf)
-            losses[kind] = {(best, seed): curve(best, seed) for seed in range(options.seeds)}
-            quarters = np.array(
-                [[part.mean() for part in np.array_split(c, 4)] for c in losses[kind].values()]
-            )
-            print(
-                f"{'batch norm' if norm else 'no norm':12s}{kind:20s}rate {best:<8g}quarters "
-                + ", ".join(
-                    f"{column.mean():.3f} ± {statistics.stdev(column):.3f}" for column in quarters.T
-                ),
-                flush=True,
-            )
+            curves = [curve(best, seed) for seed in range(options.seeds)]
+            quarters[kind] = np.array([[q.mean() for q in np.array_split(c, 4)] for c in curves])
+            _print_quarters(f"{norm:8s}{kind:20s}rate {best:<8g}", quarters[kind])
+        _print_quarters(f"{norm:8s}{'difference, paired':33s}", quarters[kind] - quarters["adam"])
+
+
+def _print_quarters(label: str, rows: np.ndarray) -> None:
+    spread = rows.std(0, ddof=1) if len(rows) > 1 else np.full(rows.shape[1], np.nan)
+    cells = (f"{mean:8.3f} ± {s:.3f}" for mean, s in zip(rows.mean(0), spread, strict=True))
+    print(label + "".join(cells), flush=True)
 
 
 def _step(kind: str, options: argparse.Namespace, norm: bool) -> Callable[..., Any]:
@@ -222,14 +225,19 @@ def _step(kind: str, options: argparse.Namespace, norm: bool) -> Callable[..., A
 
 def _curve(
     step: Callable[..., Any],
+    kind: str,
     options: argparse.Namespace,
-    norm: bool,
+    norm: str,
     images: np.ndarray,
     labels: np.ndarray,
     rate: float,
     seed: int,
 ) -> np.ndarray:
-    params, state, _ = make("resnet18", options.width, norm, seed)
+    setting = f"{kind}-{norm}-{options.width}-{options.batch_size}-{options.batches}"
+    file = options.cache / setting / f"{rate:g}-{seed}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    params, state, _ = make("resnet18", options.width, norm == "batch", seed)
     carry = params, state, optax.scale_by_adam().init(params)
     order = np.random.default_rng(seed).permutation(len(images))
     values = []
@@ -237,6 +245,10 @@ def _curve(
         rows = order[number * options.batch_size : (number + 1) * options.batch_size]
         carry, value = step(carry, rate, images[rows], labels[rows])
         values.append(float(value))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, np.asarray(values))
+    partial.replace(file)
     return np.asarray(values)
 
 
@@ -248,6 +260,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--norms", nargs="+", default=["batch", "none"], choices=["batch", "none"])
+    parser.add_argument("--cache", type=Path, default=Path("runs/resnet"))
     parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))
     options = parser.parse_args()
     {"sizes": show_sizes, "compile": show_compiled, "train": train}[options.command](options)

@@ -431,15 +431,19 @@ class _Finder:
         return f"{message} {_WHAT_TO_DO}"
 
     def _choose(self, shapes: Sequence[_Shape]) -> tuple[_Shape, _Probe | None]:
-        """The farthest beginning of which the loss is convex, with as many rows as the nearest."""
+        """The farthest beginning of which the loss is convex, with as many rows as the nearest; if
+        there is none, one that joins the entries of its rows (the logits of `log(softmax(x))`).
+        """
         nearest = shapes[0]
         probes: dict[int, _Probe | None] = {}
-        for shape in reversed(shapes):
-            if shape.num_rows < nearest.num_rows:
-                continue
-            probe = probes[shape.base] = _probe(self.program, self.tail, shape)
-            if probe is not None and probe.convex:
-                return shape, probe
+        joined = math.prod(nearest.row_shape) if nearest.row_shape else nearest.num_rows
+        for num_rows in dict.fromkeys((nearest.num_rows, joined)):
+            for shape in reversed(shapes):
+                if shape.num_rows < num_rows or shape.base in probes:
+                    continue
+                probe = probes[shape.base] = _probe(self.program, self.tail, shape)
+                if probe is not None and probe.convex:
+                    return shape, probe
         return nearest, probes.get(nearest.base)
 
     # The equations of a loss.

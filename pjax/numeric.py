@@ -80,17 +80,19 @@ class _Numeric(Rule):
         # A stiff step gains less than what the sums are rounded by.
         rounding = 1e2 * jnp.finfo(target.dtype).eps * before
 
-        def too_far(state: tuple[Array, Array]) -> Array:
-            length, there = state
-            cost = jnp.sum(weight * jnp.square((there - target) / size)) + length**2 * energy
+        def too_far(state: tuple[Array, Array, Array]) -> Array:
+            length, _, cost = state
             return ~(cost <= before + rounding) & (length > 1e-4)
 
-        def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        def shorter(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             length = 0.25 * state[0]
-            return length, rise(ahead(length))
+            there = rise(ahead(length))
+            cost = jnp.sum(weight * jnp.square((there - target) / size)) + length**2 * energy
+            return length, there, cost
 
-        whole = jnp.ones((), target.dtype)
-        length, there = jax.lax.while_loop(too_far, shorter, (whole, rise(ahead(whole))))
+        # The whole move is tried in the loop, too, so that there is one copy of its body.
+        begin = (jnp.full((), 4, target.dtype), height, jnp.full((), jnp.inf, target.dtype))
+        length, there, _ = jax.lax.while_loop(too_far, shorter, begin)
         moves_at_all = length > 1e-4
         points = ahead(jnp.where(moves_at_all, length, 0))
         return tuple(points), jnp.where(moves_at_all, there, height)

@@ -15,6 +15,7 @@ from benchmarks.accuracy_methods import ADAM, METHODS
 from benchmarks.accuracy_tasks import Row, TextTask
 from benchmarks.text_models import Recurrent, Transformer
 from pjax.lab.data import Text
+from tests.selection import mostly_slow
 
 SYMBOLS, CONTEXT = 5, 6
 MODELS = [Recurrent(SYMBOLS, CONTEXT, width=8), Transformer(SYMBOLS, CONTEXT, width=8, heads=2)]
@@ -30,14 +31,16 @@ def made(model, seed=0):
     }
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model", mostly_slow(MODELS, MODELS[:1]), ids=lambda model: type(model).__name__
+)
 def test_a_character_changes_its_own_and_later_predictions_only(model):
     params = made(model)
     tokens = np.random.default_rng(1).integers(0, SYMBOLS, (3, CONTEXT))
 
     @jax.jit
     def predict(tokens):
-        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.network(p, tokens))))(params)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.network(p, tokens)))))(params)
         return model.network(params, tokens), gradient
 
     before, gradient = predict(tokens)
@@ -96,6 +99,7 @@ def test_the_windows_of_a_task(text: Text):
     assert 500 - len(predicted) <= CONTEXT
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_rows_of_a_task_share_them(text: Text, tmp_path: Path):
     task = TextTask("letters", hidden=(8,), context=CONTEXT, batch_size=8, batches=4)
     rows = [Row("validation", task, part="validation"), Row("test", task)]

@@ -60,7 +60,7 @@ def test_forward_pass_and_direction(case):
             [values[atom] for atom in predictions],
             [out.reshape(-1) for out in outputs(params)],
             (value, moved),
-            jax.value_and_grad(loss)(params),
+            jax.jit(jax.value_and_grad(loss))(params),
         )
 
     found = jax.jit(compare).lower(params).compile(QUICK)(params)

@@ -80,11 +80,9 @@ def slow(*values, id):
 @pytest.mark.parametrize(
     ("model", "make"),
     [
-        pytest.param(flax_model, lambda r: Recurrent(nnx.GRUCell, r), id="flax-GRUCell"),
         pytest.param(flax_model, Attentive, id="flax-MultiHeadAttention"),
-        pytest.param(
-            equinox_model, lambda k: EquinoxRecurrent(eqx.nn.LSTMCell, k), id="equinox-LSTMCell"
-        ),
+        slow(flax_model, lambda r: Recurrent(nnx.GRUCell, r), id="flax-GRUCell"),
+        slow(equinox_model, lambda k: EquinoxRecurrent(eqx.nn.LSTMCell, k), id="equinox-LSTMCell"),
         slow(flax_model, lambda r: Recurrent(nnx.LSTMCell, r), id="flax-LSTMCell"),
         slow(flax_model, lambda r: Recurrent(nnx.OptimizedLSTMCell, r), id="flax-OptimizedLSTM"),
         slow(flax_model, lambda r: Recurrent(nnx.SimpleCell, r), id="flax-SimpleCell"),

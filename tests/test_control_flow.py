@@ -14,6 +14,7 @@ from pjax import metrics
 from pjax.graph import build_graph
 from pjax.problem import feasibility_problem
 from pjax.trace import TraceError, trace
+from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.
 LIMIT = metrics.Spectral(activations=1e8, prox_step=1e-7)
@@ -102,11 +103,11 @@ def test_a_scan_within_other_calls(x64, wrap):
     assert names(lambda p: scanned(p, body=wrap(cell)), params) == names(by_hand, params)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", mostly_slow([False, True], [True]))
 def test_the_stiff_limit_through_a_scan(x64, reverse):
     params = used(make_params(), *RNN)
     found = pjax.displacement(lambda p: scanned(p, reverse), metric=LIMIT)(params)
-    close(found, jax.grad(lambda p: scanned(p, reverse))(params))
+    close(found, jax.jit(jax.grad(lambda p: scanned(p, reverse)))(params))
 
 
 def nested(p):
@@ -199,20 +200,20 @@ def tied(p):
 @pytest.mark.parametrize(
     ("fn", "read"),
     [
-        (nested, ("u", "head")),
-        (gated, ("gate", "w", "u", "head")),
+        pytest.param(nested, ("u", "head"), marks=pytest.mark.slow),
+        pytest.param(gated, ("gate", "w", "u", "head"), marks=pytest.mark.slow),
         (looped, ("u", "w", "head")),
         (embedded, ("u", "table", "bias", "head")),
         (looked_up_in_the_body, ("u", "table", "head")),
         (concatenated, ("gate", "table", "head")),
-        (tied, ("u", "table")),
+        pytest.param(tied, ("u", "table"), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_stiff_limit_is_the_gradient(x64, fn, read):
     params = used(make_params(2), *read)
     value, found = pjax.value_and_displacement(fn, metric=LIMIT)(params)
-    expected_value, expected = jax.value_and_grad(fn)(params)
+    expected_value, expected = jax.jit(jax.value_and_grad(fn))(params)
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)
     close(found, expected)
 
@@ -243,7 +244,7 @@ def test_tokens_out_of_bounds(x64, mode):
         return jnp.mean(pjax.cross_entropy(read @ p["head"], data()[2]))
 
     params = used(make_params(), "table", "head")
-    close(pjax.displacement(fn, metric=LIMIT)(params), jax.grad(fn)(params))
+    close(pjax.displacement(fn, metric=LIMIT)(params), jax.jit(jax.grad(fn))(params))
 
 
 def test_a_table_and_one_hot_rows_displace_alike(x64):
@@ -315,7 +316,7 @@ def test_no_steps_at_all(x64):
         return jnp.mean(pjax.cross_entropy((h + ys["h"].sum(0)) @ p["head"], labels))
 
     params = used(make_params(), "w", "head")
-    close(pjax.displacement(fn, metric=LIMIT)(params), jax.grad(fn)(params))
+    close(pjax.displacement(fn, metric=LIMIT)(params), jax.jit(jax.grad(fn))(params))
 
 
 def sorts(p, x):
@@ -354,7 +355,7 @@ def test_choices_rest_at_the_forward_pass(x64, fn, read):
         return jnp.mean(pjax.cross_entropy(out @ p["head"], labels[: len(out)]))
 
     params = used(make_params(4), *read, "head")
-    close(pjax.displacement(loss, metric=LIMIT)(params), jax.grad(loss)(params))
+    close(pjax.displacement(loss, metric=LIMIT)(params), jax.jit(jax.grad(loss))(params))
 
 
 def test_a_branch_that_depends_on_data_is_refused(x64):
@@ -396,6 +397,7 @@ def test_the_program_grows_by_a_constant_per_step(x64):
     np.testing.assert_array_equal(sixteen - eight, 2 * (eight - four))
 
 
+@pytest.mark.slow
 def test_forces_of_all_steps_reach_what_comes_before_the_loop():
     # The weights of the steps on the one array that all of them read differ by more than float32.
     x = jax.random.normal(jax.random.key(0), (3, 12, 4))
@@ -412,7 +414,7 @@ def test_forces_of_all_steps_reach_what_comes_before_the_loop():
         h, _ = jax.lax.scan(step, jnp.zeros((3, 4)), jnp.swapaxes(x @ p["embed"], 0, 1))
         return pjax.squared_error(h, jnp.ones((3, 4))).sum()
 
-    gradient = jax.grad(loss)(p)
+    gradient = jax.jit(jax.grad(loss))(p)
     for metric in (
         pjax.metrics.Spectral(activations=1e6, prox_step=1e-6, power_iterations=1),
         pjax.metrics.Spectral(power_iterations=1),

@@ -67,7 +67,8 @@ OPERATIONS = {
     "one entry": conv((2, 3, 3, 1), (1, 1, 1, 2), padding=((1, 0), (0, 0))),
     "only padding": conv((2, 2, 3, 2), (1, 1, 2, 2), padding=((2, 0), (0, 1))),
 }  # fmt: skip
-operations = pytest.mark.parametrize("name", OPERATIONS)
+OFTEN = ("strided", "transposed", "feature groups", "odd numbers")
+operations = pytest.mark.parametrize("name", mostly_slow(OPERATIONS, OFTEN))
 
 
 def reads(op: Convolution):
@@ -181,7 +182,7 @@ def test_copies_are_those_of_a_loop_and_lowering_is_the_transpose(x64, name):
 
 
 @pytest.mark.parametrize("weighting", [pytest.param("one", marks=pytest.mark.slow), "per output"])
-@operations
+@pytest.mark.parametrize("name", mostly_slow(OPERATIONS, ("strided", "odd numbers")))
 def test_compact_is_the_mean_of_the_lifted_copies(x64, name, weighting):
     """And the copies are nearest points, found by brute force; entries without copies stay."""
     op = OPERATIONS[name]
@@ -308,7 +309,7 @@ def test_gains_are_bounds_and_close(x64, name, side):
     def apply(x):
         return op(x, other) if side == "left" else op(other, x)
 
-    matrix = np.asarray(jax.jacobian(apply)(free)).reshape(-1, free.size)
+    matrix = np.asarray(jax.jit(jax.jacobian(apply))(free)).reshape(-1, free.size)
     exact = np.linalg.norm(matrix, 2) ** 2
     assert 0.95 * exact < float(gain) < 1.5 * exact
     assert vector is not None
@@ -384,7 +385,7 @@ def test_alternating_projections_on_means_are_those_on_all_copies(x64, name):
         np.testing.assert_allclose(compact, lifted, atol=1e-7 * np.abs(lifted).max())
 
 
-@pytest.mark.parametrize("splitting", ["neuron", "layer"])
+@pytest.mark.parametrize("splitting", mostly_slow(["neuron", "layer"], ["layer"]))
 @pytest.mark.parametrize(
     "solver",
     mostly_slow(
@@ -406,7 +407,7 @@ def test_the_displacement_of_stiff_activations_is_the_gradient(x64):
     loss, params = example(*CONFIGURATIONS["pooled"])
     metric = metrics.Spectral(activations=1e7, prox_step=1e-7)
     value, found = pjax.value_and_displacement(loss, metric=metric)(params)
-    expected_value, expected = jax.value_and_grad(loss)(params)
+    expected_value, expected = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)
     for name in params:
         scale = np.abs(expected[name]).max()

@@ -14,6 +14,7 @@ import pytest
 import pjax
 from pjax import metrics, solvers
 from pjax.trace import TraceError
+from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.
 LIMIT = metrics.Spectral(activations=1e8, prox_step=1e-7)
@@ -90,6 +91,7 @@ def several_losses(p, x, y):
 
 
 SMOOTH = [skips, tied, attention, weights_of_weights, gathers, several_losses]
+SMOOTH_OFTEN = [tied, attention, several_losses]
 
 
 def smooth_params(seed=0):
@@ -106,7 +108,7 @@ def assert_close(found, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.max(jnp.abs(b))))
 
 
-@pytest.mark.parametrize("fn", SMOOTH)
+@pytest.mark.parametrize("fn", mostly_slow(SMOOTH, SMOOTH_OFTEN))
 def test_the_stiff_limit_is_the_gradient(x64, fn):
     """Skips, tied weights, two free operands, weights of weights, gathers, weighted losses: the
     forces of all readers add up.
@@ -114,19 +116,19 @@ def test_the_stiff_limit_is_the_gradient(x64, fn):
     params, x, y = smooth_params()
     with pytest.warns(pjax.UnusedParameterWarning):
         value, found = pjax.value_and_displacement(fn, metric=LIMIT)(params, x, y)
-    expected_value, expected = jax.value_and_grad(fn)(params, x, y)
+    expected_value, expected = jax.jit(jax.value_and_grad(fn))(params, x, y)
     np.testing.assert_allclose(value, expected_value, rtol=1e-12)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
-@pytest.mark.parametrize("fn", SMOOTH)
+@pytest.mark.parametrize("fn", mostly_slow(SMOOTH, SMOOTH_OFTEN))
 def test_the_default_points_where_the_gradient_does(x64, fn):
     """At finite stiffness and prox step, in the same scale up to what each level hands on."""
     params, x, y = smooth_params(3)
     with pytest.warns(pjax.UnusedParameterWarning):
         found = pjax.displacement(fn)(params, x, y)
-    expected = jax.grad(fn)(params, x, y)
+    expected = jax.jit(jax.grad(fn))(params, x, y)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         if not float(jnp.max(jnp.abs(b))):
             continue
@@ -137,26 +139,30 @@ def test_the_default_points_where_the_gradient_does(x64, fn):
 
 @pytest.mark.parametrize(
     "solver",
-    [
-        solvers.CyclicProjections(3),
-        solvers.AlternatingProjections(24),
-        solvers.DouglasRachford(24),
-        solvers.CyclicDouglasRachford(6),
-        solvers.DifferenceMap(24),
-        solvers.AlternatingReflections(24, relaxation=0.5),
-    ],
+    mostly_slow(
+        [
+            solvers.CyclicProjections(3),
+            solvers.AlternatingProjections(24),
+            solvers.DouglasRachford(24),
+            solvers.CyclicDouglasRachford(6),
+            solvers.DifferenceMap(24),
+            solvers.AlternatingReflections(24, relaxation=0.5),
+        ],
+        [solvers.CyclicProjections(3), solvers.DouglasRachford(24)],
+    ),
     ids=lambda solver: type(solver).__name__,
 )
 def test_every_solver_displaces_along_the_gradient(x64, solver):
     params, x, y = make_mlp(1, 3)
     found = pjax.displacement(mlp_loss, solver=solver)(params, x, y)
-    expected = jax.grad(mlp_loss)(params, x, y)
+    expected = jax.jit(jax.grad(mlp_loss))(params, x, y)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         cosine = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
         assert float(cosine) > 0.99
         assert 0.3 < float(jnp.linalg.norm(a) / jnp.linalg.norm(b)) < 3
 
 
+@pytest.mark.slow
 def test_float32_agrees_with_float64_in_every_layer_of_a_deep_net(x64):
     """Twenty layers: direction to 0.999, although deviations are far below float32's range."""
     params, x, y = make_mlp(0, 20, width=32)
@@ -175,7 +181,7 @@ def test_float32_agrees_with_float64_in_every_layer_of_a_deep_net(x64):
 def test_a_very_deep_net_neither_underflows_nor_overflows(steps):
     params, x, y = make_mlp(0, 64, width=16)
     found = pjax.displacement(mlp_loss, solver=solvers.CyclicProjections(steps))(params, x, y)
-    gradient = jax.grad(mlp_loss)(params, x, y)
+    gradient = jax.jit(jax.grad(mlp_loss))(params, x, y)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradient), strict=True):
         assert np.isfinite(a).all()
         ratio = jnp.linalg.norm(a) / jnp.linalg.norm(b)
@@ -254,7 +260,7 @@ def test_auxiliary_outputs_and_argnums(x64):
     scale = jnp.asarray(1.3)
     step = pjax.value_and_displacement(fn, metric=LIMIT, has_aux=True, argnums=(0, 1))
     (value, aux), (moved_scale, moved) = jax.jit(step)(scale, params, x)
-    expected = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)(scale, params, x)
+    expected = jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))(scale, params, x)
     np.testing.assert_allclose(value, expected[0][0], rtol=1e-12)
     assert_close(aux, expected[0][1], 1e-12)
     assert_close((moved_scale, moved), expected[1], 1e-5)

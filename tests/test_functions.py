@@ -144,11 +144,11 @@ def test_the_stiff_limit_is_the_gradient(name):
     loss, params = loss_with(ALL[name]), mlp_params()
     metric = pjax.metrics.Spectral(activations=1e5, prox_step=1e-5)
     value, moved = pjax.value_and_displacement(loss, metric=metric)(params)
-    expected, gradient = jax.value_and_grad(loss)(params)
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for key in params:
         scale = float(jnp.max(jnp.abs(gradient[key])))
-        np.testing.assert_allclose(moved[key], gradient[key], atol=2e-3 * scale + 1e-7)
+        np.testing.assert_allclose(moved[key], gradient[key], atol=2e-3 * scale + 5e-7)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_row_projection_decreases_and_is_stationary(x64, name, size):
     np.testing.assert_allclose(output, function(reference + moved) - base, atol=1e-9)
     before, after = objective(deviation), objective(moved)
     assert jnp.all(after <= before)
-    slope = jax.grad(lambda m: jnp.sum(objective(m)))(moved)
+    slope = jax.jit(jax.grad(lambda m: jnp.sum(objective(m))))(moved)
     assert jnp.max(jnp.linalg.norm(slope, axis=-1)) < 1e-4 * jnp.max(before)
     # The least of all points of a fine grid around. Two entries, standardised, are signs: flat,
     # with a valley that no step leads to.
@@ -276,7 +276,7 @@ def test_an_operation_without_a_rule_is_an_error_unless_allowed():
     metric = pjax.metrics.Spectral(activations=1e5, prox_step=1e-5)
     step = pjax.value_and_displacement(loss, metric=metric, fallback="gauss-newton")
     _, moved = step(params)
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     scale = float(jnp.max(jnp.abs(gradient["w"])))
     np.testing.assert_allclose(moved["w"], gradient["w"], atol=2e-3 * scale)
     optimizer = pjax.optim.AlternatingProjections(

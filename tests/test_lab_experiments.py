@@ -13,6 +13,7 @@ from pjax.lab import baselines, cli, config
 from pjax.lab.errors import UsageError
 from pjax.lab.experiments import definition, measures, running
 from pjax.lab.train import Training
+from tests.selection import mostly_slow
 
 ACCURACY = """
 title = "Widths at $5^ and $6"
@@ -187,7 +188,7 @@ def test_ctrl_c_says_how_to_go_on_and_nothing_is_trained_twice(
     assert "--quick" in (folder / running.TABLE).read_text()
 
 
-@pytest.mark.parametrize("kind", MEASURED)
+@pytest.mark.parametrize("kind", mostly_slow(MEASURED, ["sizes"]))
 def test_a_measurement_is_made_once_and_written(tmp_path: Path, monkeypatch, kind: str) -> None:
     path, folder = measured(tmp_path, kind), tmp_path / "mine"
     original = measures.MEASURES[kind]

@@ -463,10 +463,9 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("place", mostly_slow(FILES, quick=FILES[3:4]))
-def test_no_value_in_a_file_ends_a_report(place, copied, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "file"), mostly_slow(FILES, quick=FILES[3:4]))
+def test_no_value_in_a_file_ends_a_report(name, file, copied, tmp_path: Path) -> None:
     """Every field in turn holds what it must not; the page is written."""
-    name, file = place
     damaged = copied(name)
     random = np.random.default_rng(0)
     original = (damaged / file).read_text()

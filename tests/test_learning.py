@@ -14,7 +14,11 @@ from pjax.lab import data
     not os.environ.get("PJAX_DATA_DIR"), reason="needs MNIST: set PJAX_DATA_DIR to its folder"
 )
 @pytest.mark.parametrize(
-    ("name", "least"), [("DouglasRachford", 0.87), ("AlternatingProjections", 0.82)]
+    ("name", "least"),
+    [
+        pytest.param("DouglasRachford", 0.87, marks=pytest.mark.slow),
+        ("AlternatingProjections", 0.82),
+    ],
 )
 def test_validation_accuracy_after_twenty_batches(name, least):
     """784-128-10, batch 256, 50 steps a batch; the published code: .879 (DR); the same AP

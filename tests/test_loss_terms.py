@@ -78,6 +78,14 @@ FUNCTIONS = {
         [(CE, (8, 4), 1 / 8)],
     ),
     "log-softmax by index": (by_index, [(CE, (8, 4), 1 / 8)]),
+    "log of softmax by index": (
+        lambda p: -jnp.mean(jnp.log(jax.nn.softmax(net(p)))[jnp.arange(8), CLASSES]),
+        [(CE, (8, 4), 1 / 8)],
+    ),
+    "log of softmax times one-hot": (
+        lambda p: -jnp.mean(jnp.sum(ONE_HOT * jnp.log(jax.nn.softmax(net(p))), -1)),
+        [(CE, (8, 4), 1 / 8)],
+    ),
     "per example": (per_example, [(CE, (8, 4), 1 / 8)]),
     "weights of rows": (masked, [(CE, (8, 4), 1 / 5)]),
     "other axes": (pooled, [(CE, (8, 2, 2), 1 / 16)]),
@@ -171,7 +179,7 @@ def test_losses_are_found_and_give_the_gradient_in_the_limit(name):
     # Its proximal operators are near gradient steps for a small prox step.
     metric = pjax.metrics.Spectral(activations=1e4, prox_step=1e-4)
     value, displacement = pjax.value_and_displacement(fn, metric=metric)(PARAMS)
-    wanted, gradient = jax.value_and_grad(fn)(PARAMS)
+    wanted, gradient = jax.jit(jax.value_and_grad(fn))(PARAMS)
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(displacement), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.linalg.norm(b)))
@@ -231,7 +239,7 @@ def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
     assert float(problems[0].rows) == float(problems[1].rows) == 8
     step = pjax.displacement(fn)(PARAMS)
     without = pjax.displacement(plain)(PARAMS)
-    gradient = jax.grad(lambda p: 10 * penalties(p))(PARAMS)
+    gradient = jax.jit(jax.grad(lambda p: 10 * penalties(p)))(PARAMS)
     for name in PARAMS:
         np.testing.assert_allclose(step[name] - without[name], gradient[name], rtol=1e-3, atol=1e-4)
 
@@ -328,7 +336,7 @@ def test_row_losses_are_stationary_and_lower(name):
         return 0.5 * jnp.sum(jnp.square(move - deviation), -1) + step * value(reference + move)
 
     assert np.all(cost(found) <= cost(deviation) + 1e-12)
-    gradient = jax.grad(lambda move: jnp.sum(cost(move)))(found)
+    gradient = jax.jit(jax.grad(lambda move: jnp.sum(cost(move))))(found)
     np.testing.assert_allclose(gradient, 0, atol=1e-7)
     np.testing.assert_array_equal(np.asarray(found)[step == 0], deviation[step == 0])
 

@@ -16,6 +16,7 @@ from pjax import optim, solvers
 from pjax.problem import LargeStateWarning
 from pjax.solvers import ResidualHistory
 from tests.conftest import enable_x64
+from tests.selection import mostly_slow
 
 OPTIMISERS = [
     optim.AlternatingProjections,
@@ -55,7 +56,7 @@ def accuracy(params, x, y):
     return float(jnp.mean(jnp.argmax(mlp(params, x), -1) == jnp.argmax(y, -1)))
 
 
-@pytest.mark.parametrize("make", OPTIMISERS)
+@pytest.mark.parametrize("make", mostly_slow(OPTIMISERS, OPTIMISERS[:3]))
 def test_learns_classes_of_fresh_batches(make):
     params = mlp_params(jax.random.key(0))
     relaxation = {"relaxation": 0.4} if make is optim.AlternatingReflections else {}
@@ -286,8 +287,8 @@ def test_empty_batches_and_wrong_options_are_refused():
     ("make", "ceiling"),
     [
         (optim.AlternatingProjections, 4e6),
-        (optim.CyclicProjections, 4e6),
-        (optim.DouglasRachford, 20e6),
+        pytest.param(optim.CyclicProjections, 4e6, marks=pytest.mark.slow),
+        pytest.param(optim.DouglasRachford, 20e6, marks=pytest.mark.slow),
     ],
 )
 def test_memory_of_a_solve(make, ceiling):

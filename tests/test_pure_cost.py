@@ -16,7 +16,6 @@ from pjax.problem import Problem
 from pjax.projections import layer
 from pjax.projections.layer import _MARGIN
 from pjax.trace import trace
-from tests.selection import mostly_slow
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
 
 OPTIMIZER = pjax.optim.CyclicProjections(splitting="layer", check=False)
@@ -81,7 +80,8 @@ def test_the_products_of_a_step():
     assert first < found <= most
 
 
-@pytest.mark.parametrize("steps", mostly_slow([1, 2, 3], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 3])
 def test_moves_of_outputs_are_those_of_their_parameters(x64, steps):
     """What the line search takes from the solve is what it would compute, also of a layer without
     a bias, of two heads on the data, and of convolutions.
@@ -202,6 +202,7 @@ def test_a_free_bias_takes_the_mean_out_of_the_inputs(x64):
     assert objective(x + 10, moves) - least < 0.5 * (objective(x + 10, joint) - least)
 
 
+@pytest.mark.slow
 def test_what_is_left_over_is_the_force_on_the_layer_below(x64):
     """Leaving the line search to other values changes the length of a step only."""
     params, x, y = make_mlp(4, 2)

@@ -272,7 +272,7 @@ def test_a_registered_function_is_an_ordinary_function():
     x, c = normal(0, 3), normal(1, 3)
     np.testing.assert_allclose(scale(x, c), c * x)
     np.testing.assert_allclose(jax.jit(scale)(x, c), c * x)
-    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(scale(x, c)))(x), c)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: jnp.sum(scale(x, c))))(x), c)
     np.testing.assert_allclose(jax.vmap(scale)(x[None], c[None]), (c * x)[None])
     assert scale.__name__ == "scale"
     assert scale.__doc__ == "The nearest point of a line."

@@ -15,6 +15,7 @@ from pjax.graph import build_graph
 from pjax.numeric import ArrayFunction
 from pjax.projections import numeric
 from pjax.trace import REGISTRATIONS, trace
+from tests.selection import mostly_slow
 
 
 def normal(seed, *shape):
@@ -178,7 +179,7 @@ def test_a_choice_by_one_value_with_slopes_of_others(choose, splitting):
     assert all(n.rule is not None for n in found)
     limit = pjax.metrics.Spectral(activations=1e6, prox_step=1e-6)
     value, moved = pjax.value_and_displacement(loss, metric=limit)(numbers())
-    expected, gradient = jax.value_and_grad(loss)(numbers())
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(numbers())
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for key in gradient:
         np.testing.assert_allclose(moved[key], gradient[key], rtol=1e-3, atol=1e-5)
@@ -246,11 +247,11 @@ class Norms(nnx.Module):
         return self.last(nnx.relu(self.norm(self.first(x))))
 
 
-@pytest.mark.parametrize("way", ["displacement", "projection"])
+@pytest.mark.parametrize("way", mostly_slow(["displacement", "projection"], ["displacement"]))
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda r: nnx.LayerNorm(16, rngs=r), id="layer"),
+        pytest.param(lambda r: nnx.LayerNorm(16, rngs=r), id="layer", marks=pytest.mark.slow),
         pytest.param(lambda r: nnx.BatchNorm(16, rngs=r), id="batch"),
         pytest.param(lambda r: nnx.RMSNorm(16, rngs=r), id="rms", marks=pytest.mark.slow),
         pytest.param(lambda r: nnx.GroupNorm(16, 4, rngs=r), id="group", marks=pytest.mark.slow),

@@ -225,7 +225,7 @@ def recurrent(length):
     return loss, params
 
 
-_QUICK = [(network, "parallel"), (recurrent, "displacement")]
+_QUICK = [(recurrent, "displacement")]
 
 
 @pytest.mark.parametrize(

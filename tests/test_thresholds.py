@@ -185,12 +185,13 @@ def initial(depth, width=32, features=64):
     ]
 
 
+@pytest.mark.slow
 def test_requests_cross_deep_networks_of_signs():
     x = jax.random.normal(jax.random.key(1), (32, 64))
     y = jax.nn.one_hot(jnp.arange(32) % 10, 10)
     loss = lambda p: pjax.cross_entropy(network(p, x), y).mean()  # noqa: E731
     moves = pjax.displacement(loss, metric=metrics.Spectral())(initial(16))
-    gradient = jax.grad(lambda p: -(jax.nn.log_softmax(network(p, x)) * y).sum(-1).mean())(
+    gradient = jax.jit(jax.grad(lambda p: -(jax.nn.log_softmax(network(p, x)) * y).sum(-1).mean()))(
         initial(16)
     )
     assert not np.any(gradient[0][0])  # there is no gradient to hand on
@@ -237,7 +238,7 @@ def test_no_derivative_is_taken_of_the_network():
     x, y = jnp.ones((8, 64)), jnp.eye(10)[:8]
     loss = lambda p: pjax.cross_entropy(refuses(network(p, x)), y).mean()  # noqa: E731
     with pytest.raises(AssertionError, match="differentiated"):
-        jax.grad(loss)(initial(1))
+        jax.jit(jax.grad(loss))(initial(1))
     moves = pjax.displacement(loss)(initial(1))
     assert np.any(moves[0][0])
 

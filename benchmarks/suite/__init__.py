@@ -1,0 +1,1 @@
+"""What steps cost, side by side; see `benchmarks/README.md`."""

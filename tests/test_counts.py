@@ -1,0 +1,113 @@
+"""What steps compute, in numbers that do not depend on the machine: matrix products against the
+minimum, and operations and memory against recorded ceilings.
+
+A count that rises above its ceiling is waste that came in, or a feature that is worth it: then the
+ceiling is raised in the same commit, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pjax
+from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
+from tests.selection import mostly_slow
+
+ROWS = 32
+TASKS = {
+    "mlp": Task("mnist", (64, 64, 64), batch_size=ROWS),
+    "cnn": ConvolutionalTask("cifar10", channels=(8, 16), batch_size=ROWS),
+    "rnn": TextTask("tinyshakespeare", (16,), batch_size=ROWS, context=6),
+    "transformer": TextTask("tinyshakespeare", (16,), ROWS, model="transformer", context=6),
+}
+#: Equations of the step's program as it is traced, and compiled temporaries over the gradient's.
+CEILINGS = {
+    ("mlp", "displacement"): (1150, 2.0),
+    ("mlp", "projection"): (3400, 5.6),
+    ("cnn", "displacement"): (870, 2.0),
+    ("cnn", "projection"): (2600, 2.1),
+    ("rnn", "displacement"): (4400, 2.8),
+    ("transformer", "displacement"): (4100, 2.4),
+}
+
+
+def arrays(task: Task) -> tuple[Any, tuple[Any, Any]]:
+    if isinstance(task, TextTask):
+        tokens = jax.random.randint(jax.random.key(0), (ROWS, task.context + 1), 0, 20)
+        return task.init(0, 20, 0), (tokens[:, :-1], jax.nn.one_hot(tokens[:, 1:], 20))
+    features = 3 * 16 * 16 if isinstance(task, ConvolutionalTask) else 50
+    x = jax.random.normal(jax.random.key(0), (ROWS, features))
+    return task.init(features, 10, 0), (x, jax.nn.one_hot(jnp.arange(ROWS) % 10, 10))
+
+
+def step_of(task: Task, kind: str) -> Any:
+    loss = task.loss("gradient" if kind == "gradient" else "pure")
+    if kind == "gradient":
+        return jax.value_and_grad(loss)
+    if kind == "displacement":
+        return pjax.value_and_displacement(loss)
+    optimizer = pjax.optim.CyclicProjections(splitting="layer", check=False)
+    return lambda params, batch: optimizer.update(lambda p: loss(p, batch), params)
+
+
+def equations(jaxpr: Any) -> int:
+    """How many there are, those of inner programs included."""
+    inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values()]
+    return len(jaxpr.eqns) + sum(equations(v) for v in inner if hasattr(v, "eqns"))
+
+
+def products(compiled: str) -> int:
+    """How many products of matrices a compiled program has; those with a vector do not count."""
+    shapes = {
+        name: math.prod(map(int, filter(None, shape.split(","))))
+        for name, shape in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", compiled)
+    }
+    dots = re.findall(
+        r"%?([\w.-]+) = \S+ dot\((?:\S+ )?%?([\w.-]+), (?:\S+ )?%?([\w.-]+)\)", compiled
+    )
+    return sum(shapes[out] > max(1, *_rows(shapes, out, left, right)) for out, left, right in dots)
+
+
+def _rows(shapes: dict[str, int], out: str, left: str, right: str) -> tuple[int, int]:
+    """Of `m × k` times `k × n`: m and n, from the three sizes."""
+    m = math.isqrt(shapes[out] * shapes[left] // shapes[right])
+    return m, shapes[out] // m
+
+
+def traced(task: Task, kind: str) -> Any:
+    return jax.jit(step_of(task, kind)).trace(*arrays(task))
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_a_cyclic_sweep_has_few_products(depth):
+    """Those of the forward pass and of a gradient, 3L − 1; 4L are allowed."""
+    task = Task("mnist", (24,) * (depth - 1), batch_size=ROWS)
+    found, least = (
+        products(traced(task, kind).lower().compile().as_text())
+        for kind in ("displacement", "gradient")
+    )
+    assert least == 3 * depth - 1
+    assert found == least
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), mostly_slow(CEILINGS, [c for c in CEILINGS if c[1] == "displacement"])
+)
+def test_nothing_rises_above_its_ceiling(name, kind):
+    found = traced(TASKS[name], kind)
+    count = equations(found.jaxpr.jaxpr)
+    gradient = traced(TASKS[name], "gradient").lower().compile().memory_analysis()
+    memory = found.lower().compile().memory_analysis()
+    ratio = memory.temp_size_in_bytes / gradient.temp_size_in_bytes
+    measured = count, ratio
+    assert all(value <= most for value, most in zip(measured, CEILINGS[name, kind], strict=True)), (
+        measured
+    )
+    # A ceiling far above tells nothing.
+    assert count > 0.6 * CEILINGS[name, kind][0]
