@@ -284,7 +284,7 @@ def power_iteration(
 
     def step(_: Any, x: Array) -> Array:
         # In between, the largest entry is 1: squares are then in range, and one pass is enough.
-        image = response(x)
+        image = response(x).astype(x.dtype)  # products may have a wider one
         return image / largest(image)
 
     x = vector / largest(vector)
@@ -292,7 +292,7 @@ def power_iteration(
         x = lax.fori_loop(0, iterations - 1, step, x)
     elif iterations == 2:
         x = step(0, x)
-    image = response(x)
+    image = response(x).astype(x.dtype)
     size = largest(image)
     image = image / size
     length = norm(image)
