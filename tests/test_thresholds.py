@@ -354,6 +354,7 @@ def test_what_all_places_of_an_image_share_is_asked_for_less(layout, x64):
     loss, params = convolutional_problem(layout)
     problem = pjax.optim.CyclicProjections(splitting="layer").problem(loss, params)
     (node,) = (n for n in problem.graph.nodes if _is_convolution(n))
+    assert isinstance(node.rule, LayerSum)
     assert node.output is not None
     request = np.random.default_rng(4).normal(1.0, 1.0, problem.values[node.output].shape)
     shapes = problem.shapes(node)
