@@ -663,8 +663,7 @@ class Problem:
             node = graph.nodes[index]
             asked = index in self.layout.asked
             if asked and isinstance(node.rule, LayerSum) and self._feeds_thresholds(node):
-                shapes = self.shapes(node)
-                targets[index] = node.rule.steadied(targets[index], shapes, self._examples)
+                targets[index] = node.rule.steadied(targets[index], self.shapes(node))
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
                 new[slot_index] = moved
@@ -734,12 +733,6 @@ class Problem:
         """Whether only thresholds read the node."""
         readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
         return all(isinstance(reader.rule, Threshold) for reader in readers)
-
-    @property
-    def _examples(self) -> int:
-        """The rows of the loss that has most."""
-        outputs = [node.output for node in self.graph.losses if node.output is not None]
-        return max(math.prod(self.values[output].shape) for output in outputs)
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pjax
@@ -358,14 +359,31 @@ def test_what_all_places_of_an_image_share_is_asked_for_less(layout, x64):
     assert node.output is not None
     request = np.random.default_rng(4).normal(1.0, 1.0, problem.values[node.output].shape)
     shapes = problem.shapes(node)
-    found = np.asarray(node.rule.steadied(jnp.asarray(request), shapes, 8))
+    found = np.asarray(node.rule.steadied(jnp.asarray(request), shapes))
     channel = 3 if layout == "NHWC" else 1
     others = tuple(axis for axis in range(4) if axis != channel)
     mean = request.mean(others, keepdims=True)
     np.testing.assert_allclose(found - mean / 16, request - mean, rtol=1e-9, atol=1e-12)
-    # With one entry for each example the bias is asked for all of it.
-    alone = node.rule.steadied(jnp.asarray(request), shapes, 8 * 16)
-    np.testing.assert_array_equal(np.asarray(alone), request)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_dense_layers_are_asked_for_all_of_it_whatever_the_rows_of_the_loss(classes):
+    x, y = jnp.ones((8, 4)), jnp.ones((8, classes))
+    params = {"w": jnp.ones((4, 5)), "b": jnp.zeros(5), "v": jnp.ones((5, classes))}
+
+    def loss(p):
+        logits = jnp.sign(x @ p["w"] + p["b"]) @ p["v"]
+        return optax.sigmoid_binary_cross_entropy(jnp.squeeze(logits), jnp.squeeze(y)).mean()
+
+    problem = pjax.optim.CyclicProjections(splitting="layer").problem(loss, params)
+    nodes = [node for node in problem.graph.nodes if isinstance(node.rule, LayerSum)]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert isinstance(node.rule, LayerSum)
+        assert node.output is not None
+        request = 1.0 + jnp.arange(problem.values[node.output].size, dtype=float)
+        request = request.reshape(problem.values[node.output].shape)
+        np.testing.assert_array_equal(node.rule.steadied(request, problem.shapes(node)), request)
 
 
 def _is_convolution(node):
