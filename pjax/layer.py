@@ -199,6 +199,44 @@ class LayerSum(Rule):
                 is_free |= all(kinds)
         return total, is_free
 
+    def steadied(self, request: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
+        """`(1 − (1 − 1/p) Π) g` for each bias that `p` places of a convolution's output share, with
+        `Π` the mean over all that it is shared by; elsewhere `p` is 1, and it is `g`.
+
+        Thresholds ask for each entry as if it moved alone, and by a bias all `p` move at once:
+        blank places have equal values, and would cross together. Solved for, weights are nearly
+        blind to the mean; so it is the biases that are asked for less.
+
+        **Arguments:**
+
+        - `request`: `g`, in the shape of the output.
+        - `shapes`: of the node's slots.
+        """
+        operations = (term.operation for term in self.terms if isinstance(term, Product))
+        places = {
+            axis
+            for operation in operations
+            if isinstance(operation, Convolution)
+            for axis in operation.dimension_numbers[2][2:]
+        }
+        shape = iter(shapes)
+        for term in self.terms:
+            if isinstance(term, Product):
+                for free in term.is_slot:
+                    if free:
+                        next(shape)
+                continue
+            own = next(shape)
+            if term.dimensions is None:
+                continue
+            differs = {axis for axis, _ in _span(term, own)}
+            shared = tuple(axis for axis in range(request.ndim) if axis not in differs)
+            count = math.prod(request.shape[axis] for axis in shared if axis in places)
+            if count > 1:
+                mean = jnp.mean(request, axis=shared, keepdims=True)
+                request = request - (1 - 1 / count) * mean
+        return request
+
     def copies(self, shapes):
         found: list[int] = []
         shape = iter(shapes)

@@ -661,12 +661,15 @@ class Problem:
         outputs: dict[int, Array] = {}
         for index in members:
             node = graph.nodes[index]
+            asked = index in self.layout.asked
+            if asked and isinstance(node.rule, LayerSum) and self._feeds_thresholds(node):
+                targets[index] = node.rule.steadied(targets[index], self.shapes(node))
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
                 new[slot_index] = moved
             if output is not None:
                 outputs[index] = output
-            if index in self.layout.asked:
+            if asked:
                 place = len(graph.slots) + self.layout.asked.index(index)
                 size = self._asked_size(node, targets[index])
                 new[place] = Answer(size, output if index in self.layout.linear else None)
@@ -719,13 +722,17 @@ class Problem:
                for i in self._readers[node.index]):  # fmt: skip
             return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
         wanted = self.layout.metric.request
-        readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
         # What only thresholds read has no size that the loss sees, and is asked for all of it.
-        if not all(isinstance(reader.rule, Threshold) for reader in readers):
+        if not self._feeds_thresholds(node):
             wanted = wanted / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
         asked = wanted * size / jnp.where(found > 0, found, 1)
         return asked.astype(self._number_type(node.index))
+
+    def _feeds_thresholds(self, node: Node) -> bool:
+        """Whether only thresholds read the node."""
+        readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
+        return all(isinstance(reader.rule, Threshold) for reader in readers)
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""

@@ -8,11 +8,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pjax
 from pjax import metrics
 from pjax.lab.data import load
+from pjax.layer import LayerSum
 from pjax.projections.piecewise import PiecewiseLinear
 from pjax.rules import Affine, Geometry, Quantizer, Reference, Term
 from pjax.thresholds import Threshold, as_threshold, latent_nodes
@@ -322,3 +324,97 @@ def test_what_a_layer_solves_for_quantized_weights_reaches_the_latent_ones():
         expected = wanted * 4 * spread / scale * inside
         np.testing.assert_allclose(np.asarray(moved - given), expected, rtol=2e-3, atol=1e-6)
         assert np.any(expected)
+
+
+def convolutional(layout, params, x):
+    """Signs after a convolution of `x`, with the channels last or first; then a dense layer."""
+    numbers = (layout, "HWIO", layout)
+    y = jax.lax.conv_general_dilated(x, params["k"], (2, 2), "SAME", dimension_numbers=numbers)
+    bias = params["b"] if layout == "NHWC" else params["b"][:, None, None]
+    y = jnp.sign(y + bias)
+    if layout == "NCHW":
+        y = y.transpose(0, 2, 3, 1)
+    return y.reshape(len(y), -1) @ params["w"]
+
+
+def convolutional_problem(layout):
+    """The optimiser's problem of a batch of 8 images with 16 places after the convolution."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(8, 8, 8, 2)))
+    x = x if layout == "NHWC" else x.transpose(0, 3, 1, 2)
+    params = {
+        "k": jnp.asarray(rng.normal(size=(3, 3, 2, 4))),
+        "b": jnp.asarray(0.1 * rng.normal(size=4)),
+        "w": jnp.asarray(rng.normal(size=(64, 3))),
+    }
+    y = jax.nn.one_hot(np.arange(8) % 3, 3)
+    return lambda p: pjax.cross_entropy(convolutional(layout, p, x), y).mean(), params
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_what_all_places_of_an_image_share_is_asked_for_less(layout, x64):
+    loss, params = convolutional_problem(layout)
+    problem = pjax.optim.CyclicProjections(splitting="layer").problem(loss, params)
+    (node,) = (n for n in problem.graph.nodes if _is_convolution(n))
+    assert isinstance(node.rule, LayerSum)
+    assert node.output is not None
+    request = np.random.default_rng(4).normal(1.0, 1.0, problem.values[node.output].shape)
+    shapes = problem.shapes(node)
+    found = np.asarray(node.rule.steadied(jnp.asarray(request), shapes))
+    channel = 3 if layout == "NHWC" else 1
+    others = tuple(axis for axis in range(4) if axis != channel)
+    mean = request.mean(others, keepdims=True)
+    np.testing.assert_allclose(found - mean / 16, request - mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_dense_layers_are_asked_for_all_of_it_whatever_the_rows_of_the_loss(classes):
+    x, y = jnp.ones((8, 4)), jnp.ones((8, classes))
+    params = {"w": jnp.ones((4, 5)), "b": jnp.zeros(5), "v": jnp.ones((5, classes))}
+
+    def loss(p):
+        logits = jnp.sign(x @ p["w"] + p["b"]) @ p["v"]
+        return optax.sigmoid_binary_cross_entropy(jnp.squeeze(logits), jnp.squeeze(y)).mean()
+
+    problem = pjax.optim.CyclicProjections(splitting="layer").problem(loss, params)
+    nodes = [node for node in problem.graph.nodes if isinstance(node.rule, LayerSum)]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert isinstance(node.rule, LayerSum)
+        assert node.output is not None
+        request = 1.0 + jnp.arange(problem.values[node.output].size, dtype=float)
+        request = request.reshape(problem.values[node.output].shape)
+        np.testing.assert_array_equal(node.rule.steadied(request, problem.shapes(node)), request)
+
+
+def _is_convolution(node):
+    terms = getattr(node.rule, "terms", ())
+    return any(hasattr(getattr(term, "operation", None), "window_strides") for term in terms)
+
+
+def test_convolutions_of_signs_move_alike_in_both_layouts(x64):
+    optimizer = pjax.optim.CyclicProjections(splitting="layer")
+    (last, params), (first, _) = (convolutional_problem(layout) for layout in ("NHWC", "NCHW"))
+    found, other = optimizer.update(last, params)[0], optimizer.update(first, params)[0]
+    for name in params:
+        assert not np.allclose(found[name], params[name])
+        np.testing.assert_allclose(found[name], other[name], rtol=1e-6, atol=1e-9)
+
+
+def test_a_shared_bias_moves_less_than_by_the_whole_request(monkeypatch, x64):
+    """The mean that its places ask for is all that is left out: weights are blind to it."""
+    loss, params = convolutional_problem("NHWC")
+    # Without a state nothing is averaged, and another number compiles another program.
+    optimizers = [
+        pjax.optim.CyclicProjections(splitting="layer", extrapolate=False, averaging=number)
+        for number in (43.0, 44.0)
+    ]
+    found, _ = optimizers[0].update(loss, params)
+    monkeypatch.setattr(LayerSum, "steadied", lambda self, request, *rest: request)
+    whole, _ = optimizers[1].update(loss, params)
+    kernel, before = (np.asarray(p["k"] - params["k"]) for p in (found, whole))
+    ratio = np.sum(kernel * before) / np.sum(before**2)  # requests have one size together
+    np.testing.assert_allclose(kernel, ratio * before, rtol=2e-2, atol=2e-2 * np.abs(kernel).max())
+    assert np.linalg.norm(found["b"] - params["b"]) < ratio * np.linalg.norm(
+        whole["b"] - params["b"]
+    )
