@@ -21,7 +21,7 @@ import numpy as np
 from pjax import _compat, primitives
 from pjax._compat import P
 from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
-from pjax.trace import Atom, Equation, Program, canonical, read, run
+from pjax.trace import Atom, Equation, Program, Scalar, canonical, read, run, widened
 
 _ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
 _JOINS = _compat.find_primitives("stack", "concatenate")
@@ -35,6 +35,7 @@ class Function:
 
     - `equations`: over variables of its own: first the inputs, then the knowns, then results.
     - `output`: the variable that it returns.
+    - `narrow`: whether the program computes it in fewer digits than float32. The function does not.
     - `key`: what two equal pieces have in common.
     """
 
@@ -42,6 +43,7 @@ class Function:
     num_knowns: int
     equations: tuple[Equation, ...]
     output: Atom
+    narrow: bool
     key: Any
 
     def __call__(self, inputs: Sequence[Any], knowns: Sequence[Any]) -> Any:
@@ -77,6 +79,16 @@ class Piece:
     rows: tuple[tuple[int, int], ...]
 
 
+def _wide(literal: Scalar) -> Scalar:
+    return Scalar(literal.value, widened(literal.dtype))
+
+
+def _wide_params(equation: Equation) -> Any:
+    if equation.primitive is not P.convert_element_type_p:
+        return equation.params
+    return {**equation.params, "new_dtype": widened(equation.params["new_dtype"])}
+
+
 def cut(
     program: Program, equations: Sequence[Equation], inputs: Sequence[int], output: int
 ) -> Piece:
@@ -98,9 +110,9 @@ def cut(
         local.append(
             Equation(
                 equation.primitive,
-                tuple(number[a] if isinstance(a, int) else a for a in equation.inputs),
+                tuple(number[a] if isinstance(a, int) else _wide(a) for a in equation.inputs),
                 tuple(number[out] for out in equation.outputs),
-                equation.params,
+                _wide_params(equation),
             )
         )
     free = (*inputs, *knowns)
@@ -113,7 +125,9 @@ def cut(
         ),
         number[output],
     )
-    function = Function(len(inputs), len(knowns), tuple(local), number[output], key)
+    types = {program.dtype(a) for a in (*free, *inside)}
+    narrow = any(widened(dtype) != dtype for dtype in types)
+    function = Function(len(inputs), len(knowns), tuple(local), number[output], narrow, key)
     rows: tuple[tuple[int, int], ...] = ()
     elementwise = False
     if len(inputs) == 1:

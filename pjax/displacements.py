@@ -55,7 +55,7 @@ def _displaced(
         _zero(leaf) if force is None else (-scale * force).astype(jnp.result_type(leaf))
         for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)
     ]
-    aux = [read(problem.values, atom) for atom in found.graph.program.auxiliary_outputs]
+    aux = [read(problem.forward, atom) for atom in found.graph.program.auxiliary_outputs]
     return problem.loss, aux, moved, problem.vectors
 
 

@@ -51,7 +51,10 @@ def line_search(
         leaf if move is None else (leaf + move).astype(jnp.result_type(leaf))
         for leaf, move in zip(problem.leaves, moves, strict=True)
     ]
-    known = {variable: problem.values[variable] + move for variable, move in outputs.items()}
+    known = {
+        variable: (problem.values[variable] + move).astype(problem.forward[variable].dtype)
+        for variable, move in outputs.items()
+    }
     after = program.evaluate(moved, consts, known)
     lines = []
     for node in graph.losses:

@@ -254,7 +254,7 @@ def bipartite(graph: Graph) -> Graph:
                 route=Route(program, (var,), (), var),
                 producers=(producer,),
                 shape=program.shape(var),
-                dtype=program.dtype(var),
+                dtype=program.deviation_dtype(var),
                 kind="weight" if kinds == {"weight"} else "activation",
             )
         )
@@ -621,7 +621,7 @@ class _Builder:
                     route=route,
                     producers=tuple(index_of[source] for source in route.sources),
                     shape=program.shape(atom),
-                    dtype=program.dtype(atom),
+                    dtype=program.deviation_dtype(atom),
                     kind="weight" if atom in self.pure else "activation",
                 )
             )

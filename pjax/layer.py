@@ -365,9 +365,7 @@ def _rows(op: Bilinear, side: Side, now: tuple[Any, ...]) -> _Rows | None:
 
 def _dot(op: Bilinear) -> Any:
     assert isinstance(op, DotGeneral)
-    return functools.partial(
-        jnp.matmul, precision=op.precision, preferred_element_type=op.preferred_element_type
-    )
+    return functools.partial(op.multiply, jnp.matmul)
 
 
 def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> Any:

@@ -624,8 +624,14 @@ class _Shape:
         return jnp.broadcast_to(jnp.asarray(array), self.program.shape(var))
 
     def _heads(self, x: Array, knowns: Sequence[Any]) -> list[Array]:
-        values: dict[int, Any] = dict(zip(self.knowns, knowns, strict=True))
-        values[self.base] = self._back(x)
+        # What deviates is in float32 also where the program computes in bfloat16.
+        given = zip((*self.knowns, self.base), (*knowns, self._back(x)), strict=True)
+        values: dict[int, Any] = {
+            number: value
+            if hasattr(value, "dtype") and value.dtype == self.program.dtype(number)
+            else jnp.asarray(value, self.program.dtype(number))
+            for number, value in given
+        }
         run(self.region, values)
         return [self._over(head, values[head]) for head in self.heads]
 
@@ -721,6 +727,7 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
     sizes = 10 ** rng.uniform(*_DECADES, (pairs, 2, *shape.shape[:-1], 1))
     points = np.asarray(sizes * rng.normal(size=(pairs, 2, *shape.shape)), np.float32)
     value = shape.row_function()
+    tolerance = max(_TOLERANCE, 2 * float(jnp.finfo(dtype).eps))
 
     def look(drawn: Any, reference: Any, points: Any) -> Any:
         values = {**drawn, shape.base: reference}
@@ -753,17 +760,23 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
     if finite.sum() < 0.25 * finite.size or not np.all(np.isfinite(zero)):
         return None
     a, b, m = (np.where(finite, found, 0) for found in (first, second, middle))
-    gap, slack = (a + b) / 2 - m, _TOLERANCE * (np.abs(a) + np.abs(b) + np.abs(m) + 1e-3)
+    gap, slack = (a + b) / 2 - m, tolerance * (np.abs(a) + np.abs(b) + np.abs(m) + 1e-3)
     convex, concave = bool(np.all(gap >= -slack)), bool(np.all(gap <= slack))
     bent = bool(np.any(np.abs(gap) > slack))
     known = None
     if convex and bent and np.all(np.isfinite(slope)):
-        known = _compare(shape, np.asarray(points[:, 0], np.float64), first, zero, slope)
+        at = points[:, 0].astype(np.dtype(dtype)).astype(np.float64)
+        known = _compare(shape, at, first, zero, slope, tolerance)
     return _Probe(convex, concave and bent, known, float(sign))
 
 
 def _compare(
-    shape: _Shape, points: np.ndarray, values: np.ndarray, zero: np.ndarray, slope: np.ndarray
+    shape: _Shape,
+    points: np.ndarray,
+    values: np.ndarray,
+    zero: np.ndarray,
+    slope: np.ndarray,
+    tolerance: float,
 ) -> _Known | None:
     """The loss of this library with these values, less those at 0, and this slope there."""
     finite = np.isfinite(values)
@@ -771,14 +784,14 @@ def _compare(
     size = np.abs(wanted) + np.max(np.abs(points), -1) + 1
 
     def agrees(value: np.ndarray) -> bool:
-        return bool(np.all(np.where(finite, np.abs(value - wanted) <= _TOLERANCE * size, True)))
+        return bool(np.all(np.where(finite, np.abs(value - wanted) <= tolerance * size, True)))
 
     classes = shape.shape[-1]
     labels = 1 / classes - slope
-    if classes > 1 and np.all(labels > -_TOLERANCE):
+    if classes > 1 and np.all(labels > -tolerance):
         top = points.max(-1, keepdims=True)
         whole = np.log(np.exp(points - top).sum(-1)) + top[..., 0] - np.log(classes)
-        sums_to_one = np.allclose(labels.sum(-1), 1, atol=_TOLERANCE)
+        sums_to_one = np.allclose(labels.sum(-1), 1, atol=tolerance)
         if sums_to_one and agrees(whole - (labels * points).sum(-1)):
             return _Known(primitives.cross_entropy_p, 1.0)
     # a/2 |x|² + slope·x: the number a from all samples.

@@ -32,6 +32,12 @@ class _Numeric(Rule):
     def _call(self, reference: Reference) -> Any:
         return lambda *inputs: self.function(inputs, reference.knowns)
 
+    def _value(self, reference: Reference) -> Array:
+        """`φ` at the reference, as its points are computed: without the rounding of bfloat16."""
+        if self.function.narrow:
+            return self._call(reference)(*reference.inputs)
+        return reference.output
+
     def _point(self, reference: Reference, states: Sequence[Any]) -> list[Array]:
         """The values that the operands have now; None is at rest."""
         exponent = reference.geometry.exponent
@@ -57,7 +63,7 @@ class _Numeric(Rule):
 
         def rise(points: Sequence[Array]) -> Array:
             return numeric.difference(
-                self._call(reference), reference.inputs, reference.output, points,
+                self._call(reference), reference.inputs, self._value(reference), points,
                 geometry.exponent,
             )  # fmt: skip
 
@@ -111,7 +117,13 @@ class ScalarFunction(_Numeric):
         call = self._call(reference)
         if not self.layers:
             moved, output = numeric.scalar(
-                call, reference.inputs[0], reference.output, state, weight, target, target_weight
+                call,
+                reference.inputs[0],
+                self._value(reference),
+                state,
+                weight,
+                target,
+                target_weight,
             )
             return (moved,), output
         slope = self._slope(call, self._point(reference, states)[0])
@@ -146,7 +158,7 @@ class ArrayFunction(_Numeric):
         call = self._call(reference)
         if not self.layers:
             return numeric.gauss_newton(
-                call, self.rows, reference.inputs, reference.output, states, weights, target,
+                call, self.rows, reference.inputs, self._value(reference), states, weights, target,
                 target_weight,
             )  # fmt: skip
         geometry = reference.geometry

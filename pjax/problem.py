@@ -30,7 +30,7 @@ from pjax.projections import scaling
 from pjax.rules import Exactness, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import Threshold, latent_nodes
-from pjax.trace import Program, TraceError, read, trace
+from pjax.trace import Program, TraceError, read, trace, widened
 from pjax.wiring import pull_together
 
 Fanout = Literal["exact", "paper"]
@@ -342,7 +342,9 @@ class Problem:
         self.graph = layout.graph
         self.leaves = list(leaves)
         #: The forward pass: the value of every variable of the program.
-        self.values = layout.graph.program.evaluate(leaves, consts)
+        self.forward = layout.graph.program.evaluate(leaves, consts)
+        #: The same in at least float32: what deviations are from.
+        self.values = {number: _widened(value) for number, value in self.forward.items()}
         self._readers = self.graph.readers()
         # What does not change during a solve is computed here, outside of every loop.
         self._prox_steps = self._find_prox_steps()
@@ -437,7 +439,7 @@ class Problem:
         """`λ c` for each row of each loss."""
         metric = self.layout.metric
         losses = self.graph.losses
-        coefficients = self.graph.loss_coefficients(self.values)
+        coefficients = self.graph.loss_coefficients(self.forward)
         #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
         self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
@@ -547,7 +549,7 @@ class Problem:
     @property
     def loss(self) -> Array:
         """The function's value in the forward pass."""
-        return jnp.asarray(read(self.values, self.graph.program.outputs[0]))
+        return jnp.asarray(read(self.forward, self.graph.program.outputs[0]))
 
     # The state.
 
@@ -1028,6 +1030,13 @@ class Problem:
 def _agree(feeds: Mapping[int, int], others: Mapping[int, int]) -> bool:
     """Whether no source has two producers."""
     return all(feeds.get(var, producer) == producer for var, producer in others.items())
+
+
+def _widened(value: Any) -> Any:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or widened(dtype) == dtype:
+        return value
+    return value.astype(widened(dtype))
 
 
 def _infinite_ratio(dtype: Any) -> float:

@@ -27,7 +27,7 @@ from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
 from pjax.projections.convolution import Convolution
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
 from pjax.slots import Compact, Dense, Lifted, Storage, Structured
-from pjax.trace import REGISTRATIONS, Atom, Equation, Program, canonical
+from pjax.trace import REGISTRATIONS, Atom, Equation, Program, canonical, widened
 
 Exactness = Literal["exact", "inexact", "relaxed"]
 
@@ -498,8 +498,19 @@ def _dot_general_operation(program: Program, equation: Equation) -> Bilinear:
         left_shape=program.shape(left),
         right_shape=program.shape(right),
         precision=equation.params.get("precision"),
-        preferred_element_type=equation.params.get("preferred_element_type"),
+        preferred_element_type=_wide_or_none(equation.params.get("preferred_element_type")),
+        operand_type=_narrow_type(program, equation),
     )
+
+
+def _narrow_type(program: Program, equation: Equation) -> Any:
+    """bfloat16 if that is what the program multiplies, else None."""
+    dtype = jnp.result_type(*(program.dtype(atom) for atom in equation.inputs))
+    return None if widened(dtype) == dtype else dtype
+
+
+def _wide_or_none(dtype: Any) -> Any:
+    return None if dtype is None or widened(dtype) != dtype else dtype
 
 
 def _multiply_operation(program: Program, equation: Equation) -> Bilinear:
@@ -523,7 +534,7 @@ def _convolution_operation(program: Program, equation: Equation) -> Bilinear:
         feature_group_count=params["feature_group_count"],
         batch_group_count=params["batch_group_count"],
         precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
+        preferred_element_type=_wide_or_none(params["preferred_element_type"]),
     )  # fmt: skip
 
 

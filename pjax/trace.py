@@ -43,6 +43,12 @@ class Scalar:
         return np.asarray(self.value, dtype=self.dtype)
 
 
+def widened(dtype: Any) -> Any:
+    """A floating-point type, or float32 if it has fewer digits."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.promote_types(dtype, jnp.float32) if floating else dtype
+
+
 #: An operand: a variable's number, or a literal.
 Atom = int | Scalar
 
@@ -104,6 +110,10 @@ class Program:
 
     def dtype(self, atom: Atom) -> Any:
         return atom.dtype if isinstance(atom, Scalar) else self.avals[atom].dtype
+
+    def deviation_dtype(self, atom: Atom) -> Any:
+        """The type of deviations from a value: at least float32, also where it is bfloat16."""
+        return widened(self.dtype(atom))
 
     def is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable

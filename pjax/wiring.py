@@ -165,7 +165,11 @@ class Route:
                     operands.append(read(known, atom))
                 else:
                     operands.append(self._zeros(atom))
-            if equation.primitive in _SPLIT and not used.issuperset(equation.outputs):
+            if equation.primitive is P.convert_element_type_p:
+                # Deviations are not rounded to a narrow type.
+                (out,) = equation.outputs
+                outputs = [operands[0].astype(self.program.deviation_dtype(out))]
+            elif equation.primitive in _SPLIT and not used.issuperset(equation.outputs):
                 outputs = _some_parts(equation, operands[0], used)
             else:
                 outputs = _linear_part(equation).bind(*operands)
@@ -173,14 +177,14 @@ class Route:
         return values
 
     def _zeros(self, atom: Atom) -> Array:
-        return jnp.zeros(self.program.shape(atom), self.program.dtype(atom))
+        return jnp.zeros(self.program.shape(atom), self.program.deviation_dtype(atom))
 
     def pull(self, slot: Array, known: Mapping[int, Any]) -> tuple[Array, ...]:
         """The transpose: for each entry of each source, the sum over the entries that read it."""
         if self.direct:
             return (slot,)
         structs = [
-            jax.ShapeDtypeStruct(self.program.shape(var), self.program.dtype(var))
+            jax.ShapeDtypeStruct(self.program.shape(var), self.program.deviation_dtype(var))
             for var in self.sources
         ]
         transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
@@ -205,7 +209,7 @@ def pull_together(
     )
     targets = tuple(dict.fromkeys(route.target for route in routes))
     joint = Route(program, sources, tuple(equations), targets[-1])
-    structs = [jax.ShapeDtypeStruct(program.shape(v), program.dtype(v)) for v in sources]
+    structs = [jax.ShapeDtypeStruct(program.shape(v), program.deviation_dtype(v)) for v in sources]
 
     def values_of(*values: Array) -> list[Array]:
         found = joint.values(values, known, targets)

@@ -93,7 +93,8 @@ def machine() -> dict[str, float]:
     square = jax.random.normal(jax.random.key(0), (size, size))
     product = functools.partial(jax.jit(jnp.matmul), square, square)
     copy = functools.partial(jax.jit(jnp.negative), jnp.ones(2**26))
-    _seconds(product), _seconds(copy)
+    for run in (product, copy):
+        _seconds(run)
     return {
         "flops_per_second": 2 * size**3 / min(_seconds(product) for _ in range(7)),
         "bytes_per_second": 2**29 / min(_seconds(copy) for _ in range(7)),

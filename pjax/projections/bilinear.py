@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -265,6 +265,8 @@ class DotGeneral(Bilinear):
         right_shape: the shape of the right operand.
         precision: as in `jax.lax.dot_general`; used by the transposes too.
         preferred_element_type: as in `jax.lax.dot_general`; used by the transposes too.
+        operand_type: a narrow type, such as bfloat16, in which operands are multiplied; the result
+            is float32. None: in their own.
 
     Raises:
         ValueError: if a contraction runs over no entries: its output is a constant.
@@ -275,6 +277,7 @@ class DotGeneral(Bilinear):
     right_shape: tuple[int, ...]
     precision: Any = None
     preferred_element_type: Any = None
+    operand_type: Any = None
 
     def __post_init__(self) -> None:
         # Lists are common in dimension numbers and would make the operation unhashable.
@@ -323,13 +326,17 @@ class DotGeneral(Bilinear):
         return math.prod(self.left_shape[axis] for axis in self._left.free)
 
     def _dot(self, left: Array, right: Array, dimension_numbers: Any) -> Array:
-        return lax.dot_general(
-            left,
-            right,
-            dimension_numbers,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
+        return self.multiply(lax.dot_general, left, right, dimension_numbers)
+
+    def multiply(
+        self, product: Callable[..., Array], left: Array, right: Array, *args: Any
+    ) -> Array:
+        """`product(left, right, *args)` in this operation's precision."""
+        wide = self.preferred_element_type
+        if self.operand_type is not None:
+            wide = jnp.promote_types(left.dtype, jnp.float32)
+            left, right = left.astype(self.operand_type), right.astype(self.operand_type)
+        return product(left, right, *args, precision=self.precision, preferred_element_type=wide)
 
     def __call__(self, left, right):
         return self._dot(left, right, self.dimension_numbers)
