@@ -167,7 +167,7 @@ def _masked(module: Any, x: Any) -> Any:
 
 
 def _masked_kernel(module: Any, x: Any) -> Any:
-    module.mask = jnp.tri(2)[:, :, None] * jnp.ones(3)
+    module.mask = nnx.data(jnp.tri(2)[:, :, None] * jnp.ones(3))
     return module(x)
 
 
