@@ -127,6 +127,9 @@ def figure(path: str, out: str) -> None:
         )
         if points:
             axes.loglog(*zip(*points, strict=True), marker=marker, label=names[step])
+    depths = sorted({row["number"] for row in rows.values() if row["group"] == "depth"})
+    axes.set_xticks(depths, map(str, depths))
+    axes.minorticks_off()
     axes.set(xlabel="hidden layers of 128", ylabel="ms a step, batch 256")
     axes.set_title(described.split(":")[0], fontsize="small")
     axes.grid(alpha=0.3)
