@@ -595,10 +595,10 @@ class Problem:
         )
 
     def _number_type(self, node: int) -> Any:
-        """The type of a number that belongs to a node's output: at least float32."""
+        """The type of a number that belongs to a node's output."""
         output = self.graph.nodes[node].output
         assert output is not None
-        return jnp.promote_types(self.values[output].dtype, jnp.float32)
+        return self.values[output].dtype
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -623,7 +623,7 @@ class Problem:
         for slot in self.graph.slots:
             if a[slot.index] is not b[slot.index]:
                 part = self._slot_distance(slot, a[slot.index], b[slot.index])
-                total = total + part.astype(jnp.promote_types(part.dtype, jnp.float32))
+                total = total + part
         return total
 
     def _slot_distance(self, slot: Slot, a: Any, b: Any) -> Array:

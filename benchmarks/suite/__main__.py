@@ -80,23 +80,19 @@ def compare(old: str, new: str) -> None:
     """Ratios to backprop and counts, before and after: what another machine does not change."""
     (before, a), (after, b) = read(old), read(new)
     print(f"old: {before}\nnew: {after}")
-    columns = ("x backprop", "temp MB", "GFLOP", "moved MB", "XLA s")
+    columns = {
+        "x backprop": ("ratio", 1),
+        "temp MB": ("temporaries", 1e6),
+        "GFLOP": ("flops", 1e9),
+        "moved MB": ("bytes_moved", 1e6),
+        "XLA s": ("compile_seconds", 1),
+    }
     width = max(len(key) for key in (*a, *b)) + 2
     print(f"{'':{width}s}" + "".join(f"{column:>27s}" for column in columns))
     for key, now in b.items():
         if key not in a:
             continue
-        pairs = [
-            (was[name] / unit, now[name] / unit)
-            for was in (a[key],)
-            for name, unit in (
-                ("ratio", 1),
-                ("temporaries", 1e6),
-                ("flops", 1e9),
-                ("bytes_moved", 1e6),
-                ("compile_seconds", 1),
-            )
-        ]
+        pairs = [(a[key][name] / unit, now[name] / unit) for name, unit in columns.values()]
         cells = (f"{x:9.2f} →{y:9.2f} {(y / x if x else 1):5.2f}x" for x, y in pairs)
         print(f"{key:{width}s}" + "".join(f"{cell:>27s}" for cell in cells))
     for name, missing in (("old", set(b) - set(a)), ("new", set(a) - set(b))):
