@@ -144,11 +144,11 @@ def test_the_stiff_limit_is_the_gradient(name):
     loss, params = loss_with(ALL[name]), mlp_params()
     metric = pjax.metrics.Spectral(activations=1e5, prox_step=1e-5)
     value, moved = pjax.value_and_displacement(loss, metric=metric)(params)
-    expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected, gradient = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for key in params:
         scale = float(jnp.max(jnp.abs(gradient[key])))
-        np.testing.assert_allclose(moved[key], gradient[key], atol=2e-3 * scale + 5e-7)
+        np.testing.assert_allclose(moved[key], gradient[key], atol=2e-3 * scale + 1e-7)
 
 
 @pytest.mark.parametrize(

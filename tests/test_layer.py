@@ -40,7 +40,7 @@ def objective(matrix, weights, target_weight, request, move):
     return np.sum(weights * move**2) + np.sum(target_weight * (matrix @ move - request) ** 2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 3), rows=st.integers(1, 12))
 def test_converged_conjugate_gradients_are_the_nearest_point(seed, count, rows):
     """With as many steps as rows the move is the minimiser, weights of 0 included."""

@@ -273,7 +273,7 @@ def test_weighted_rows_and_masks(x64):
         return new
 
     rows = update(lambda loss: loss, x, y)
-    for reduce in (jnp.sum, lambda loss: 0.3 * jnp.mean(loss) + 1):
+    for reduce in (jnp.mean, jnp.sum, lambda loss: 0.3 * jnp.mean(loss) + 1):
         assert_trees_close(update(reduce, x, y), rows, 1e-12)
     problem = pjax.feasibility_problem(
         lambda p: jnp.sum(jnp.array([1, 0, 1, 2, 1, 1.0]) * pjax.cross_entropy(mlp(p, x), y)),
