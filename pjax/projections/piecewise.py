@@ -348,6 +348,10 @@ def piecewise(
     dtype = deviation.dtype
     weight, target_weight = jnp.asarray(weight, dtype), jnp.asarray(target_weight, dtype)
     kinks = _kinks(function)
+    if len(kinks) == 1 and not kinks[0].jump:
+        return _bent(
+            function, kinks[0].place, reference, deviation, weight, target, target_weight, exponent
+        )
 
     def in_unit(length: Any) -> Any:
         return scaling.to_unit(jnp.asarray(length, dtype), exponent)
@@ -427,3 +431,40 @@ def piecewise(
         own = jnp.where(better, owned, own)
         best = jnp.where(better, cost, best)
     return moved, output
+
+
+def _bent(
+    function: PiecewiseLinear,
+    place: float,
+    reference: Array,
+    deviation: Array,
+    weight: Array,
+    target: Array,
+    target_weight: Array,
+    exponent: Any,
+) -> tuple[Array, Array]:
+    """`piecewise` of two half-lines that meet, without squares: an inner loop of most networks.
+
+    A half-line whose line has its nearest point beyond the kink offers the kink, which the other
+    has too. Where both have a point of their own, the distances `|error| (ρ + W slope²)^-½` decide.
+    """
+    beyond = scaling.to_unit(reference - place, exponent)
+    right = reference >= place
+    left_line, right_line = function.pieces
+    step = (right_line.slope - left_line.slope) * beyond
+    feet, distances, inside = [], [], []
+    for number, piece in enumerate(function.pieces):
+        # Over the reference's output: 0 on its own piece.
+        height = jnp.where(right, 0, step) if number else jnp.where(right, -step, 0)
+        error = target - height - piece.slope * deviation
+        normal = weight + target_weight * piece.slope**2
+        foot = deviation + target_weight * piece.slope / normal * error
+        inside.append(foot >= -beyond if number else foot <= -beyond)
+        limit = jnp.maximum if number else jnp.minimum
+        moved = limit(foot, -beyond)
+        feet.append((moved, piece.slope * moved + height))
+        distances.append(jnp.abs(error) * jnp.sqrt(1 / normal))
+    nearer = (distances[1] < distances[0]) | ((distances[1] == distances[0]) & right)
+    to_right = jnp.where(inside[0] == inside[1], nearer, inside[1])
+    moved, output = (jnp.where(to_right, b, a) for a, b in zip(*feet, strict=True))
+    return moved, jnp.broadcast_to(output, moved.shape)
