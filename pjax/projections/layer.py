@@ -52,9 +52,8 @@ class Part(NamedTuple):
 
     def pull(self, force: Array) -> Array:
         """`Jᵀ Λ/ρ`."""
-        if jnp.ndim(self.weight):
-            return self.transpose(force) / self.weight
-        return self.transpose(force / self.weight)  # mostly the smaller array
+        # Divided at last: so all parts read one array, and what comes next divides on its way.
+        return self.transpose(force) / self.weight
 
     def response(self, force: Array) -> Array:
         """`J Jᵀ Λ/ρ`."""
