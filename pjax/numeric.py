@@ -4,6 +4,7 @@ operation that the user allows by `fallback="gauss-newton"`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -70,10 +71,23 @@ class _Numeric(Rule):
         at_rest = all(state is None for state in states)
         height = jnp.zeros_like(target) if at_rest else rise(starts)
         weight = jnp.asarray(target_weight, target.dtype)
-        moves, _ = layer.solve(parts, target - height, weight, geometry.iterations)
+        moves, change = layer.solve(parts, target - height, weight, geometry.iterations)
 
         def ahead(length: Any) -> list[Array]:
             return [s + length * m for s, m in zip(starts, moves, strict=True)]
+
+        value = self._value(reference)
+        call = self._call(reference)
+
+        def off(length: Any) -> Array:
+            """How far the rise is off the linear one; 0 where that is less than its rounding."""
+            point = self._point(reference, ahead(length))
+            unit = geometry.exponent
+            there = call(*point)
+            linear = scaling.from_unit(height + length * change, unit)
+            curved = (there - value) - linear
+            rounding = 16 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(there))
+            return jnp.where(jnp.abs(curved) <= rounding, 0, scaling.to_unit(curved, unit))
 
         # In units of the request, whose square might underflow.
         size = jnp.max(jnp.abs(target - height))
@@ -86,22 +100,21 @@ class _Numeric(Rule):
         # A stiff step gains less than what the sums are rounded by.
         rounding = 1e2 * jnp.finfo(target.dtype).eps * before
 
-        def too_far(state: tuple[Array, Array, Array]) -> Array:
-            length, _, cost = state
+        def too_far(state: tuple[Array, Array]) -> Array:
+            length, cost = state
             return ~(cost <= before + rounding) & (length > 1e-4)
 
-        def shorter(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
             length = 0.25 * state[0]
-            there = rise(ahead(length))
-            cost = jnp.sum(weight * jnp.square((there - target) / size)) + length**2 * energy
-            return length, there, cost
+            left = height + length * change + off(length) - target
+            return length, jnp.sum(weight * jnp.square(left / size)) + length**2 * energy
 
         # The whole move is tried in the loop, too, so that there is one copy of its body.
-        begin = (jnp.full((), 4, target.dtype), height, jnp.full((), jnp.inf, target.dtype))
-        length, there, _ = jax.lax.while_loop(too_far, shorter, begin)
-        moves_at_all = length > 1e-4
-        points = ahead(jnp.where(moves_at_all, length, 0))
-        return tuple(points), jnp.where(moves_at_all, there, height)
+        begin = (jnp.full((), 4, target.dtype), jnp.full((), jnp.inf, target.dtype))
+        length, _ = jax.lax.while_loop(too_far, shorter, begin)
+        points = ahead(jnp.where(length > 1e-4, length, 0))
+        # Apart from the loop, so that nothing is computed where nobody reads the output.
+        return tuple(points), rise(points)
 
 
 @dataclass(frozen=True)
@@ -193,9 +206,10 @@ class ArrayFunction(_Numeric):
         """A bound on `|J|²` over all rows, by the power iteration in each."""
         kept = self.rows.inputs[place]
         axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
-        if vector is None:
-            steps = jnp.arange(value.size, dtype=value.dtype)
-            vector = jnp.cos(2.4 * steps).reshape(value.shape)
+        if vector is None:  # the same in each block
+            block = tuple(n if axis in axes else 1 for axis, n in enumerate(value.shape))
+            steps = jnp.arange(math.prod(block), dtype=value.dtype)
+            vector = jnp.broadcast_to(jnp.cos(2.4 * steps).reshape(block), value.shape)
         return layer.power_iteration(lambda x: transpose(apply(x)), vector, axes, iterations)
 
 

@@ -18,6 +18,7 @@ number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -258,6 +259,10 @@ def _in_operand(
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 _MARGIN = 1.4
 
+#: Of so many blocks two steps are enough: that the largest bound of all is far too small takes a
+#: start that is bad for each of them.
+_MANY_BLOCKS = 64
+
 
 def power_iteration(
     response: Callable[[Array], Array], vector: Array, axes: tuple[int, ...], iterations: int
@@ -269,34 +274,35 @@ def power_iteration(
     - `response`: `JᵀJ x`, block diagonal.
     - `vector`: where to begin.
     - `axes`: the axes within a block; the others number the blocks.
-    - `iterations`: how many steps, at least 1.
+    - `iterations`: how many steps, at least 1; of many blocks at most 2.
 
     **Returns:** the bound, a scalar, and the last vector, to begin the next one with.
     """
+    if math.prod(n for axis, n in enumerate(vector.shape) if axis not in axes) >= _MANY_BLOCKS:
+        iterations = min(iterations, 2)
     tiny = jnp.finfo(vector.dtype).tiny
-
-    def largest(x: Array) -> Array:
-        return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), tiny)
 
     def norm(x: Array) -> Array:
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
 
     def step(_: Any, x: Array) -> Array:
-        # In between, the largest entry is 1: squares are then in range, and one pass is enough.
+        # In between, the largest entry is 1: squares are then in range. Of all blocks at once:
+        # one that falls far behind does not have the largest eigenvalue.
         image = response(x).astype(x.dtype)  # products may have a wider one
-        return image / largest(image)
+        return image / jnp.maximum(jnp.max(jnp.abs(image)), tiny)
 
-    x = vector / largest(vector)
+    x = vector
     if iterations > 2:  # a loop compiles in a fraction of the time
         x = lax.fori_loop(0, iterations - 1, step, x)
     elif iterations == 2:
         x = step(0, x)
     image = response(x).astype(x.dtype)
-    size = largest(image)
+    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
     image = image / size
-    length = norm(image)
-    bound = size * length / jnp.maximum(norm(x), tiny)
-    return _MARGIN * jnp.max(bound), image / jnp.maximum(length, tiny)
+    length, before = norm(image), norm(x)
+    bound = jnp.where(before > 0, size * length / jnp.maximum(before, tiny), 0)
+    last = jnp.where(length > 0, image / jnp.maximum(length, tiny), vector)
+    return _MARGIN * jnp.max(bound), last
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.
