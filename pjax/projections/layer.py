@@ -282,27 +282,25 @@ def power_iteration(
         iterations = min(iterations, 2)
     tiny = jnp.finfo(vector.dtype).tiny
 
-    def norm(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-
-    def step(_: Any, x: Array) -> Array:
-        # In between, the largest entry is 1: squares are then in range. Of all blocks at once:
-        # one that falls far behind does not have the largest eigenvalue.
+    def step(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # The largest entry is 1: squares are then in range. Of all blocks at once: one that falls
+        # far behind does not have the largest eigenvalue.
+        _, x, _ = state
         image = response(x).astype(x.dtype)  # products may have a wider one
-        return image / jnp.maximum(jnp.max(jnp.abs(image)), tiny)
+        size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
+        return x, image / size, size
 
-    x = vector
+    state = (vector, vector, jnp.ones((), vector.dtype))
     if iterations > 2:  # a loop compiles in a fraction of the time
-        x = lax.fori_loop(0, iterations - 1, step, x)
-    elif iterations == 2:
-        x = step(0, x)
-    image = response(x).astype(x.dtype)
-    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
-    image = image / size
-    length, before = norm(image), norm(x)
-    bound = jnp.where(before > 0, size * length / jnp.maximum(before, tiny), 0)
-    last = jnp.where(length > 0, image / jnp.maximum(length, tiny), vector)
-    return _MARGIN * jnp.max(bound), last
+        state = lax.fori_loop(0, iterations, step, state)
+    else:
+        for count in range(iterations):
+            state = step(count, state)
+    before, last, size = state
+    old, new = (jnp.sum(jnp.square(x), axis=axes, keepdims=True) for x in (before, last))
+    largest = jnp.max(jnp.where(old > 0, new / jnp.maximum(old, tiny), 0))
+    last = jnp.where(new > 0, last * lax.rsqrt(jnp.maximum(new, tiny)), vector)
+    return _MARGIN * size * jnp.sqrt(largest), last
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.
