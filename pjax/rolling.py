@@ -21,6 +21,9 @@ import numpy as np
 from pjax import _compat
 from pjax._compat import P
 
+#: Programs of fewer equations stay as they are: they compile within seconds, and each step of a loop
+#: copies what it reads of stacked arrays.
+MIN_EQUATIONS = 10_000
 #: A run is rolled from so many repeats on; where each block reads the one before, if that saves so
 #: many equations.
 MIN_REPEATS = 24
@@ -53,7 +56,8 @@ def rolled(function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = jax.jit(flat)
         traced = compiled.trace(*leaves)
         jaxpr, consts = _compat.open_jaxpr(traced.jaxpr)
-        runs = find_runs(_live(jaxpr))
+        equations = _live(jaxpr)
+        runs = find_runs(equations) if len(equations) >= MIN_EQUATIONS else []
         if not runs:
             return compiled(*leaves)  # as it is, without a second trace
         if len(jaxpr.invars) > len(leaves):  # values that `function` closes over

@@ -45,12 +45,30 @@ def check(function, *args, smaller: float = 0.8):
     assert count(rolled(function), *args) < smaller * count(function, *args)
 
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "small_programs")
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Programs are rolled whatever their size."""
+    monkeypatch.setattr(rolling, "MIN_EQUATIONS", 0)
 
 
 @pytest.fixture
 def arrays():
     return list(jax.random.normal(jax.random.key(0), (N, 3, 3)))
+
+
+def test_what_compiles_within_seconds_stays_as_it_is(arrays, monkeypatch):
+    def function(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight) + 0.5 * x
+        return x
+
+    args = arrays, jnp.ones((2, 3))
+    small = count(rolled(function), *args)
+    monkeypatch.setattr(rolling, "MIN_EQUATIONS", 10_000)
+    assert count(rolled(function), *args) == count(function, *args) + 1 > small  # the call of it
 
 
 def test_layers_in_a_row(arrays):
