@@ -162,7 +162,7 @@ class Trainer:
 
     def _logits(self, task: Task, params: Any, x: np.ndarray) -> np.ndarray:
         if task not in self._networks:
-            self._networks[task] = jax.jit(lambda params, x: task.network(params, task.inputs(x)))
+            self._networks[task] = jax.jit(lambda params, x: task.logits(params, task.inputs(x)))
         return np.asarray(self._networks[task](params, x))
 
 

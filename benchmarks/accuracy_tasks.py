@@ -39,6 +39,7 @@ class Task:
       epoch sits it out.
     - `scale`: a factor on the inputs.
     - `measure_every`: validation is measured after so many batches; 0: after each epoch.
+    - `compute`: the type in which the network computes its logits.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class Task:
     epochs: int = 10
     scale: float = 1.0
     measure_every: int = 0
+    compute: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def uses_auc(self) -> bool:
@@ -93,7 +95,7 @@ class Task:
         }
 
     def network(self, params: Params, x: Array) -> Array:
-        """The logits."""
+        """The logits, in the type of the parameters."""
         *layers, (last_weight, last_bias) = zip(params["w"], params["b"], strict=True)
         outputs = []
         for weight, bias in layers:
@@ -106,7 +108,14 @@ class Task:
     def loss(self, kind: Kind) -> Loss:
         """The mean cross-entropy, in Optax's words for gradients, in pjax's for projections."""
         rows = optax.softmax_cross_entropy if kind == "gradient" else pjax.cross_entropy
-        return lambda params, batch: jnp.mean(rows(self.network(params, batch[0]), batch[1]))
+        return lambda params, batch: jnp.mean(rows(self.logits(params, batch[0]), batch[1]))
+
+    def logits(self, params: Params, x: Array) -> Array:
+        """What the network gives in the type in which it computes, in float32."""
+        if self.compute == "float32":
+            return self.network(params, x)
+        params, x = jax.tree.map(lambda leaf: leaf.astype(self.compute), (params, x))
+        return self.network(params, x).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +288,8 @@ def _rows() -> list[Row]:
     ]
     for name, skip in (("mnist-4x128", False), ("mnist-4x128-skip", True)):
         rows.append(Row(name, Task("mnist", 4 * (128,), skip), _within(0.002), _within(0.003)))
+    narrow = Task("mnist", 4 * (128,), compute="bfloat16")
+    rows.append(Row("mnist-4x128-bfloat16", narrow, _within(0.002), _within(0.003)))
     for depth in (12, 20):
         task = Task("mnist", depth * (128,), epochs=2)
         rows.append(Row(f"mnist-{depth}x128", task, _within(0.005), _within(0.01)))

@@ -21,8 +21,8 @@ import numpy as np
 from pjax import _compat
 from pjax._compat import P
 
-#: Programs of fewer equations stay as they are: they compile within seconds, and each step of a loop
-#: copies what it reads of stacked arrays.
+#: Programs of fewer equations stay as they are: they compile within seconds, and each step of a
+#: loop copies what it reads of stacked arrays.
 MIN_EQUATIONS = 10_000
 #: A run is rolled from so many repeats on; where each block reads the one before, if that saves so
 #: many equations.

@@ -94,7 +94,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def compared(folder: Path, name: str) -> Path:
+def compared(folder: Path, name: str, aucs: tuple[float | None, ...] = (None, None)) -> Path:
     """The folder of a comparison whose cells nobody trained."""
     settings = CompareConfig(hidden=(6,), batch_size=256, steps=4, methods=("sgd",), seeds=(0, 1))
     path = comparison.open_folder(settings, load("digits"), folder, name)
@@ -116,6 +116,7 @@ def compared(folder: Path, name: str) -> Path:
             stopped="",
             validation_accuracy=records[-1].validation_accuracy,
             test_accuracy=0.8 + seed / 60,
+            test_auc=aucs[seed],
             seconds=0.4,
             compile_seconds=1.0,
             state_bytes=5000,
@@ -522,3 +523,15 @@ def test_colours_of_texts_have_contrast() -> None:
                 assert contrast(scheme[text], scheme[ground]) >= 4.5, (text, ground)
         assert contrast(scheme["warn-ink"], scheme["warn-paper"]) >= 4.5
     assert math.isclose(contrast("#ffffff", "#000000"), 21)
+
+
+def test_the_auc_is_shown_where_it_is_known(tmp_path: Path, folder: Path) -> None:
+    path = compared(tmp_path, "two classes", (0.75, 0.85))
+    report.write([path], tmp_path / "page.html", solve=False)
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    headings, row = page.table("Accuracies")
+    assert row[headings.index("test AUC")] == "0.8000 ± 0.0500"
+    headings, *rows = page.table("Each seed")
+    assert [row[headings.index("test AUC")] for row in rows] == ["0.7500", "0.8500"]
+    report.write([folder / "compared"], tmp_path / "page.html", solve=False)
+    assert "AUC" not in (tmp_path / "page.html").read_text("utf-8")

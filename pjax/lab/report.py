@@ -155,6 +155,7 @@ def _results(found: Sequence[Summary], names: Sequence[str]) -> list[ET.Element]
 
 
 def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
+    auc = _has_auc([line for _, line in lines])
     rows = []
     for label, line in lines:
         seconds = line.seconds
@@ -162,8 +163,9 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
         rows.append(
             (
                 label,
-                _percent(line, "test_accuracy"),
-                _percent(line, "validation_accuracy"),
+                _shown(line, "test_accuracy", comparison.percent),
+                *([_shown(line, "test_auc", comparison.fraction)] if auc else []),
+                _shown(line, "validation_accuracy", comparison.percent),
                 line.method,
                 line.description,
                 str(len(line.cells)),
@@ -175,6 +177,7 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
     headings = (
         "run",
         "test",
+        *(["test AUC"] if auc else []),
         "validation",
         "method",
         "settings",
@@ -193,9 +196,13 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
     )
 
 
-def _percent(line: Line, name: str) -> str:
+def _shown(line: Line, name: str, show: Callable[[float, float], str]) -> str:
     mean, error = line.mean(name)
-    return "not measured" if math.isnan(mean) else comparison.percent(mean, error)
+    return "not measured" if math.isnan(mean) else show(mean, error)
+
+
+def _has_auc(lines: Sequence[Line]) -> bool:
+    return any(cell.test_auc is not None for line in lines for cell in line.cells)
 
 
 def _curves(lines: Sequence[tuple[str, Line]], name: str) -> list[ET.Element]:
@@ -337,7 +344,9 @@ def _section(one: Summary, name: str, anchor: str, look: Inspection | None) -> E
 
 
 def _seeds_table(one: Summary) -> ET.Element:
-    headings = ("seed", "best batch", "validation", "test", "batches", "stopped")
+    auc = _has_auc(one.lines)
+    after = (*(["test AUC"] if auc else []), "batches", "stopped")
+    headings = ("seed", "best batch", "validation", "test", *after)
     if one.kind == "comparison":
         headings = ("method", *headings)
     rows = []
@@ -348,6 +357,7 @@ def _seeds_table(one: Summary) -> ET.Element:
                 str(cell.best_step),
                 _accuracy(cell.validation_accuracy),
                 _accuracy(cell.test_accuracy),
+                *([_auc(cell.test_auc)] if auc else []),
                 str(cell.steps),
                 cell.stopped or "no",
             )
@@ -358,6 +368,10 @@ def _seeds_table(one: Summary) -> ET.Element:
 
 def _accuracy(value: float) -> str:
     return "not measured" if math.isnan(value) else f"{value:.2%}"
+
+
+def _auc(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
 
 
 def _rates_table(entry: tuple[str, list[tuple[float, int, float]]]) -> ET.Element:

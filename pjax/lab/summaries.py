@@ -115,6 +115,7 @@ def _run(
                 stopped=row["stopped"],
                 validation_accuracy=row["validation_accuracy"],
                 test_accuracy=row["test_accuracy"],
+                test_auc=row["test_auc"],
                 seconds=_number(costs.get("seconds"), own[-1].seconds if own else math.nan),
                 compile_seconds=_number(costs.get("compile_seconds"), math.nan),
                 state_bytes=size if type(size) is int else None,
@@ -150,6 +151,7 @@ def _so_far(records: tuple[Record, ...], best: Record | None) -> dict[str, Any]:
         "stopped": "",
         "validation_accuracy": best.validation_accuracy,
         "test_accuracy": math.nan,
+        "test_auc": None,
     }
 
 
