@@ -17,6 +17,7 @@ import pytest
 
 import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
+from benchmarks.suite.reach import steps_needed
 from tests.selection import mostly_slow
 
 ROWS = 32
@@ -94,6 +95,13 @@ def test_a_cyclic_sweep_has_few_products(depth):
     )
     assert least == 3 * depth - 1
     assert found == least
+
+
+def test_a_request_goes_one_layer_further_in_each_parallel_step():
+    """And no faster: the first of four layers hears of it in the fourth step."""
+    task = Task("mnist", (24,) * 3, batch_size=ROWS)
+    assert steps_needed(task, *arrays(task), most=6) == 4
+    assert steps_needed(task, *arrays(task), most=3) is None
 
 
 @pytest.mark.parametrize(

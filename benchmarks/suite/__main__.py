@@ -5,6 +5,7 @@
     python -m benchmarks.suite show FILE
     python -m benchmarks.suite compare OLD NEW
     python -m benchmarks.suite figure FILE [--out docs/images/depth.png]
+    python -m benchmarks.suite reach FILE
 
 `run` is pytest-benchmark, whose JSON describes the machine and the commit too.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.cases import STEPS, cases
+from benchmarks.suite.reach import steps_needed
 
 GROUPS = tuple(dict.fromkeys(case.group for case in cases()))
 _COLUMNS = (
@@ -135,6 +137,27 @@ def figure(path: str, out: str) -> None:
     print(f"wrote {out}")
 
 
+def reach(path: str) -> None:
+    """The parallel steps that a batch needs at each depth, and how long a training step then is."""
+    _, rows = read(path)
+    columns = ("steps", "parallel ms", "all ms", "displacement", "backprop")
+    print(f"{'':8s}" + "".join(f"{column:>14s}" for column in columns))
+    for case in cases():
+        row = rows.get(f"{case.key}:parallel")
+        if case.group != "depth" or row is None:
+            continue
+        needed = steps_needed(case.task, *case.arrays(), most=2 * case.number + 8)
+        one = 1e3 * row["seconds"]
+        others = (rows.get(f"{case.key}:{step}") for step in ("displacement", "backprop"))
+        cells = [
+            "more" if needed is None else str(needed),
+            f"{one:.1f}",
+            "" if needed is None else f"{needed * one:.0f}",
+            *("" if other is None else f"{1e3 * other['seconds']:.1f}" for other in others),
+        ]
+        print(f"{case.name:8s}" + "".join(f"{cell:>14s}" for cell in cells), flush=True)
+
+
 def run(options: argparse.Namespace) -> int:
     """pytest-benchmark over the chosen cases, then the table."""
     chosen = [
@@ -176,6 +199,8 @@ def main() -> None:
     drawing = commands.add_parser("figure", help="step time against depth")
     drawing.add_argument("file")
     drawing.add_argument("--out", default="runs/benchmarks/depth.png")
+    reaching = commands.add_parser("reach", help="parallel steps that a batch needs at each depth")
+    reaching.add_argument("file")
     options = parser.parse_args()
     if options.command == "run":
         raise SystemExit(run(options))
@@ -183,6 +208,8 @@ def main() -> None:
         show(options.file)
     elif options.command == "compare":
         compare(options.old, options.new)
+    elif options.command == "reach":
+        reach(options.file)
     else:
         figure(options.file, options.out)
 
