@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -306,6 +307,15 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     assert "Finished already" in capsys.readouterr().out
 
 
+@pytest.fixture
+def default_ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(
     tmp_path: Path, capsys, monkeypatch
 ) -> None:
