@@ -11,6 +11,7 @@ import pytest
 import pjax
 from pjax import rolling
 from pjax.rolling import rolled
+from tests.selection import mostly_slow
 
 N = 30
 
@@ -243,39 +244,58 @@ def recurrent(length):
     return loss, params
 
 
+def step(kind, loss, params):
+    if kind == "displacement":
+        return pjax.displacement(loss)(params)
+    if kind == "parallel":
+        solver = pjax.solvers.AlternatingProjections(steps=4)
+        return pjax.displacement(loss, solver=solver)(params)
+    optimizer = pjax.optim.CyclicProjections(splitting="layer", check=False)
+    return optimizer.update(loss, params)[0]
+
+
+CASES = [
+    (make, kind) for make in (network, recurrent) for kind in ("displacement", "parallel", "pure")
+]
 _QUICK = [(recurrent, "displacement")]
+_IN_PART = pytest.mark.xfail(
+    strict=True,
+    reason="The projections of one colour of a loop are not found to repeat; pure projection grows "
+    "by 18 operations for each step.",
+)
 
 
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
-        pytest.param(make, kind, marks=[] if (make, kind) in _QUICK else pytest.mark.slow)
-        for make in (network, recurrent)
-        for kind in ("displacement", "parallel", "pure")
+        pytest.param(
+            make,
+            kind,
+            marks=[
+                *([] if (make, kind) in _QUICK else [pytest.mark.slow]),
+                *([_IN_PART] if make is recurrent and kind != "displacement" else []),
+            ],
+        )
+        for make, kind in CASES
     ],
 )
 def test_problems_do_not_grow_with_depth_or_length(make, kind, monkeypatch):
-    """Steps of 9 and of 18 equal layers have nearly as many operations, and the right result."""
-
-    def step(loss, params):
-        if kind == "displacement":
-            return pjax.displacement(loss)(params)
-        if kind == "parallel":
-            solver = pjax.solvers.AlternatingProjections(steps=4)
-            return pjax.displacement(loss, solver=solver)(params)
-        optimizer = pjax.optim.CyclicProjections(splitting="layer", check=False)
-        return optimizer.update(loss, params)[0]
-
+    """Steps of 9 and of 18 equal layers have nearly as many operations."""
     monkeypatch.setattr(rolling, "MIN_REPEATS", 6)
     sizes = []
     for repeats in (9, 18):
         loss, params = make(repeats)
-        sizes.append(count(lambda p, loss=loss: step(loss, p), params))
+        sizes.append(count(lambda p, loss=loss: step(kind, loss, p), params))
     assert sizes[1] - sizes[0] <= 9 * 15  # of 100 to 400 for each
+
+
+@pytest.mark.parametrize(("make", "kind"), mostly_slow(CASES, _QUICK))
+def test_rolled_problems_have_the_same_solution(make, kind, monkeypatch):
+    monkeypatch.setattr(rolling, "MIN_REPEATS", 6)
     loss, params = make(9)
-    found = jax.jit(lambda p: step(loss, p))(params)
+    found = jax.jit(lambda p: step(kind, loss, p))(params)
     monkeypatch.setattr(rolling, "MIN_REPEATS", 10**6)
     jax.clear_caches()
-    expected = jax.jit(lambda p: step(loss, p))(params)
+    expected = jax.jit(lambda p: step(kind, loss, p))(params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
