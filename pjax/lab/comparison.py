@@ -193,7 +193,7 @@ def table(lines: Sequence[Line]) -> Table:
     )
     for heading in ("method", "settings"):
         shown.add_column(heading, no_wrap=True)
-    auc = any(cell.test_auc is not None for line in lines for cell in line.cells)
+    auc = has_auc(lines)
     for heading in (
         "seeds",
         "validation",
@@ -216,6 +216,11 @@ def table(lines: Sequence[Line]) -> Table:
             terminal.in_bytes(max(sizes)) if sizes else "unknown",
         )
     return shown
+
+
+def has_auc(lines: Sequence[Line]) -> bool:
+    """Whether an AUC was measured: where there are two classes."""
+    return any(cell.test_auc is not None for line in lines for cell in line.cells)
 
 
 def fraction(mean: float, error: float) -> str:

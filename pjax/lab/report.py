@@ -155,7 +155,7 @@ def _results(found: Sequence[Summary], names: Sequence[str]) -> list[ET.Element]
 
 
 def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
-    auc = _has_auc([line for _, line in lines])
+    auc = comparison.has_auc([line for _, line in lines])
     rows = []
     for label, line in lines:
         seconds = line.seconds
@@ -199,10 +199,6 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
 def _shown(line: Line, name: str, show: Callable[[float, float], str]) -> str:
     mean, error = line.mean(name)
     return "not measured" if math.isnan(mean) else show(mean, error)
-
-
-def _has_auc(lines: Sequence[Line]) -> bool:
-    return any(cell.test_auc is not None for line in lines for cell in line.cells)
 
 
 def _curves(lines: Sequence[tuple[str, Line]], name: str) -> list[ET.Element]:
@@ -344,7 +340,7 @@ def _section(one: Summary, name: str, anchor: str, look: Inspection | None) -> E
 
 
 def _seeds_table(one: Summary) -> ET.Element:
-    auc = _has_auc(one.lines)
+    auc = comparison.has_auc(one.lines)
     after = (*(["test AUC"] if auc else []), "batches", "stopped")
     headings = ("seed", "best batch", "validation", "test", *after)
     if one.kind == "comparison":
@@ -371,7 +367,7 @@ def _accuracy(value: float) -> str:
 
 
 def _auc(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+    return "not measured" if value is None else comparison.fraction(value, math.nan)
 
 
 def _rates_table(entry: tuple[str, list[tuple[float, int, float]]]) -> ET.Element:
