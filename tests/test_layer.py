@@ -356,3 +356,24 @@ def test_the_metric_and_the_splitting_must_fit():
         pjax.feasibility_problem(loss, params, metric=metrics.Spectral())
     with pytest.raises(ValueError, match='must be "neuron" or "layer"'):
         pjax.feasibility_problem(loss, params, splitting="row")
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 64, 200])
+def test_power_iterations_bound_the_largest_of_all_blocks(blocks):
+    """Also where one block is 1e8 times the others, whose vectors may vanish: they begin anew."""
+    matrices = jax.random.normal(jax.random.key(0), (blocks, 12, 6))
+    matrices = matrices.at[0].multiply(1e4)
+    vector = jnp.broadcast_to(1 + jnp.cos(2.4 * jnp.arange(6.0)), (blocks, 6))
+
+    def response(x):
+        return jnp.einsum("nij,nik,nk->nj", matrices, matrices, x)
+
+    exact = np.max(np.linalg.norm(np.asarray(matrices), 2, axis=(1, 2))) ** 2
+    bound, last = layer.power_iteration(response, vector, (1,), 4)
+    assert 0.7 * exact <= bound <= 1.4 * exact * (1 + 1e-5)
+    lengths = np.linalg.norm(np.asarray(last), axis=1)
+    begun_anew = np.all(np.asarray(last) == np.asarray(vector), axis=1)
+    np.testing.assert_allclose(lengths[~begun_anew], 1, rtol=1e-4)
+    assert not begun_anew[0]
+    again, _ = layer.power_iteration(response, last, (1,), 4)
+    assert bound <= again * (1 + 1e-5)
