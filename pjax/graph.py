@@ -22,7 +22,8 @@ from pjax.cones import SMOOTH, Cones, Piece, single
 from pjax.fusion import Cone, SumTerm
 from pjax.layer import Addend, LayerSum, Product
 from pjax.loss_terms import LossTerm, RowLoss, find_losses
-from pjax.numeric import ArrayFunction, ScalarFunction
+from pjax.normalizations import normal_form
+from pjax.numeric import ArrayFunction, Normalization, ScalarFunction
 from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
@@ -429,6 +430,9 @@ class _Builder:
             inputs, output = tuple(a for a, _ in piece.rows), tuple(b for _, b in piece.rows)
             kept = Rows((inputs,) * len(shapes), output)
             rule = ArrayFunction(piece.function, self.layers, name, kept)
+            form = normal_form(self.program, piece)
+            if form is not None:
+                rule = Normalization(piece.function, self.layers, "normalize", kept, form)
         return _Unit(name, NodeSpec(rule, piece.inputs, piece.knowns), None, equation.source)
 
     # Layer splitting: products and what is added to them.

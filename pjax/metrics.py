@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.graph import Graph, Node
+from pjax.projections import scaling
 from pjax.thresholds import latent_nodes
 
 RowWeights = Literal["relative", "absolute"]
@@ -315,7 +316,7 @@ def _relative(ratio: Any, exponent: Any) -> Weight:
     """`ratio · 2**exponent`; a weight of 0 becomes a very small one."""
     ratio = jnp.asarray(ratio, jnp.promote_types(jnp.result_type(ratio), jnp.float32))
     ratio = jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)
-    return Weight(1.0, exponent + jnp.log2(ratio), ratio)
+    return Weight(1.0, scaling.once(exponent + jnp.log2(ratio)), ratio)
 
 
 # --- Numbers by parameter ------------------------------------------------------------------------

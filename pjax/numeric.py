@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pjax.cones import Function
-from pjax.projections import layer, numeric, scaling
+from pjax.projections import layer, normalization, numeric, scaling
+from pjax.projections.normalization import NormalForm
 from pjax.projections.numeric import Rows
 from pjax.rules import Exactness, Reference, Rule
 
@@ -211,6 +212,39 @@ class ArrayFunction(_Numeric):
             steps = jnp.arange(math.prod(block), dtype=value.dtype)
             vector = jnp.broadcast_to(jnp.cos(2.4 * steps).reshape(block), value.shape)
         return layer.power_iteration(lambda x: transpose(apply(x)), vector, axes, iterations)
+
+
+@dataclass(frozen=True)
+class Normalization(ArrayFunction):
+    """`y = a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½` of each group of entries, or without the
+    mean: layer, batch, group and RMS norms, and division by a length.
+
+    In neuron splitting the nearest point, by a search for one number for each group; in layer
+    splitting a safeguarded step in closed form. As an [`ArrayFunction`][] where the weights within
+    a group differ.
+    """
+
+    form: NormalForm = NormalForm((), (), True, 1.0, 1.0, 0.0)  # noqa: RUF009 - immutable
+
+    def project(self, reference, states, weights, target, target_weight):
+        (operand,), (state,), (weight,) = reference.inputs, states, weights
+        shapes = (operand.shape, target.shape)
+        pairs = zip((weight, target_weight), shapes, strict=True)
+        if not all(self.form.fits(w, shape) for w, shape in pairs):
+            return super().project(reference, states, weights, target, target_weight)
+        if self.layers:
+            moved, output = normalization.step(
+                self.form, operand, state, weight, target, target_weight,
+                reference.geometry.exponent,
+            )  # fmt: skip
+        else:
+            moved, output = normalization.project(
+                self.form, operand, state, weight, target, target_weight
+            )
+        return (moved,), output
+
+    def gains(self, reference, wanted, vectors, iterations):
+        return (normalization.largest_gain(self.form, reference.inputs[0]),), (None,)
 
 
 def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:

@@ -249,7 +249,8 @@ def _check_leaf_type(path: str, dtype: Any) -> None:
 #: Elementwise primitives that keep a uniform value uniform.
 _UNIFORM_ELEMENTWISE = _compat.find_primitives(
     "add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "integer_pow", "pow", "exp",
-    "log", "convert_element_type", "copy", "abs", "sign",
+    "log", "convert_element_type", "copy", "abs", "sign", "select_n",
+    "eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not",
 )  # fmt: skip
 #: These broadcast scalars, and axes of length 1, without saying so.
 _BINARY = _compat.find_primitives(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 
@@ -22,6 +23,16 @@ def power(exponent: Any) -> Any:
     if isinstance(exponent, int):
         return 1.0 if exponent == 0 else 2.0 ** max(min(exponent, 120), -1000)
     return jnp.exp2(jnp.clip(exponent, -200, 120))
+
+
+def once(exponent: Array) -> Array:
+    """The exponent as it is, but computed once.
+
+    XLA computes a sum anew in everything that reads it, with all the sums before it: the exponents
+    of a deep network would be most of its compile time. A remainder it does not, and that of a
+    number below `2**24` is the number.
+    """
+    return lax.rem(exponent, jnp.asarray(2**24, exponent.dtype))
 
 
 def from_unit(value: Array, exponent: Any) -> Array:
