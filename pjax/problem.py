@@ -619,12 +619,13 @@ class Problem:
 
     def squared_distance(self, a: State, b: State) -> Float[Array, ""]:
         """`Σ ρ |a − b|²` over all slots and copies."""
-        total: Any = jnp.zeros(())
-        for slot in self.graph.slots:
-            if a[slot.index] is not b[slot.index]:
-                part = self._slot_distance(slot, a[slot.index], b[slot.index])
-                total = total + part
-        return total
+        parts = [
+            self._slot_distance(slot, a[slot.index], b[slot.index])
+            for slot in self.graph.slots
+            if a[slot.index] is not b[slot.index]
+        ]
+        # Added at once: in a chain each would wait for the one before.
+        return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
 
     def _slot_distance(self, slot: Slot, a: Any, b: Any) -> Array:
         """`Σ ρ |a − b|²` over a slot; 0 where it rests."""

@@ -35,6 +35,8 @@ _UNROLLABLE = _compat.find_primitives("conv_general_dilated")
 #: A CPU has no room for blocks side by side: larger ones than this take turns there, since the
 #: arrays of one block fit its cache, and those of all do not.
 _SHORT = 8
+#: More pieces than this are gathered by their numbers.
+_PIECES = 8
 _SPLITS = _compat.find_primitives("split")
 _JOINS = _compat.find_primitives("concatenate", "stack")
 
@@ -63,10 +65,94 @@ def rolled(function: Callable[..., Any]) -> Callable[..., Any]:
         if len(jaxpr.invars) > len(leaves):  # values that `function` closes over
             jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(*leaves))
             runs = find_runs(_live(jaxpr))
-        outputs = _evaluate(jaxpr, runs, consts, leaves)
+        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
+        values.known.update(zip(jaxpr.invars, leaves, strict=True))
+        _evaluate(jaxpr, runs, values)
+        outputs = [values.read(atom) for atom in jaxpr.outvars]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(traced.out_info), outputs)
 
     return run
+
+
+def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a step, with equations that repeat in it as loops.
+
+    What the blocks of a run hand on to the next step stays in one array from step to step: blocks
+    side by side then cost a few operations, however many they are.
+
+    **Arguments:**
+
+    - `step`: from a state to `(state, row)`; traced twice.
+    - `state`: a pytree of arrays.
+    - `length`: how many steps.
+
+    **Returns:** the last state, and the rows.
+    """
+    leaves, tree = jax.tree_util.tree_flatten(state)
+
+    def flat(*leaves: Any) -> tuple[list[Any], Any]:
+        new, row = step(jax.tree_util.tree_unflatten(tree, leaves))
+        return jax.tree_util.tree_leaves(new), row
+
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    equations = _live(jaxpr)
+    runs = find_runs(equations) if len(equations) >= MIN_EQUATIONS else []
+    results, rows = jaxpr.outvars[: len(leaves)], jaxpr.outvars[len(leaves) :]
+    row_tree = jax.tree_util.tree_structure(shapes[1])
+
+    def evaluated(held: Sequence[Sequence[int]], singles: dict[int, Any], wholes: Any) -> _Values:
+        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
+        values.known.update((jaxpr.invars[i], value) for i, value in singles.items())
+        for numbers, whole in zip(held, wholes, strict=True):
+            parts = ((jaxpr.invars[i], _Part(whole, k)) for k, i in enumerate(numbers))
+            values.parts.update(parts)
+        _evaluate(jaxpr, runs, values)
+        return values
+
+    held: list[list[int]] = []
+    if runs:
+
+        def probe(*leaves: Any) -> None:
+            held.extend(_held_together(results, evaluated([], dict(enumerate(leaves)), [])))
+
+        jax.eval_shape(probe, *leaves)
+    together = {i for numbers in held for i in numbers}
+
+    def body(carry: tuple[dict[int, Any], list[Any]], _: None) -> tuple[Any, Any]:
+        values = evaluated(held, *carry)
+        singles = {i: values.read(results[i]) for i in carry[0]}
+        wholes = []
+        for numbers in held:
+            whole, backward = values.stacked([results[i] for i in numbers])
+            wholes.append(jnp.flip(whole, 0) if backward else whole)
+        row = [values.read(atom) for atom in rows]
+        return (singles, wholes), jax.tree_util.tree_unflatten(row_tree, row)
+
+    singles = {i: leaf for i, leaf in enumerate(leaves) if i not in together}
+    wholes = [jnp.stack([leaves[i] for i in numbers]) for numbers in held]
+    (singles, wholes), found = jax.lax.scan(body, (singles, wholes), None, length=length)
+    for numbers, whole in zip(held, wholes, strict=True):
+        singles.update((i, whole[k]) for k, i in enumerate(numbers))
+    return jax.tree_util.tree_unflatten(tree, [singles[i] for i in range(len(leaves))]), found
+
+
+def _held_together(results: Sequence[Any], values: _Values) -> list[list[int]]:
+    """Which results, by number and in order, are the entries of one array, next to each other."""
+    numbers: dict[int, dict[int, int]] = {}
+    for number, atom in enumerate(results):
+        part = None if isinstance(atom, _compat.Literal) else values.parts.get(atom)
+        if part is not None:
+            numbers.setdefault(id(part.whole), {}).setdefault(part.index, number)
+    found = []
+    for entries in numbers.values():
+        stretch: list[int] = []
+        for index in sorted(entries):
+            if index - 1 not in entries:
+                stretch = []
+                found.append(stretch)
+            stretch.append(entries[index])
+    return [stretch for stretch in found if len(stretch) >= MIN_REPEATS // 2]
 
 
 class Run(NamedTuple):
@@ -92,12 +178,9 @@ class Run(NamedTuple):
 _OUTER = ()
 
 
-def _evaluate(
-    jaxpr: Any, runs: Sequence[Run], consts: Sequence[Any], args: Sequence[Any]
-) -> list[Any]:
+def _evaluate(jaxpr: Any, runs: Sequence[Run], values: _Values) -> None:
+    """Adds what the equations of a program make of its arguments, which `values` has."""
     equations = _live(jaxpr)
-    values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
-    values.known.update(zip(jaxpr.invars, args, strict=True))
     uses = _last_uses(equations, jaxpr.outvars)
     place = 0
     for run in runs:
@@ -107,7 +190,6 @@ def _evaluate(
         place = run.stop
     for equation in equations[place:]:
         values.add(equation)
-    return [values.read(atom) for atom in jaxpr.outvars]
 
 
 def _live(jaxpr: Any) -> list[Any]:
@@ -213,7 +295,33 @@ def _aligned(
             low = high
         if best is not None and best.repeats >= count - 1:
             break
-    return best
+    return best if best is None else _unchained(equations, places, best)
+
+
+def _unchained(equations: Sequence[Any], places: dict[Any, Any], run: Run) -> Run:
+    """The run with blocks that begin elsewhere, if then none reads what the one before has made."""
+    edges = [
+        (source[0], source[1], j)
+        for j, row in enumerate(run.sources)
+        for source in row
+        if source != _OUTER
+    ]
+    before = [(at, j) for back, at, j in edges if back]
+    if not before or any(back > 1 for back, _, _ in edges) or run.repeats - 1 < MIN_REPEATS:
+        return run
+    # What is made at `at` is read at `j` of the next block: a block that begins between them has
+    # both. It must not come between what is made and read within one block.
+    for shift in range(max(j for _, j in before) + 1, min(at for at, _ in before) + 1):
+        if any(not back and at < shift <= j for back, at, j in edges):
+            continue
+        start = run.start + shift
+        found = {
+            _wiring(equations, places, start + k * run.period, run.period, k)
+            for k in range(run.repeats - 1)
+        }
+        if len(found) == 1:
+            return Run(start, run.period, run.repeats - 1, found.pop())
+    return run
 
 
 def _is_chain(sources: Sequence[Sequence[Any]]) -> bool:
@@ -427,8 +535,25 @@ class _Values:
                 pieces[-1] = (part.whole, last[1], part.index + 1)
             else:
                 pieces.append((part.whole, part.index, part.index + 1))
+        if len(pieces) > _PIECES:
+            return _gathered(pieces), backward
         arrays = [_cut(*piece) if isinstance(piece, tuple) else _stack(piece) for piece in pieces]
         return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays), backward
+
+
+def _gathered(pieces: Sequence[Any]) -> Any:
+    """The entries of many pieces, of few arrays, in one array."""
+    arrays: list[Any] = []
+    first: dict[int, int] = {}
+    size, order = 0, []
+    for piece in pieces:
+        whole, low, high = piece if isinstance(piece, tuple) else (_stack(piece), 0, len(piece))
+        if id(whole) not in first:
+            first[id(whole)] = size
+            arrays.append(whole)
+            size += whole.shape[0]
+        order += range(first[id(whole)] + low, first[id(whole)] + high)
+    return jnp.concatenate(arrays).at[np.asarray(order)].get(mode="promise_in_bounds")
 
 
 def _cut(whole: Any, low: int, high: int) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 import pjax
 from pjax import rolling
-from pjax.rolling import rolled
+from pjax.rolling import rolled, rolled_scan
 from tests.selection import mostly_slow
 
 N = 30
@@ -141,6 +141,82 @@ def test_parts_with_others_between(arrays, reverse):
         return x
 
     check(function, arrays, jnp.eye(3))
+
+
+def test_parts_of_two_arrays_in_turn(arrays):
+    def function(weights):
+        first = [jnp.tanh(weight) + 1 for weight in weights]
+        second = [jnp.exp(weight) * 2 for weight in weights]
+        both = [part for pair in zip(first, second, strict=True) for part in pair]
+        return [jnp.sum(jnp.sin(part) * part) for part in both]
+
+    check(function, arrays)
+
+
+def test_blocks_that_begin_elsewhere_stand_side_by_side(arrays):
+    """What repeats first begins in the midst of a block, which then reads the one before."""
+
+    def function(weights):
+        return [jnp.sum(jnp.cos(weight) * jnp.exp(weight)) * 2 for weight in weights]
+
+    jaxpr = jax.make_jaxpr(function)(arrays).jaxpr
+    places = {out: (i, n) for i, e in enumerate(jaxpr.eqns) for n, out in enumerate(e.outvars)}
+    period = len(jaxpr.eqns) // N
+    for shift in range(period):
+        wiring = rolling._wiring(jaxpr.eqns, places, shift + period, period, 1)
+        run = rolling._unchained(jaxpr.eqns, places, rolling.Run(shift, period, N - 1, wiring))
+        assert not rolling._is_chain(run.sources)
+        assert run.start % period == 0
+        assert run.repeats >= N - 2
+
+
+def side_by_side(state):
+    """Each array moves by itself and by the one before; the last result joins them all."""
+    parts, total = state
+    moved = [jnp.tanh(part) + 0.1 * before for part, before in zip(parts[1:], parts, strict=False)]
+    size = jnp.sum(jnp.stack([jnp.sum(jnp.square(part)) for part in moved]))
+    return ([parts[0] * 0.9, *moved], total + size), {"size": size, "first": parts[0]}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_that_keep_blocks_in_one_array(arrays, compiled):
+    state = (arrays, jnp.zeros(()))
+
+    def plain(state):
+        return jax.lax.scan(lambda s, _: side_by_side(s), state, None, length=5)
+
+    def together(state):
+        return rolled_scan(side_by_side, state, 5)
+
+    expected = plain(state)
+    found = (jax.jit(together) if compiled else together)(state)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12)
+
+
+def body_size(function, *args) -> int:
+    """How many equations the step of the outermost loop has."""
+    loops = [e for e in jax.make_jaxpr(function)(*args).eqns if e.primitive.name == "scan"]
+    return max(len(e.params["jaxpr"].jaxpr.eqns) for e in loops)
+
+
+def test_a_step_over_blocks_does_not_grow_with_them():
+    sizes = []
+    for blocks in (N, 3 * N):
+        arrays = list(jax.random.normal(jax.random.key(0), (blocks, 3, 3)))
+        sizes.append(body_size(lambda s: rolled_scan(side_by_side, s, 5), (arrays, jnp.zeros(()))))
+    assert sizes[0] == sizes[1] < N
+
+
+def test_short_steps_stay_as_they_are(arrays, monkeypatch):
+    monkeypatch.setattr(rolling, "MIN_EQUATIONS", 10_000)
+    state = (arrays, jnp.zeros(()))
+    found = rolled_scan(side_by_side, state, 3)
+    expected = jax.lax.scan(lambda s, _: side_by_side(s), state, None, length=3)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-12)
 
 
 def test_integers_masks_and_none():

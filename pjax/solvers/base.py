@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
 from pjax.problem import Fanout, Grouping, Layout, State, layout
-from pjax.rolling import rolled
+from pjax.rolling import rolled_scan
 from pjax.trace import Program
 
 
@@ -233,7 +233,7 @@ class Solver(ABC):
         """
         problem.require(self.grouping, self.reflecting)
 
-        def body(carry: Any, _: None) -> Any:
+        def body(carry: Any) -> Any:
             state, last_gap = carry
             new = self.step(problem, state)
             gap = problem.difference(new.after, new.before)
@@ -250,14 +250,12 @@ class Solver(ABC):
 
         initial = problem.initial()
         if self.steps > _UNROLLED or self.reflecting:
-            (state, _), rows = jax.lax.scan(
-                rolled(body), (initial, initial), None, length=self.steps
-            )
+            (state, _), rows = rolled_scan(body, (initial, initial), self.steps)
         else:
             # Single steps need no loop, and what of their history is not used is not computed.
             carry, found = (_at_rest(problem), initial), []
             for _ in range(self.steps):
-                carry, row = body(carry, None)
+                carry, row = body(carry)
                 found.append(row)
             state, rows = carry[0], jax.tree_util.tree_map(lambda *x: jnp.stack(x), *found)
         return self.solution(problem, state), ResidualHistory(*rows, loss=problem.loss)
@@ -278,8 +276,9 @@ class Solver(ABC):
         for _ in range(first):
             state = self.step(problem, state).state
         if self.steps > first:
-            step = rolled(lambda _, now: self.step(problem, now).state)
-            state = jax.lax.fori_loop(0, self.steps - first, step, state)
+            state, _ = rolled_scan(
+                lambda now: (self.step(problem, now).state, None), state, self.steps - first
+            )
         return self.solution(problem, state)
 
 
