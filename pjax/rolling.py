@@ -97,7 +97,8 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     jaxpr, consts = _compat.open_jaxpr(closed)
     equations = _live(jaxpr)
-    runs = find_runs(equations) if len(equations) >= MIN_EQUATIONS else []
+    large = len(equations) >= MIN_EQUATIONS
+    runs = [_unchained(equations, run) for run in find_runs(equations)] if large else []
     results, rows = jaxpr.outvars[: len(leaves)], jaxpr.outvars[len(leaves) :]
     row_tree = jax.tree_util.tree_structure(shapes[1])
 
@@ -223,11 +224,7 @@ def find_runs(equations: Sequence[Any]) -> list[Run]:
         return []
     symbols = _symbols(equations)
     found: list[Run] = []
-    places = {
-        out: (place, number)
-        for place, equation in enumerate(equations)
-        for number, out in enumerate(equation.outvars)
-    }
+    places = _places(equations)
     segments = [(0, len(equations))]
     while segments:
         begin, end = segments.pop()
@@ -236,6 +233,15 @@ def find_runs(equations: Sequence[Any]) -> list[Run]:
             found.append(run)
             segments += [(begin, run.start), (run.stop, end)]
     return sorted(found)
+
+
+def _places(equations: Sequence[Any]) -> dict[Any, tuple[int, int]]:
+    """For each variable the equation that makes it, and which of its outputs it is."""
+    return {
+        out: (place, number)
+        for place, equation in enumerate(equations)
+        for number, out in enumerate(equation.outvars)
+    }
 
 
 def _best_run(
@@ -295,10 +301,10 @@ def _aligned(
             low = high
         if best is not None and best.repeats >= count - 1:
             break
-    return best if best is None else _unchained(equations, places, best)
+    return best
 
 
-def _unchained(equations: Sequence[Any], places: dict[Any, Any], run: Run) -> Run:
+def _unchained(equations: Sequence[Any], run: Run) -> Run:
     """The run with blocks that begin elsewhere, if then none reads what the one before has made."""
     edges = [
         (source[0], source[1], j)
@@ -309,6 +315,7 @@ def _unchained(equations: Sequence[Any], places: dict[Any, Any], run: Run) -> Ru
     before = [(at, j) for back, at, j in edges if back]
     if not before or any(back > 1 for back, _, _ in edges) or run.repeats - 1 < MIN_REPEATS:
         return run
+    places = _places(equations)
     # What is made at `at` is read at `j` of the next block: a block that begins between them has
     # both. It must not come between what is made and read within one block.
     for shift in range(max(j for _, j in before) + 1, min(at for at, _ in before) + 1):

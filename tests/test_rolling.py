@@ -160,11 +160,11 @@ def test_blocks_that_begin_elsewhere_stand_side_by_side(arrays):
         return [jnp.sum(jnp.cos(weight) * jnp.exp(weight)) * 2 for weight in weights]
 
     jaxpr = jax.make_jaxpr(function)(arrays).jaxpr
-    places = {out: (i, n) for i, e in enumerate(jaxpr.eqns) for n, out in enumerate(e.outvars)}
+    places = rolling._places(jaxpr.eqns)
     period = len(jaxpr.eqns) // N
     for shift in range(period):
         wiring = rolling._wiring(jaxpr.eqns, places, shift + period, period, 1)
-        run = rolling._unchained(jaxpr.eqns, places, rolling.Run(shift, period, N - 1, wiring))
+        run = rolling._unchained(jaxpr.eqns, rolling.Run(shift, period, N - 1, wiring))
         assert not rolling._is_chain(run.sources)
         assert run.start % period == 0
         assert run.repeats >= N - 2
@@ -336,8 +336,7 @@ CASES = [
 _QUICK = [(recurrent, "displacement")]
 _IN_PART = pytest.mark.xfail(
     strict=True,
-    reason="The projections of one colour of a loop are not found to repeat; pure projection grows "
-    "by 18 operations for each step.",
+    reason="The projections of one colour of a loop are not found to repeat.",
 )
 
 
@@ -349,7 +348,7 @@ _IN_PART = pytest.mark.xfail(
             kind,
             marks=[
                 *([] if (make, kind) in _QUICK else [pytest.mark.slow]),
-                *([_IN_PART] if make is recurrent and kind != "displacement" else []),
+                *([_IN_PART] if (make, kind) == (recurrent, "parallel") else []),
             ],
         )
         for make, kind in CASES
