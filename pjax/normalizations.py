@@ -58,6 +58,11 @@ class _Value:
         """Whether it is one number for each group."""
         return all(key[0] == 0 for key in self.polynomial)
 
+    def of_places(self, places: Sequence[int]) -> _Value:
+        """With these of its axes, in this order."""
+        axes, shape = ([old[place] for place in places] for old in (self.axes, self.shape))
+        return replace(self, axes=tuple(axes), shape=tuple(shape))
+
 
 def normal_form(program: Program, piece: Piece) -> NormalForm | None:
     """The normalisation that a function of one operand is; None if it is none."""
@@ -308,11 +313,7 @@ class _Search:
                 raise _Unknown
             terms.append(((0, m + (x == 1), q + (x == 2)), count * coefficient))
         kept = [place for place in range(len(operand.shape)) if place not in places]
-        return _Value(
-            _collected(terms),
-            tuple(operand.axes[place] for place in kept),
-            tuple(operand.shape[place] for place in kept),
-        )
+        return replace(operand.of_places(kept), polynomial=_collected(terms))
 
     def _same(self, equation: Equation, operand: Any) -> _Value | float:
         if operand is None:
@@ -337,23 +338,13 @@ class _Search:
     def _transposed(self, equation: Equation, operand: Any) -> _Value | float:
         if not isinstance(operand, _Value):
             return self._same(equation, operand)
-        order = equation.params["permutation"]
-        return replace(
-            operand,
-            axes=tuple(operand.axes[axis] for axis in order),
-            shape=tuple(operand.shape[axis] for axis in order),
-        )
+        return operand.of_places(equation.params["permutation"])
 
     def _squeezed(self, equation: Equation, operand: Any) -> _Value | float:
         if not isinstance(operand, _Value):
             return self._same(equation, operand)
         dropped = {int(axis) % len(operand.shape) for axis in equation.params["dimensions"]}
-        kept = [place for place in range(len(operand.shape)) if place not in dropped]
-        return replace(
-            operand,
-            axes=tuple(operand.axes[place] for place in kept),
-            shape=tuple(operand.shape[place] for place in kept),
-        )
+        return operand.of_places([p for p in range(len(operand.shape)) if p not in dropped])
 
     def _reshaped(self, equation: Equation, operand: Any) -> _Value | float:
         if not isinstance(operand, _Value):
