@@ -153,6 +153,19 @@ def test_a_search_goes_on_beyond_an_end_that_is_best(best, tried, monkeypatch) -
     assert {one.rate for one in plain} == set(baselines.RATES["sgd"])
 
 
+def test_a_search_goes_below_rates_that_all_diverge(monkeypatch) -> None:
+    def race(name, model, dataset, candidates, *rest):
+        return np.array([0.04 if rate > 1e-3 else 0.5 for rate, *_ in candidates])
+
+    monkeypatch.setattr(baselines, "_race", race)
+    dataset = load("digits")
+    model = make_model(CompareConfig(hidden=(6,)), dataset)
+    found = baselines.search(
+        "sgd", model, dataset, extend=True, steps=5, batch_size=8, seed=0, measure_every=5
+    )
+    assert baselines.best_of("sgd", found, 10).rate < 1e-3
+
+
 def test_another_comparison_needs_another_name(tmp_path: Path, capsys) -> None:
     assert cli.main(arguments(tmp_path, *SGD)) == 0
     capsys.readouterr()

@@ -149,7 +149,8 @@ def search(
             Candidate(rate, decay, float(accuracy), window)
             for (rate, decay, window), accuracy in zip(candidates, accuracies, strict=True)
         ]
-        best = max(found, key=lambda candidate: candidate.accuracy).rate
+        # Of equal ones the smallest: where all rates diverge at once, none of them is the best.
+        best = max(found, key=lambda candidate: (candidate.accuracy, -candidate.rate)).rate
         if extend and not should_stop() and best == min(rates) > _LIMITS[0]:
             rates.append(float(f"{best / 10**0.5:.0e}"))
         elif extend and not should_stop() and best == max(rates) < _LIMITS[1]:
