@@ -432,7 +432,7 @@ class _Builder:
             rule = ArrayFunction(piece.function, self.layers, name, kept)
             form = normal_form(self.program, piece)
             if form is not None:
-                rule = Normalization(piece.function, self.layers, "normalize", kept, form)
+                rule = Normalization(piece.function, self.layers, "normalize", kept, form=form)
         return _Unit(name, NodeSpec(rule, piece.inputs, piece.knowns), None, equation.source)
 
     # Layer splitting: products and what is added to them.

@@ -17,6 +17,7 @@ from typing import Any
 
 from pjax._compat import P
 from pjax.cones import Piece
+from pjax.elementwise import SHAPES
 from pjax.projections.normalization import NormalForm
 from pjax.trace import Atom, Equation, Program, Scalar
 
@@ -154,7 +155,9 @@ class _Search:
     # Operations.
 
     def _value(self, equation: Equation) -> _Value | float:
-        operands = (self._operand(atom) for atom in equation.inputs)
+        operands = [self._operand(atom) for atom in equation.inputs]
+        if equation.primitive in SHAPES and not isinstance(operands[0], _Value):
+            return self._same(equation, operands[0])  # a number in another shape
         return _RULES[equation.primitive](self, equation, *operands)
 
     def _operand(self, atom: Atom) -> _Value | float | None:
@@ -323,9 +326,7 @@ class _Search:
     def _negative(self, equation: Equation, operand: Any) -> _Value | float:
         return self._product(equation, operand, -1.0)
 
-    def _broadcast(self, equation: Equation, operand: Any, *_: Any) -> _Value | float:
-        if not isinstance(operand, _Value):
-            return self._same(equation, operand)
+    def _broadcast(self, equation: Equation, operand: _Value, *_: Any) -> _Value:
         shape = tuple(int(n) for n in equation.params["shape"])
         axes: list[tuple[int, ...]] = [(-n,) if n != 1 else () for n in shape]
         for place, target in enumerate(equation.params["broadcast_dimensions"]):
@@ -335,20 +336,14 @@ class _Search:
             raise _Unknown
         return replace(operand, axes=tuple(axes), shape=shape)
 
-    def _transposed(self, equation: Equation, operand: Any) -> _Value | float:
-        if not isinstance(operand, _Value):
-            return self._same(equation, operand)
+    def _transposed(self, equation: Equation, operand: _Value) -> _Value:
         return operand.of_places(equation.params["permutation"])
 
-    def _squeezed(self, equation: Equation, operand: Any) -> _Value | float:
-        if not isinstance(operand, _Value):
-            return self._same(equation, operand)
+    def _squeezed(self, equation: Equation, operand: _Value) -> _Value:
         dropped = {int(axis) % len(operand.shape) for axis in equation.params["dimensions"]}
         return operand.of_places([p for p in range(len(operand.shape)) if p not in dropped])
 
-    def _reshaped(self, equation: Equation, operand: Any) -> _Value | float:
-        if not isinstance(operand, _Value):
-            return self._same(equation, operand)
+    def _reshaped(self, equation: Equation, operand: _Value) -> _Value:
         shape = tuple(int(n) for n in equation.params["new_sizes"])
         pending = _flat(operand.axes)
         axes: list[tuple[int, ...]] = []

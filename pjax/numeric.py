@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -224,7 +224,7 @@ class Normalization(ArrayFunction):
     a group differ.
     """
 
-    form: NormalForm = NormalForm((), (), True, 1.0, 1.0, 0.0)  # noqa: RUF009 - immutable
+    form: NormalForm = field(kw_only=True)
 
     def project(self, reference, states, weights, target, target_weight):
         (operand,), (state,), (weight,) = reference.inputs, states, weights

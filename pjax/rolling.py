@@ -82,7 +82,7 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
 
     **Arguments:**
 
-    - `step`: from a state to `(state, row)`; traced twice.
+    - `step`: from a state to `(state, row)`; traced once.
     - `state`: a pytree of arrays.
     - `length`: how many steps.
 

@@ -296,7 +296,7 @@ def test_weights_that_differ_in_a_group_take_the_general_way(layers):
     assert isinstance(rule, Normalization)
     form = rule.form
     plain = ArrayFunction(rule.function, layers, rule.name, rule.rows)
-    rule = Normalization(rule.function, layers, rule.name, rule.rows, form)
+    rule = Normalization(rule.function, layers, rule.name, rule.rows, form=form)
     target = 0.1 * jax.random.normal(jax.random.key(2), X.shape)
     gain = normalization.largest_gain(form, X)
     reference = Reference(
