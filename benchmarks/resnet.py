@@ -7,9 +7,9 @@ of first batches beside Adam's.
 
 The networks are Flax NNX modules with a 3x3 stem, with batch norm or without a norm (then the last
 convolution of each block begins at zero). `sizes` traces a training step and counts; `compile`
-compiles one displacement beside backprop's gradient, without running them; `train` trains narrow
-networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned by a seed of their
-own, and prints the mean loss of each quarter.
+compiles a displacement, and a training step with it, beside backprop's, without running them;
+`train` trains narrow networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned
+by a seed of their own, and prints the mean loss of each quarter.
 """
 
 from __future__ import annotations
@@ -158,26 +158,40 @@ def show_sizes(options: argparse.Namespace) -> None:
 def show_compiled(options: argparse.Namespace) -> None:
     print(f"batch {options.batch_size}, width {options.width}; JAX {jax.__version__}, one cold run")
     columns = ("norm", "step", "lower s", "compile s", "temp GB")
-    print(f"{'network':10s}" + "".join(f"{column:>14s}" for column in columns))
+    print(f"{'network':10s}" + "".join(f"{column:>16s}" for column in columns))
     for name in options.networks:
         for norm in (True, False):
             params, state, loss = make(name, options.width, norm, 0)
+            images = batch(options.batch_size)
+            optimizer = optax.adam(1e-3)
             for kind, direction in (
                 ("backprop", jax.value_and_grad(loss, has_aux=True)),
                 ("displacement", pjax.value_and_displacement(loss, has_aux=True)),
             ):
-                begin = time.perf_counter()
-                lowered = jax.jit(direction).lower(params, state, *batch(options.batch_size))
-                middle = time.perf_counter()
-                compiled = lowered.compile()
-                end = time.perf_counter()
-                memory: Any = compiled.memory_analysis()
-                temporaries = memory.temp_size_in_bytes / 1e9
-                print(
-                    f"{name:10s}{'batch' if norm else 'none':>14s}{kind:>14s}"
-                    f"{middle - begin:14.1f}{end - middle:14.1f}{temporaries:14.2f}",
-                    flush=True,
-                )
+
+                def step(params: Any, moments: Any, state: Any, *images: Any) -> Any:
+                    (value, state), found = direction(params, state, *images)  # noqa: B023
+                    updates, moments = optimizer.update(found, moments)  # noqa: B023
+                    return optax.apply_updates(params, updates), moments, state, value
+
+                programs = {
+                    kind: jax.jit(direction).lower,
+                    f"{kind} + Adam": jax.jit(step, donate_argnums=(0, 1)).lower,
+                }
+                for label, lower in programs.items():
+                    moments = [optimizer.init(params)] if "Adam" in label else []
+                    begin = time.perf_counter()
+                    lowered = lower(params, *moments, state, *images)
+                    middle = time.perf_counter()
+                    compiled = lowered.compile()
+                    end = time.perf_counter()
+                    memory: Any = compiled.memory_analysis()
+                    temporaries = memory.temp_size_in_bytes / 1e9
+                    print(
+                        f"{name:10s}{'batch' if norm else 'none':>16s}{label:>20s}"
+                        f"{middle - begin:12.1f}{end - middle:16.1f}{temporaries:16.2f}",
+                        flush=True,
+                    )
 
 
 def train(options: argparse.Namespace) -> None:

@@ -21,7 +21,8 @@ from jaxtyping import Array
 from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side, inverse
 from pjax.projections.convolution import Convolution
-from pjax.rules import Exactness, Geometry, Rule, Term
+from pjax.projections.gains import PowerIteration, first_direction
+from pjax.rules import Exactness, Force, Geometry, Rule, Term
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class LayerSum(Rule):
         target_weight = jnp.asarray(target_weight, target.dtype)
         request = target - value
         normal = self._normal(at, geometry)
-        moves, change = layer.solve(parts, request, target_weight, geometry.iterations, normal)
+        moves, change, forces = layer.solve(
+            parts, request, target_weight, geometry.iterations, normal
+        )
         second, is_free = self._second_order(moves, geometry)
         if second is not None and not is_free:
             # A bounded or resting operand moves little: the product of the moves is not in the way.
@@ -113,12 +116,15 @@ class LayerSum(Rule):
             )
             length = layer.step_length(energy, change, second, request, target_weight)
             moves = tuple(length * move for move in moves)
+            forces = (None,) * len(moves)
             change = length * change + length**2 * second
-        moved = tuple(
-            move if state is None else state + move
-            for state, move in zip(states, moves, strict=True)
-        )
-        return moved, value + change
+        moved = []
+        for state, move, force in zip(states, moves, forces, strict=True):
+            if state is not None:
+                moved.append(state + move)
+            else:
+                moved.append(move if force is None else Force(force))
+        return tuple(moved), value + change
 
     def _deviation(self, before: Any, at: Any, deviations: Any, like: Array) -> Array:
         """`f(reference + deviation) − f(reference)`, without forming either."""
@@ -253,8 +259,8 @@ class LayerSum(Rule):
                     found.append(int(np.max(count)))
         return tuple(found)
 
-    def gains(self, reference, wanted, vectors, iterations):
-        found, new = [], []
+    def gains(self, reference, wanted, vectors):
+        found = []
         vector, want = iter(vectors), iter(wanted)
         for term, now in zip(
             self.terms, self._operands(reference.inputs, reference.knowns), strict=True
@@ -263,40 +269,12 @@ class LayerSum(Rule):
                 next(vector)
                 next(want)
                 found.append(_addend_gain(term, now[1], now[0].shape))
-                new.append(None)
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
-                if not free:
-                    continue
-                start = next(vector)
-                if not next(want):
-                    found.append(0.0)
-                    new.append(None)
-                    continue
-                other = now[1] if side == "left" else now[0]
-                gain, last = self._bound(reference.shared, term, side, other, start, iterations)
-                found.append(term.scale**2 * gain)
-                new.append(last)
-        return tuple(found), tuple(new)
-
-    def _bound(
-        self,
-        shared: dict[Any, Any] | None,
-        term: Product,
-        side: Side,
-        other: Array,
-        start: Array | None,
-        iterations: int,
-    ) -> tuple[Array, Array | None]:
-        """`largest_gain`, once for all nodes that read the same array by the same operation."""
-        operation = term.operation
-        if shared is None:
-            return largest_gain(operation, side, other, start, iterations)
-        narrow = _narrow(operation, side) if isinstance(operation, DotGeneral) else operation
-        key = narrow, side, id(other), iterations
-        if key not in shared:  # with the array, so that its identity stays its own
-            shared[key] = largest_gain(operation, side, other, start, iterations), other
-        return shared[key][0]
+                if free:
+                    start = next(vector)
+                    found.append(product_gain(term, side, now, start) if next(want) else 0.0)
+        return tuple(found)
 
 
 _SIDES: tuple[Side, Side] = ("left", "right")
@@ -461,44 +439,41 @@ def _addend_gain(addend: Addend, factors: Sequence[Any], shape: tuple[int, ...])
     return jnp.max(jnp.square(coefficient)) * summed
 
 
-def largest_gain(
-    operation: Bilinear, side: Side, other: Array, vector: Array | None, iterations: int
-) -> tuple[Array, Array | None]:
-    """A bound on `max |B(x, other)|²/|x|²` over `x`, the free operand on `side`.
+def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | None) -> Any:
+    """A bound on `max |s B(x, other)|²/|x|²` over `x`, the operand on `side`.
 
     Of a product entry by entry the largest square; else by the power iteration, for each batch
-    index of a `dot_general` by itself, of a convolution for one example, with a margin for what a
-    few steps leave out.
+    index of a `dot_general` by itself, of a convolution for one example.
 
     **Arguments:**
 
-    - `operation`, `side`, `other`: the linear map.
+    - `term`, `side`, `now`: the product, and the values of its operands.
     - `vector`: where the iteration begins; None for a fixed direction.
-    - `iterations`: how many steps.
 
-    **Returns:** the bound, a scalar, and the last vector, to begin the next one with.
+    **Returns:** the bound, or the `PowerIteration` that finds it.
     """
+    operation, left = term.operation, side == "left"
+    other = now[1] if left else now[0]
     if isinstance(operation, Multiply):
-        return jnp.max(jnp.square(other)), None
+        return term.scale**2 * jnp.max(jnp.square(other))
     batch: tuple[int, ...] = ()
-    if isinstance(operation, DotGeneral):
+    is_dot = isinstance(operation, DotGeneral)
+    if is_dot:
         operation, batch = _narrow(operation, side)
     elif isinstance(operation, Convolution):
         operation = operation.with_one_row(side)
-    left = side == "left"
     shape = operation.left_shape if left else operation.right_shape
     axes = tuple(axis for axis in range(len(shape)) if axis not in batch)
     if vector is None:
-        # Not orthogonal to a constant direction, nor equal to one.
-        steps = jnp.arange(int(np.prod(shape)), dtype=other.dtype)
-        vector = (1 + 0.5 * jnp.cos(2.4 * steps)).reshape(shape)
+        vector = first_direction(shape, axes, other.dtype)
 
-    def response(x: Array) -> Array:
+    def response(x: Array, other: Array) -> Array:
         if left:
             return operation.transpose_left(operation(x, other), other)
         return operation.transpose_right(operation(other, x), other)
 
-    return layer.power_iteration(response, vector, axes, iterations)
+    kind = operation, side
+    return PowerIteration(response, (other,), vector, axes, term.scale**2, kind, is_dot)
 
 
 def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...]]:

@@ -65,15 +65,10 @@ class Measures(Protocol):
         """`W_v`: the sum of the weights of all entries that read a node's output."""
         ...
 
-    def gains(
-        self,
-        node: Node,
-        wanted: Sequence[bool],
-        vectors: Sequence[Any],
-        iterations: int,
-        /,
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
+    def gains(self, wanted: Sequence[bool], iterations: int, /) -> tuple[list[Any], list[Any]]:
+        """Bounds on the squared gain from each slot to its node's output, 0 where it is not wanted,
+        by so many power iterations; and where these end, or None.
+        """
         ...
 
 
@@ -239,14 +234,16 @@ class Spectral(Metric):
         stiffness = _by_parameter("parameters", self.parameters, graph)
         resting, curved = self.resting(graph), self.curved(graph)
         readers = graph.readers()
-        order = graph.backward_order()
         begun = any(vector is not None for vector in measures.vectors)
         iterations = min(self.power_iterations, 2) if begun else self.power_iterations
         level = self.activations * len(graph.level_groups())
+        wanted = [
+            not resting[slot.index] or all(resting[i] for i in readers[slot.node])
+            for slot in graph.slots
+        ]
+        gains, vectors = measures.gains(wanted, iterations)
         weights: dict[int, Weight] = {}
-        gains: list[Any] = [None] * len(graph.slots)
-        vectors: list[Any] = [None] * len(graph.slots)
-        for index in order:
+        for index in graph.backward_order():
             node = graph.nodes[index]
             if node.kind == "loss":
                 for slot in node.slots:
@@ -256,20 +253,13 @@ class Spectral(Metric):
                 continue
             if node.rule is None:
                 continue
-            before = [measures.vectors[slot] for slot in node.slots]
-            output_rests = all(resting[i] for i in readers[index])
-            wanted = [output_rests or not resting[slot] for slot in node.slots]
-            found, new = measures.gains(node, wanted, before, iterations)
             copies = node.rule.copies(measures.shapes(node))
             asked = measures.reader_weight(index, weights)
             largest = asked.mantissa
             if jnp.ndim(largest):
                 largest = jnp.max(largest)
-            for slot, gain, vector, want, rows in zip(
-                node.slots, found, new, wanted, copies, strict=True
-            ):
-                gains[slot], vectors[slot] = gain if want else 0.0, vector
-                if not want:
+            for slot, rows in zip(node.slots, copies, strict=True):
+                if not wanted[slot]:
                     weights[slot] = Weight(1.0, INFINITE)
                     continue
                 factor: Any = level
@@ -277,7 +267,7 @@ class Spectral(Metric):
                     shared = max(len(readers[p]) for p in graph.slots[slot].producers)
                     given = min(v for v in stiffness[slot] if v != "stiff")
                     factor = given / (rows * shared)
-                weights[slot] = _relative(factor * gain * largest, asked.exponent)
+                weights[slot] = _relative(factor * gains[slot] * largest, asked.exponent)
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
 
 

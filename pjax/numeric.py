@@ -4,7 +4,6 @@ operation that the user allows by `fallback="gauss-newton"`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from jaxtyping import Array
 
 from pjax.cones import Function
 from pjax.projections import layer, normalization, numeric, scaling
+from pjax.projections.gains import PowerIteration, first_direction
 from pjax.projections.normalization import NormalForm
 from pjax.projections.numeric import Rows
 from pjax.rules import Exactness, Reference, Rule
@@ -72,7 +72,7 @@ class _Numeric(Rule):
         at_rest = all(state is None for state in states)
         height = jnp.zeros_like(target) if at_rest else rise(starts)
         weight = jnp.asarray(target_weight, target.dtype)
-        moves, change = layer.solve(parts, target - height, weight, geometry.iterations)
+        moves, change, _ = layer.solve(parts, target - height, weight, geometry.iterations)
 
         def ahead(length: Any) -> list[Array]:
             return [s + length * m for s, m in zip(starts, moves, strict=True)]
@@ -153,9 +153,9 @@ class ScalarFunction(_Numeric):
         _, slope = jax.jvp(call, (point,), (jnp.ones_like(point),))
         return jnp.where(jnp.isfinite(slope), slope, 0)
 
-    def gains(self, reference, wanted, vectors, iterations):
+    def gains(self, reference, wanted, vectors):
         slope = self._slope(self._call(reference), reference.inputs[0])
-        return (jnp.max(jnp.square(slope)),), (None,)
+        return (jnp.max(jnp.square(slope)),)
 
 
 @dataclass(frozen=True)
@@ -185,33 +185,21 @@ class ArrayFunction(_Numeric):
         ]
         return self._linear_step(reference, states, parts, target, target_weight)
 
-    def gains(self, reference, wanted, vectors, iterations):
+    def gains(self, reference, wanted, vectors):
         call = self._call(reference)
-        found, new = [], []
-        for place, (want, vector) in enumerate(zip(wanted, vectors, strict=True)):
-            if not want:
-                found.append(0.0)
-                new.append(None)
-                continue
-            apply, transpose = _linear(call, reference.inputs, place)
-            gain, last = self._largest(
-                apply, transpose, reference.inputs[place], place, vector, iterations
-            )
-            found.append(gain)
-            new.append(last)
-        return tuple(found), tuple(new)
+        return tuple(
+            self._gain(call, reference.inputs, place, vector) if want else 0.0
+            for place, (want, vector) in enumerate(zip(wanted, vectors, strict=True))
+        )
 
-    def _largest(
-        self, apply: Any, transpose: Any, value: Array, place: int, vector: Any, iterations: int
-    ) -> tuple[Array, Array]:
-        """A bound on `|J|²` over all rows, by the power iteration in each."""
-        kept = self.rows.inputs[place]
+    def _gain(self, call: Any, inputs: Sequence[Array], place: int, vector: Any) -> PowerIteration:
+        """`|J|²` over all rows, by the power iteration in each."""
+        apply, transpose = _linear(call, inputs, place)
+        value, kept = inputs[place], self.rows.inputs[place]
         axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
-        if vector is None:  # the same in each block
-            block = tuple(n if axis in axes else 1 for axis, n in enumerate(value.shape))
-            steps = jnp.arange(math.prod(block), dtype=value.dtype)
-            vector = jnp.broadcast_to(jnp.cos(2.4 * steps).reshape(block), value.shape)
-        return layer.power_iteration(lambda x: transpose(apply(x)), vector, axes, iterations)
+        if vector is None:
+            vector = first_direction(value.shape, axes, value.dtype)
+        return PowerIteration(lambda x: transpose(apply(x)), (), vector, axes)
 
 
 @dataclass(frozen=True)
@@ -243,8 +231,8 @@ class Normalization(ArrayFunction):
             )
         return (moved,), output
 
-    def gains(self, reference, wanted, vectors, iterations):
-        return (normalization.largest_gain(self.form, reference.inputs[0]),), (None,)
+    def gains(self, reference, wanted, vectors):
+        return (normalization.largest_gain(self.form, reference.inputs[0]),)
 
 
 def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:

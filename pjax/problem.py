@@ -27,7 +27,8 @@ from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_
 from pjax.layer import LayerSum
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
-from pjax.rules import Exactness, Geometry, Reference
+from pjax.projections.gains import PowerIteration, largest
+from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import Threshold, latent_nodes
 from pjax.trace import Program, TraceError, read, trace, widened
@@ -352,9 +353,7 @@ class Problem:
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
         self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
-        self._shared_gains: dict[Any, Any] = {}
         weighing = layout.metric.weigh(self)
-        self._shared_gains.clear()
         #: The weight of each slot; of one that stands for copies, of each copy.
         self.weights = weighing.weights
         self._slot_gains = weighing.gains
@@ -510,13 +509,32 @@ class Problem:
         """The shapes of a node's slots."""
         return tuple(self.graph.slots[i].shape for i in node.slots)
 
-    def gains(
-        self, node: Node, wanted: Sequence[bool], vectors: Sequence[Any], iterations: int
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Bounds on a node's squared gain from each slot; see `Rule.gains`."""
-        assert node.rule is not None
-        reference = self._references[node.index]._replace(shared=self._shared_gains)
-        return node.rule.gains(reference, wanted, vectors, iterations)
+    def gains(self, wanted: Sequence[bool], iterations: int) -> tuple[list[Any], list[Any]]:
+        """Bounds on the squared gain from each slot to its node's output.
+
+        **Arguments:**
+
+        - `wanted`: for each slot whether its bound is needed.
+        - `iterations`: steps of the power iteration, where that is what finds it.
+
+        **Returns:** the bounds, 0 where they are not wanted, and where power iterations end.
+        """
+        found: list[Any] = [0.0] * len(self.graph.slots)
+        vectors: list[Any] = [None] * len(self.graph.slots)
+        for node in self.graph.nodes:
+            if node.rule is None or node.kind == "loss":
+                continue
+            reference = self._references[node.index]
+            starts = [self.vectors[i] for i in node.slots]
+            bounds = node.rule.gains(reference, [wanted[i] for i in node.slots], starts)
+            for slot, bound in zip(node.slots, bounds, strict=True):
+                if wanted[slot]:
+                    found[slot] = bound
+        open_ones = [i for i, bound in enumerate(found) if isinstance(bound, PowerIteration)]
+        results = largest([found[i] for i in open_ones], iterations)
+        for slot, (bound, vector) in zip(open_ones, results, strict=True):
+            found[slot], vectors[slot] = bound, vector
+        return found, vectors
 
     def _exponent(self, node: Node) -> Any:
         """The exponent of a node's unit: that of its output, or of the slot of a loss."""
@@ -753,7 +771,13 @@ class Problem:
 
     def _out_of_node(self, slot: Slot, before: Any, moved: Any, ratio: Any) -> Any:
         """What the projection made of it, in the slot's unit; what rests gathers the forces."""
-        if not (isinstance(ratio, float) and ratio == 1):
+        if isinstance(moved, Force):
+            # The rule's weight is the mantissa times the ratio, which would come back here.
+            mantissa = self.weights[slot.index].mantissa
+            moved = moved.value
+            if not (isinstance(mantissa, float) and mantissa == 1):
+                moved = (moved / mantissa).astype(moved.dtype)
+        elif not (isinstance(ratio, float) and ratio == 1):
             moved = jax.tree_util.tree_map(lambda x: (x * ratio).astype(x.dtype), moved)
         storage = self.layout.storages[slot.index]
         if isinstance(storage, Joined):

@@ -59,8 +59,6 @@ class Reference(NamedTuple):
     - `output`: the node's output (None for a loss).
     - `inner`: for a piecewise linear node, the argument `u` of its function.
     - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
-    - `shared`: while gains are bounded, what nodes have found that others may need: a weight that
-        is read at every step of a loop is bounded once.
     """
 
     inputs: tuple[Array, ...]
@@ -68,7 +66,16 @@ class Reference(NamedTuple):
     output: Any
     inner: Any = None
     geometry: Geometry = Geometry()
-    shared: dict[Any, Any] | None = None
+
+
+class Force(NamedTuple):
+    """What a rule may return for a slot that had not moved: its move times its weight.
+
+    Where the weight is the unit of the slot's deviations that is what the state keeps, and nothing
+    is divided.
+    """
+
+    value: Array
 
 
 class Rule(ABC):
@@ -111,7 +118,8 @@ class Rule(ABC):
         - `target`, `target_weight`: the target deviation of the output, and its weight (0 where
             nobody reads). For a loss: None, and the prox step of each row.
 
-        **Returns:** the new states, and the output's deviation (None for a loss).
+        **Returns:** the new states, a [`Force`][] in the place of one if that is at hand; and the
+        output's deviation (None for a loss).
         """
 
     def copies(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -119,12 +127,8 @@ class Rule(ABC):
         return (1,) * len(shapes)
 
     def gains(
-        self,
-        reference: Reference,
-        wanted: Sequence[bool],
-        vectors: Sequence[Any],
-        iterations: int,
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        self, reference: Reference, wanted: Sequence[bool], vectors: Sequence[Any]
+    ) -> tuple[Any, ...]:
         """For each slot a bound on `|J|²`, the squared gain from it to the output.
 
         **Arguments:**
@@ -132,13 +136,12 @@ class Rule(ABC):
         - `reference`: the forward pass.
         - `wanted`: for each slot whether its bound is needed; where it costs something and is not,
             0 is returned.
-        - `vectors`: for each slot where a power iteration begins, as returned before, or None.
-        - `iterations`: its steps.
+        - `vectors`: for each slot where a power iteration begins, the last vector of one before,
+            or None.
 
-        **Returns:** the bounds, and the vectors to begin with next time, or None.
+        **Returns:** the bounds: numbers, and a `PowerIteration` where one is to find it.
         """
-        none = (None,) * len(reference.inputs)
-        return (1.0,) * len(reference.inputs), none
+        return (1.0,) * len(reference.inputs)
 
 
 # --- Sums and piecewise linear functions ---------------------------------------------------------
@@ -203,7 +206,7 @@ class Affine(Rule):
         )  # fmt: skip
         return linear.distribute(states, coefficients, axes, weights, moved - inner), output
 
-    def gains(self, reference, wanted, vectors, iterations):
+    def gains(self, reference, wanted, vectors):
         slope = 1.0
         if self.function is not None:
             slope = max(abs(piece.slope) for piece in self.function.pieces)
@@ -213,7 +216,7 @@ class Affine(Rule):
             summed = math.prod(value.shape[axis] for axis in term.axes)
             largest = c**2 if np.ndim(c) == 0 else jnp.max(jnp.square(c))
             found.append(slope**2 * largest * summed)
-        return tuple(found), (None,) * len(found)
+        return tuple(found)
 
 
 # --- Bilinear operations -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 import pjax
 from pjax import metrics
-from pjax.layer import LayerSum, largest_gain
+from pjax.layer import LayerSum, Product, product_gain
 from pjax.projections.bilinear import (
     project_compact,
     project_lifted,
@@ -21,6 +21,7 @@ from pjax.projections.bilinear import (
     structured_squared_norm,
 )
 from pjax.projections.convolution import Convolution
+from pjax.projections.gains import largest
 from tests.oracles_bilinear import ScalarProducts, least_objective
 from tests.selection import mostly_slow
 
@@ -303,7 +304,8 @@ def test_gains_are_bounds_and_close(x64, name, side):
     op = OPERATIONS[name]
     left, right, _ = draw(op, 4)
     other = right if side == "left" else left
-    gain, vector = largest_gain(op, side, other, None, 8)
+    bound = product_gain(Product(op, True, True), side, (left, right), None)
+    ((gain, vector),) = largest([bound], 8)
     free = left if side == "left" else right
 
     def apply(x):

@@ -14,7 +14,7 @@ import pjax
 from pjax import metrics
 from pjax.problem import Problem
 from pjax.projections import layer
-from pjax.projections.layer import _MARGIN
+from pjax.projections.gains import MARGIN
 from pjax.trace import trace
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
 
@@ -166,7 +166,7 @@ def test_a_state_begins_where_power_iterations_end(x64):
         best = many._references[node.index].geometry.gains
         for gain, limit in zip(gains, best, strict=True):
             if isinstance(gain, jax.Array) and gain.ndim == 0:
-                assert float(limit) / _MARGIN <= float(gain) <= float(limit) * (1 + 1e-9)
+                assert float(limit) / MARGIN <= float(gain) <= float(limit) * (1 + 1e-9)
                 compared += 1
     assert compared >= 7
 
@@ -192,12 +192,12 @@ def test_a_free_bias_takes_the_mean_out_of_the_inputs(x64):
         left = x @ moves[0] + moves[1] - request
         return float(jnp.sum(moves[0] ** 2) + 1e-9 * jnp.sum(moves[1] ** 2) + jnp.sum(left**2))
 
-    plain, _ = layer.solve(parts(x, 40.0), request, 1.0, 2)
-    moves, change = layer.solve(parts(x + 10, 40.0), request, 1.0, 2)
+    plain, *_ = layer.solve(parts(x, 40.0), request, 1.0, 2)
+    moves, change, _ = layer.solve(parts(x + 10, 40.0), request, 1.0, 2)
     np.testing.assert_allclose(moves[0], plain[0], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(change, (x + 10) @ moves[0] + moves[1], atol=1e-9)
-    joint, _ = layer.solve(parts(x + 10, None), request, 1.0, 3)
-    best, _ = layer.solve(parts(x + 10, None), request, 1.0, 60)
+    joint, *_ = layer.solve(parts(x + 10, None), request, 1.0, 3)
+    best, *_ = layer.solve(parts(x + 10, None), request, 1.0, 60)
     least = objective(x + 10, best)
     assert objective(x + 10, moves) - least < 0.5 * (objective(x + 10, joint) - least)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -194,7 +194,7 @@ class Convolution(Bilinear):
 
     # The operation and its transposes.
 
-    def __call__(self, left, right):
+    def _as_given(self, left: Array, right: Array) -> Array:
         return lax.conv_general_dilated(
             left,
             right,
@@ -209,13 +209,24 @@ class Convolution(Bilinear):
             self.preferred_element_type,
         )
 
+    def __call__(self, left, right):
+        return _channels_last(self._as_given, left, right)
+
     def transpose_left(self, cotangent, right):
-        operand = jax.ShapeDtypeStruct(self.left_shape, right.dtype)
-        return jax.linear_transpose(lambda left: self(left, right), operand)(cotangent)[0]
+        def transposed(cotangent: Array, right: Array) -> Array:
+            operand = jax.ShapeDtypeStruct(self.left_shape, right.dtype)
+            apply = jax.linear_transpose(lambda left: self._as_given(left, right), operand)
+            return apply(cotangent)[0]
+
+        return _channels_last(transposed, cotangent, right)
 
     def transpose_right(self, cotangent, left):
-        operand = jax.ShapeDtypeStruct(self.right_shape, left.dtype)
-        return jax.linear_transpose(lambda right: self(left, right), operand)(cotangent)[0]
+        def transposed(cotangent: Array, left: Array) -> Array:
+            operand = jax.ShapeDtypeStruct(self.right_shape, left.dtype)
+            apply = jax.linear_transpose(lambda right: self._as_given(left, right), operand)
+            return apply(cotangent)[0]
+
+        return _channels_last(transposed, cotangent, left)
 
     # Sums over slices and readers factor over the spatial axes.
 
@@ -295,6 +306,42 @@ class Convolution(Bilinear):
         else:
             right[rhs[0]] = self._groups
         return replace(self, left_shape=tuple(left), right_shape=tuple(right))
+
+
+def _channels_last(fn: Callable[[Array, Array], Array], *operands: Array) -> Array:
+    """`fn`, with every convolution in it on arrays whose channels are last.
+
+    Others XLA brings into this form on a CPU, but not in loops: there they are compiled to plain
+    loops, tens of times slower.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*operands).jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
+    for equation in jaxpr.eqns:
+        # Not literals: convolutions and their transposes have none.
+        inputs = [values[variable] for variable in equation.invars]
+        if equation.primitive is lax.conv_general_dilated_p:
+            left, right = inputs
+            results = [_convolved(left, right, equation.params)]
+        else:
+            results = equation.primitive.bind(*inputs, **equation.params)
+            results = results if equation.primitive.multiple_results else [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return values[jaxpr.outvars[0]]
+
+
+def _convolved(left: Array, right: Array, params: Mapping[str, Any]) -> Array:
+    lhs, rhs, out = params["dimension_numbers"]
+    count = len(lhs) - 2
+    spatial = tuple(range(count))
+    behind = tuple(axis + 1 for axis in spatial)
+    last = (0, count + 1, *behind)
+    numbers = lax.ConvDimensionNumbers(last, (count + 1, count, *spatial), last)
+    found = lax.conv_general_dilated_p.bind(
+        jnp.transpose(left, (lhs[0], *lhs[2:], lhs[1])),
+        jnp.transpose(right, (*rhs[2:], rhs[1], rhs[0])),
+        **{**params, "dimension_numbers": numbers},
+    )
+    return jnp.transpose(found, inverse((out[0], *out[2:], out[1])))
 
 
 @functools.lru_cache(maxsize=1024)

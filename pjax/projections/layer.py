@@ -18,12 +18,10 @@ number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 
@@ -70,10 +68,12 @@ class Solution(NamedTuple):
 
     - `moves`: `δ_s` of each part.
     - `change`: `Σ J_s δ_s`.
+    - `forces`: `ρ_s δ_s = J_sᵀ Λ` of each diagonal part; None of a curved one.
     """
 
     moves: tuple[Array, ...]
     change: Array
+    forces: tuple[Array | None, ...]
 
 
 #: `η ↦ (δ ↦ Jᵀ (1 − η Π) J δ)` for one part, with `Π` the mean over what repeated ones span.
@@ -113,15 +113,18 @@ def solve(
         found, change = [], jnp.zeros_like(request)
     force = stiffness * (request - change)
     inner = iter(found)
-    moves = []
+    moves, forces = [], []
     for part in parts:
         if part.curved:
             moves.append(next(inner))
+            forces.append(None)
         else:
-            move = part.pull(force)
+            pulled = part.transpose(force)
+            move = pulled / part.weight
             change = change + part.apply(move)
             moves.append(move)
-    return Solution(tuple(moves), change)
+            forces.append(pulled)
+    return Solution(tuple(moves), change, tuple(forces))
 
 
 def _solve_curved(
@@ -254,53 +257,6 @@ def _in_operand(
         direction, gamma, length = rest + ratio * direction, new, new + ratio**2 * length
     move = size * move
     return move, part.apply(move)
-
-
-#: The power iteration underestimates: after the few steps it is given, by up to this factor.
-_MARGIN = 1.4
-
-#: Of so many blocks two steps are enough: that the largest bound of all is far too small takes a
-#: start that is bad for each of them.
-_MANY_BLOCKS = 64
-
-
-def power_iteration(
-    response: Callable[[Array], Array], vector: Array, axes: tuple[int, ...], iterations: int
-) -> tuple[Array, Array]:
-    """A bound on the largest eigenvalue of `JᵀJ` over all blocks, with a margin.
-
-    **Arguments:**
-
-    - `response`: `JᵀJ x`, block diagonal.
-    - `vector`: where to begin.
-    - `axes`: the axes within a block; the others number the blocks.
-    - `iterations`: how many steps, at least 1; of many blocks at most 2.
-
-    **Returns:** the bound, a scalar, and the last vector, to begin the next one with.
-    """
-    if math.prod(n for axis, n in enumerate(vector.shape) if axis not in axes) >= _MANY_BLOCKS:
-        iterations = min(iterations, 2)
-    tiny = jnp.finfo(vector.dtype).tiny
-
-    def step(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The largest entry is 1: squares are then in range. Of all blocks at once: one that falls
-        # far behind does not have the largest eigenvalue.
-        _, x, _ = state
-        image = response(x).astype(x.dtype)  # products may have a wider one
-        size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
-        return x, image / size, size
-
-    state = (vector, vector, jnp.ones((), vector.dtype))
-    if iterations > 2:  # a loop compiles in a fraction of the time
-        state = lax.fori_loop(0, iterations, step, state)
-    else:
-        for count in range(iterations):
-            state = step(count, state)
-    before, last, size = state
-    old, new = (jnp.sum(jnp.square(x), axis=axes, keepdims=True) for x in (before, last))
-    largest = jnp.max(jnp.where(old > 0, new / jnp.maximum(old, tiny), 0))
-    last = jnp.where(new > 0, last * lax.rsqrt(jnp.maximum(new, tiny)), vector)
-    return _MARGIN * size * jnp.sqrt(largest), last
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.

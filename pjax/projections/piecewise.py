@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from pjax.projections import scaling
@@ -443,28 +443,35 @@ def _bent(
     target_weight: Array,
     exponent: Any,
 ) -> tuple[Array, Array]:
-    """`piecewise` of two half-lines that meet, without squares: an inner loop of most networks.
+    """`piecewise` of two half-lines that meet: an inner loop of most networks.
 
-    A half-line whose line has its nearest point beyond the kink offers the kink, which the other
-    has too. Where both have a point of their own, the distances `|error| (ρ + W slope²)^-½` decide.
+    From the kink they go in two directions, and the point is nearer to that with which it has the
+    larger scalar product: one sign decides, of `dx − kink + κ (dz − its height)`. A half-line whose
+    line has its nearest point beyond the kink offers the kink, which the other has too.
     """
     beyond = scaling.to_unit(reference - place, exponent)
     right = reference >= place
-    left_line, right_line = function.pieces
-    step = (right_line.slope - left_line.slope) * beyond
-    feet, distances, inside = [], [], []
-    for number, piece in enumerate(function.pieces):
-        # Over the reference's output: 0 on its own piece.
-        height = jnp.where(right, 0, step) if number else jnp.where(right, -step, 0)
-        error = target - height - piece.slope * deviation
-        normal = weight + target_weight * piece.slope**2
-        foot = deviation + target_weight * piece.slope / normal * error
-        inside.append(foot >= -beyond if number else foot <= -beyond)
-        limit = jnp.maximum if number else jnp.minimum
-        moved = limit(foot, -beyond)
-        feet.append((moved, piece.slope * moved + height))
-        distances.append(jnp.abs(error) * jnp.sqrt(1 / normal))
-    nearer = (distances[1] < distances[0]) | ((distances[1] == distances[0]) & right)
-    to_right = jnp.where(inside[0] == inside[1], nearer, inside[1])
-    moved, output = (jnp.where(to_right, b, a) for a, b in zip(*feet, strict=True))
-    return moved, jnp.broadcast_to(output, moved.shape)
+    left_slope, right_slope = (piece.slope for piece in function.pieces)
+    # For each line what a square of it weighs, and how far the operand follows an error in it.
+    normals = [weight + target_weight * slope**2 for slope in (left_slope, right_slope)]
+    left_gain, right_gain = (
+        target_weight * slope / normal
+        for slope, normal in zip((left_slope, right_slope), normals, strict=True)
+    )
+    left_length, right_length = (lax.rsqrt(normal) for normal in normals)
+    tilt = target_weight * (right_slope * right_length + left_slope * left_length)
+    tilt = tilt / (weight * (right_length + left_length))
+
+    def chosen(is_right: Array, of_left: Any, of_right: Any) -> Array:
+        return jnp.where(is_right, of_right, of_left)
+
+    along = chosen(right, 1 + tilt * left_slope, 1 + tilt * right_slope)
+    score = deviation + tilt * target + along * beyond
+    to_right = (score > 0) | ((score == 0) & right)
+    slope = chosen(to_right, left_slope, right_slope)
+    # Over the reference's output: 0 on its own line.
+    height = (slope - chosen(right, left_slope, right_slope)) * beyond
+    error = target - height - slope * deviation
+    foot = deviation + chosen(to_right, left_gain, right_gain) * error
+    moved = chosen(to_right, jnp.minimum(foot, -beyond), jnp.maximum(foot, -beyond))
+    return moved, slope * moved + height

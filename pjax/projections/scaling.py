@@ -25,14 +25,14 @@ def power(exponent: Any) -> Any:
     return jnp.exp2(jnp.clip(exponent, -200, 120))
 
 
-def once(exponent: Array) -> Array:
-    """The exponent as it is, but computed once.
+def once(number: Array) -> Array:
+    """The number as it is, but computed once.
 
     XLA computes a sum anew in everything that reads it, with all the sums before it: the exponents
     of a deep network would be most of its compile time. A remainder it does not, and that of a
-    number below `2**24` is the number.
+    division by the largest number of all is the number.
     """
-    return lax.rem(exponent, jnp.asarray(2**24, exponent.dtype))
+    return lax.rem(number, jnp.asarray(jnp.finfo(number.dtype).max, number.dtype))
 
 
 def from_unit(value: Array, exponent: Any) -> Array:

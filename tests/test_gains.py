@@ -1,0 +1,118 @@
+"""Power iterations side by side: bounds on largest eigenvalues, and how they are compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from pjax.layer import Product, product_gain
+from pjax.projections import gains
+from pjax.projections.bilinear import DotGeneral
+from pjax.projections.gains import MARGIN, PowerIteration, first_direction, largest
+
+
+def product(matrix, vector=None):
+    """The gain of `x ↦ x @ matrix`, for eight rows."""
+    rows, columns = matrix.shape
+    operation = DotGeneral((((1,), (0,)), ((), ())), (8, rows), (rows, columns))
+    return product_gain(Product(operation, True, False), "left", (None, matrix), vector)
+
+
+def random_matrices(count, shape=(12, 6)):
+    return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), count)]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 64, 200])
+def test_the_bound_is_of_the_largest_of_all_blocks(blocks):
+    """Also where one block is 1e8 times the others, whose vectors may vanish: they stay."""
+    matrices = jnp.stack(random_matrices(blocks)).at[0].multiply(1e4)
+    start = first_direction((blocks, 6), (1,), jnp.float32)
+    np.testing.assert_allclose(jnp.linalg.norm(start, axis=1), 1, rtol=1e-6)
+
+    def bound(start):
+        def response(x, read):
+            return jnp.einsum("nij,nik,nk->nj", read, read, x)
+
+        ((found, last),) = largest([PowerIteration(response, (matrices,), start, (1,))], 4)
+        return found, last
+
+    exact = np.max(np.linalg.norm(np.asarray(matrices), 2, axis=(1, 2))) ** 2
+    found, last = bound(start)
+    assert 0.7 * exact <= found <= MARGIN * exact * (1 + 1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(last, axis=1), 1, rtol=1e-4)
+    assert not np.array_equal(last[0], start[0])
+    again, _ = bound(last)
+    assert found <= again * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("count", "scale"), [(3, 1.0), (20, 1e-30), (20, 1e15), (40, 1.0)])
+def test_many_at_once_are_what_each_is_by_itself(count, scale, monkeypatch):
+    """Also many equal ones, which have two rows: the bound is then that of the better row."""
+    monkeypatch.setattr(gains, "_ONE_LOOP", 30)
+    matrices = [scale**0.5 * m for m in random_matrices(count)]
+    exact = [float(jnp.linalg.norm(m, 2)) ** 2 for m in matrices]
+    bounds = jax.jit(
+        lambda vectors: largest([product(m, v) for m, v in zip(matrices, vectors, strict=True)], 4)
+    )
+    together = bounds([None] * count)
+    alone = jax.jit(lambda matrix: largest([product(matrix)], 4)[0])
+    for matrix, limit, (bound, last) in zip(matrices, exact, together, strict=True):
+        by_itself, vector = alone(matrix)
+        np.testing.assert_allclose(last, vector, atol=1e-5)
+        assert last.shape == vector.shape == (1, 12)
+        assert by_itself * (1 - 1e-5) <= bound <= MARGIN * limit * (1 + 1e-4)
+        if count < 16:
+            np.testing.assert_allclose(bound, by_itself, rtol=1e-5)
+    # Power iterations that go on converge, whatever the number of rows.
+    for _ in range(20):
+        together = bounds([last for _, last in together])
+    for limit, (bound, _) in zip(exact, together, strict=True):
+        assert 0.95 * MARGIN * limit <= bound
+
+
+def equations(jaxpr, name):
+    """How many equations of a kind a program has, those of its loops too."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == name
+        for inner in jaxprs_in_params(equation.params):
+            total += equations(inner, name)
+    return total
+
+
+def test_one_loop_holds_them_all_and_what_is_read_twice_is_bounded_once():
+    matrices = random_matrices(20)
+    asked = [product(m) for m in matrices]
+
+    def run(times):
+        return lambda: [bound for bound, _ in largest(asked * times, 4)]
+
+    once, thrice = (jax.make_jaxpr(run(times))().jaxpr for times in (1, 3))
+    assert sum(e.primitive.name in ("while", "scan") for e in once.eqns) == 1
+    assert equations(once, "dot_general") == equations(thrice, "dot_general") == 40
+    # Few steps are written out.
+    unrolled = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 2)])().jaxpr
+    assert equations(unrolled, "dot_general") == 80
+    assert not any(e.primitive.name in ("while", "scan") for e in unrolled.eqns)
+
+
+def test_equal_products_are_compiled_once():
+    """Of sixteen or more matrices XLA makes one kernel for each product; of few one for each."""
+
+    def compiled(count):
+        asked = [product(m) for m in random_matrices(count, (24, 24))]
+
+        def run(*operands):
+            given = [
+                PowerIteration(o.response, (x,), o.start, o.axes, o.factor, o.kind, o.is_product)
+                for o, x in zip(asked, operands, strict=True)
+            ]
+            return [bound for bound, _ in largest(given, 4)]
+
+        return jax.jit(run).lower(*(o.operands[0] for o in asked)).as_text()
+
+    assert "tensor<2x1x24xf32>" in compiled(16)
+    assert "tensor<2x1x24xf32>" not in compiled(15)
