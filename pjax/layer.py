@@ -152,8 +152,8 @@ class LayerSum(Rule):
                 if free:
                     linear.append((*_product(term, side, now), (term, side, now)))
         parts = []
-        for (apply, transpose, (term, side, now)), weight, gain, curved in zip(
-            linear, weights, geometry.gains, geometry.curved, strict=True
+        for (apply, transpose, (term, side, now)), weight, compliance, curved in zip(
+            linear, weights, geometry.compliances, geometry.curved, strict=True
         ):
             normal = repeats = span = None
             if isinstance(term, Addend):
@@ -162,7 +162,8 @@ class LayerSum(Rule):
                     span = _span(term, now[0].shape)
             elif curved:
                 normal = _gram(term, side, now, geometry.iterations)
-            parts.append(layer.Part(apply, transpose, weight, gain, curved, normal, repeats, span))
+            part = layer.Part(apply, transpose, weight, compliance, curved, normal, repeats, span)
+            parts.append(part)
         return parts
 
     def _normal(self, at: Any, geometry: Geometry) -> layer.Normal | None:
@@ -457,9 +458,9 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
     if isinstance(operation, Multiply):
         return term.scale**2 * jnp.max(jnp.square(other))
     batch: tuple[int, ...] = ()
-    is_dot = isinstance(operation, DotGeneral)
-    if is_dot:
-        operation, batch = _narrow(operation, side)
+    rows = None
+    if isinstance(operation, DotGeneral):
+        operation, batch, rows = _narrow(operation, side)
     elif isinstance(operation, Convolution):
         operation = operation.with_one_row(side)
     shape = operation.left_shape if left else operation.right_shape
@@ -468,22 +469,27 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
         vector = first_direction(shape, axes, other.dtype)
 
     def response(x: Array, other: Array) -> Array:
+        shape = {"left_shape": x.shape} if left else {"right_shape": x.shape}
+        applied: Any = replace(operation, **shape)  # pyright: ignore[reportArgumentType]
         if left:
-            return operation.transpose_left(operation(x, other), other)
-        return operation.transpose_right(operation(other, x), other)
+            return applied.transpose_left(applied(x, other), other)
+        return applied.transpose_right(applied(other, x), other)
 
     kind = operation, side
-    return PowerIteration(response, (other,), vector, axes, term.scale**2, kind, is_dot)
+    return PowerIteration(response, (other,), vector, axes, term.scale**2, kind, rows)
 
 
-def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...]]:
-    """The operation with one row of the free operand, all of which see the same map."""
+def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...], int | None]:
+    """The operation with one row of the free operand, all of which see the same map; its batch
+    axes, and one of those that number its rows.
+    """
     (contract_l, contract_r), (batch_l, batch_r) = operation.dimension_numbers
     if side == "left":
         shape, kept, batch = operation.left_shape, (*contract_l, *batch_l), batch_l
     else:
         shape, kept, batch = operation.right_shape, (*contract_r, *batch_r), batch_r
     narrow = tuple(n if axis in kept else 1 for axis, n in enumerate(shape))
+    rows = next((axis for axis in range(len(shape)) if axis not in kept), None)
     if side == "left":
-        return replace(operation, left_shape=narrow), batch
-    return replace(operation, right_shape=narrow), batch
+        return replace(operation, left_shape=narrow), batch, rows
+    return replace(operation, right_shape=narrow), batch, rows

@@ -28,11 +28,14 @@ class Weight(NamedTuple):
         floating-point numbers.
     - `relative`: `2**(exponent − that of the readers of the slot's node)` where it is known as
         such: the difference of two exponents of a deep network has lost digits.
+    - `compliance`: the bound on the slot's squared gain over its weight, in the unit of its node,
+        where that is known as such.
     """
 
     mantissa: Any
     exponent: Any = 0
     relative: Any = None
+    compliance: Any = None
 
 
 #: The exponent of an infinite weight. Weights in ratio to each other may be infinite together.
@@ -267,7 +270,7 @@ class Spectral(Metric):
                     shared = max(len(readers[p]) for p in graph.slots[slot].producers)
                     given = min(v for v in stiffness[slot] if v != "stiff")
                     factor = given / (rows * shared)
-                weights[slot] = _relative(factor * gains[slot] * largest, asked.exponent)
+                weights[slot] = _relative(factor * largest, gains[slot], asked.exponent)
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
 
 
@@ -302,11 +305,12 @@ class Curved(Spectral):
             _check_positive("request", self.request)
 
 
-def _relative(ratio: Any, exponent: Any) -> Weight:
-    """`ratio · 2**exponent`; a weight of 0 becomes a very small one."""
+def _relative(stiffness: Any, gain: Any, exponent: Any) -> Weight:
+    """`stiffness · gain · 2**exponent`; a weight of 0 becomes a very small one."""
+    ratio = stiffness * gain
     ratio = jnp.asarray(ratio, jnp.promote_types(jnp.result_type(ratio), jnp.float32))
     ratio = jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)
-    return Weight(1.0, scaling.once(exponent + jnp.log2(ratio)), ratio)
+    return Weight(1.0, scaling.once(exponent + jnp.log2(ratio)), ratio, 1 / stiffness)
 
 
 # --- Numbers by parameter ------------------------------------------------------------------------

@@ -146,7 +146,7 @@ class ScalarFunction(_Numeric):
             return slope * x
 
         # The response to a force is the slope's square for each entry: solved for as it is.
-        part = layer.Part(scaled, scaled, weight, jnp.square(slope), curved=False)
+        part = layer.Part(scaled, scaled, weight, jnp.square(slope) / weight, curved=False)
         return self._linear_step(reference, states, [part], target, target_weight)
 
     def _slope(self, call: Any, point: Array) -> Array:
@@ -178,9 +178,9 @@ class ArrayFunction(_Numeric):
         geometry = reference.geometry
         point = self._point(reference, states)
         parts = [
-            layer.Part(*_linear(call, point, place), weight, gain, curved)
-            for place, (weight, gain, curved) in enumerate(
-                zip(weights, geometry.gains, geometry.curved, strict=True)
+            layer.Part(*_linear(call, point, place), weight, compliance, curved)
+            for place, (weight, compliance, curved) in enumerate(
+                zip(weights, geometry.compliances, geometry.curved, strict=True)
             )
         ]
         return self._linear_step(reference, states, parts, target, target_weight)

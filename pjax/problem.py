@@ -366,7 +366,7 @@ class Problem:
                 self._references[node.index] = self._references[node.index]._replace(
                     geometry=Geometry(
                         self._exponent(node),
-                        tuple(weighing.gains[i] for i in node.slots),
+                        tuple(self._compliance(self.graph.slots[i]) for i in node.slots),
                         tuple(layout.curved[i] for i in node.slots),
                         layout.metric.iterations,
                     )
@@ -393,7 +393,7 @@ class Problem:
         total: Any = 0.0
         pending: list[tuple[Slot, Array]] = []
         for slot in slots:
-            mantissa, own, _ = weights[slot.index]
+            mantissa, own, *_ = weights[slot.index]
             weight = mantissa * self._copies(slot) * _share(own, exponent)
             if slot.route.direct:
                 total = total + weight
@@ -559,6 +559,15 @@ class Problem:
             return weight.relative
         return _power_between(weight.exponent, self._exponent(self.graph.nodes[node]))
 
+    def _compliance(self, slot: Slot) -> Any:
+        """The bound on a slot's squared gain over its weight, in the unit of its node."""
+        gain, weight = self._slot_gains[slot.index], self.weights[slot.index]
+        if gain is None or (isinstance(gain, float) and gain == 0):
+            return gain
+        if weight.compliance is not None:
+            return weight.compliance
+        return gain / (weight.mantissa * self._ratio(slot, slot.node))
+
     def _other(self, slot: Slot) -> Any:
         """The value of the operand that is data, for storages that need it."""
         knowns = self.graph.nodes[slot.node].knowns
@@ -652,7 +661,7 @@ class Problem:
         a, b = (self._filled(slot, value) for value in (a, b))
         storage = self.layout.storages[slot.index]
         other = None if isinstance(storage, Dense) else self._other(slot)
-        mantissa, exponent, _ = self.weights[slot.index]
+        mantissa, exponent, *_ = self.weights[slot.index]
         return storage.squared_distance(a, b, mantissa, other) * scaling.power(-exponent)
 
     def _filled(self, slot: Slot, value: Any) -> Any:
@@ -1031,7 +1040,7 @@ class Problem:
             if layout.resting[index]:
                 continue
             mask = jnp.ones_like(value) if kept is None else 1 - kept
-            mantissa, exponent, _ = self.weights[index]
+            mantissa, exponent, *_ = self.weights[index]
             total += storage.squared_distance_to(
                 self._filled(slot, state[index]), value, mask, mantissa, self._other(slot)
             ) * scaling.power(-exponent)

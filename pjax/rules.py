@@ -38,13 +38,14 @@ class Geometry(NamedTuple):
     **Attributes:**
 
     - `exponent`: deviations, targets and results of the node are in a unit of `2**−exponent`.
-    - `gains`: for each slot of a layer a bound on how much the output moves with it, squared.
+    - `compliances`: for each slot of a layer a bound on how much the output moves with it, squared,
+        over the slot's weight.
     - `curved`: for each slot whether its response is solved for, or only bounded.
     - `iterations`: conjugate gradient steps for that.
     """
 
     exponent: Any = 0
-    gains: tuple[Any, ...] = ()
+    compliances: tuple[Any, ...] = ()
     curved: tuple[bool, ...] = ()
     iterations: int = 0
 

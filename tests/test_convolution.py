@@ -318,6 +318,25 @@ def test_gains_are_bounds_and_close(x64, name, side):
     assert vector.size <= free.size
 
 
+@operations
+def test_channels_are_last_in_all_that_runs(name):
+    """Other convolutions are compiled to plain loops within a loop, on a CPU."""
+    op = OPERATIONS[name]
+    left, right, out = draw(op, 4)
+    for apply, operands in (
+        (op, (left, right)),
+        (op.transpose_left, (out, right)),
+        (op.transpose_right, (out, left)),
+    ):
+        jaxpr = jax.make_jaxpr(apply)(*operands).jaxpr
+        (found,) = [e for e in jaxpr.eqns if e.primitive is jax.lax.conv_general_dilated_p]
+        numbers = found.params["dimension_numbers"]
+        count = len(numbers.lhs_spec) - 2
+        spatial = tuple(range(1, count + 1))
+        assert numbers.lhs_spec == numbers.out_spec == (0, count + 1, *spatial)
+        assert numbers.rhs_spec == (count + 1, count, *(axis - 1 for axis in spatial))
+
+
 def test_an_empty_slice_is_refused():
     with pytest.raises(ValueError, match="sums over no entries"):
         conv((2, 4, 4, 0), (3, 3, 0, 2))

@@ -107,12 +107,12 @@ def test_equal_products_are_compiled_once():
 
         def run(*operands):
             given = [
-                PowerIteration(o.response, (x,), o.start, o.axes, o.factor, o.kind, o.is_product)
+                PowerIteration(o.response, (x,), o.start, o.axes, o.factor, o.kind, o.rows)
                 for o, x in zip(asked, operands, strict=True)
             ]
             return [bound for bound, _ in largest(given, 4)]
 
         return jax.jit(run).lower(*(o.operands[0] for o in asked)).as_text()
 
-    assert "tensor<2x1x24xf32>" in compiled(16)
-    assert "tensor<2x1x24xf32>" not in compiled(15)
+    assert "tensor<2x24xf32>" in compiled(16)
+    assert "tensor<2x24xf32>" not in compiled(15)

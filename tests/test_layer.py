@@ -28,9 +28,11 @@ def dense_parts(rng, count, size, curved):
         width = int(rng.integers(2, 10))
         matrix = jnp.asarray(rng.normal(size=(size, width)) * 10 ** rng.uniform(-2, 2))
         weight = float(10 ** rng.uniform(-3, 3))
-        gain = float(np.linalg.norm(matrix, 2) ** 2)
+        compliance = float(np.linalg.norm(matrix, 2) ** 2) / weight
         parts.append(
-            layer.Part(lambda x, m=matrix: m @ x, lambda y, m=matrix: m.T @ y, weight, gain, curved)
+            layer.Part(
+                lambda x, m=matrix: m @ x, lambda y, m=matrix: m.T @ y, weight, compliance, curved
+            )
         )
         matrices.append(np.asarray(matrix))
         weights += [weight] * width
@@ -98,7 +100,7 @@ def test_bounded_parts_never_overshoot(seed, count):
 
         gain = 10 ** rng.uniform(-2, 2)
         rows = np.linalg.qr(rng.normal(size=(9, 7)))[0].T * np.sqrt(gain)
-        part = layer.Part(lambda x: rows @ x, lambda y: rows.T @ y, 0.3, gain, False)
+        part = layer.Part(lambda x: rows @ x, lambda y: rows.T @ y, 0.3, gain / 0.3, False)
         (move,), *_ = layer.solve([part], jnp.asarray(request), jnp.asarray(target_weight), 1)
         normal = rows.T @ (target_weight[:, None] * rows) + 0.3 * np.eye(9)
         best = np.linalg.solve(normal, rows.T @ (target_weight * request))

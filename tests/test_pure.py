@@ -51,7 +51,8 @@ def test_a_layer_is_the_ridge_regression_of_its_request(x64):
     logits = x @ params["w"] + params["b"]
     request = losses.cross_entropy(logits, jnp.zeros_like(logits), y, 0.1 * 20)
     # The bound on the input's gain is that of the power iteration.
-    (gain,) = [g for g in problem._references[2].geometry.gains if jnp.ndim(g) == 0][:1]
+    gains = (problem._slot_gains[i] for i in problem.graph.nodes[2].slots)
+    gain = next(g for g in gains if jnp.ndim(g) == 0)
     data = np.concatenate([np.asarray(x), np.ones((20, 1))], axis=1)
     stiffness = np.diag([float(gain) * 5 / 20] * 6 + [5.0])
     best = np.linalg.solve(data.T @ data + stiffness, data.T @ np.asarray(request))

@@ -162,8 +162,8 @@ def test_a_state_begins_where_power_iterations_end(x64):
     for node in begun.graph.nodes:
         if node.index not in begun._references or node.rule is None:
             continue
-        gains = begun._references[node.index].geometry.gains
-        best = many._references[node.index].geometry.gains
+        gains = [begun._slot_gains[i] for i in node.slots]
+        best = [many._slot_gains[i] for i in node.slots]
         for gain, limit in zip(gains, best, strict=True):
             if isinstance(gain, jax.Array) and gain.ndim == 0:
                 assert float(limit) / MARGIN <= float(gain) <= float(limit) * (1 + 1e-9)

@@ -30,12 +30,14 @@ class Case:
 
     **Arguments:**
 
-    - `group`: what varies in it: `"networks"`, `"depth"`, `"width"`, `"batch"` or `"length"`.
+    - `group`: what varies in it: `"networks"`, `"depth"`, `"width"`, `"batch"` or `"length"`; or
+        `"loop"`, where steps are in a compiled loop.
     - `name`: unique within the group.
     - `task`: the network, its loss and the size of a batch.
     - `steps`: what is compared.
     - `number`: what varies, for figures.
     - `quick`: whether it is measured within a minute or two.
+    - `looped`: not 0: so many steps at once, in a `jax.lax.scan`.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Case:
     steps: tuple[Step, ...] = STEPS[:3]
     number: int = 0
     quick: bool = False
+    looped: int = 0
 
     @property
     def key(self) -> str:
@@ -96,7 +99,16 @@ def measured(case: Case, step: Step) -> Measured:
             updates, state = adam.update(moved, state, params)
             return value, optax.apply_updates(params, updates), state
 
-        return Measured(descend, (params, adam.init(params), batch), direction)
+        def loop(params: Any, state: Any, batch: Any) -> Any:
+            def body(carry: Any, _: None) -> Any:
+                value, params, state = descend(carry[0], carry[1], batch)
+                return (params, state), value
+
+            (params, state), values = jax.lax.scan(body, (params, state), length=case.looped)
+            return values, params, state
+
+        run = loop if case.looped else descend
+        return Measured(run, (params, adam.init(params), batch), direction)
     loss = case.task.loss("pure")
     if step == "projection":
         pure = pjax.optim.CyclicProjections(splitting="layer", check=False)
@@ -155,4 +167,6 @@ def cases() -> list[Case]:
     for length in (16, 64, 128):
         task = TextTask("tinyshakespeare", batch_size=64, context=length)
         found.append(Case("length", f"rnn 64, length {length}", task, STEPS[:2], length))
+    task = ConvolutionalTask("cifar10", batch_size=128)
+    found.append(Case("loop", "cnn 32-64, 4 steps", task, STEPS[:2], looped=4))
     return found

@@ -10,9 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -45,7 +44,7 @@ class PowerIteration:
     - `axes`: the axes within a block; the others number the blocks.
     - `factor`: of the eigenvalue.
     - `kind`: equal for equal responses, so that what also has the same operands is found once.
-    - `is_product`: whether the response is a product of a matrix and a vector, and another.
+    - `rows`: of a product of a matrix and a vector the axis on which there may be more vectors.
     """
 
     response: Callable[..., Array]
@@ -54,7 +53,7 @@ class PowerIteration:
     axes: tuple[int, ...]
     factor: Any = 1.0
     kind: Hashable = None
-    is_product: bool = False
+    rows: int | None = None
 
     @property
     def blocks(self) -> int:
@@ -104,25 +103,30 @@ def largest(
             names[name] = len(different)
             different.append(iteration)
         places.append(names[name])
-    kinds = Counter(one.kind for one in different if one.is_product)
-    doubled = [
-        kinds[one.kind] >= _MANY_PRODUCTS and one.is_product and one.numbers <= _FEW_NUMBERS
-        for one in different
-    ]
-    different = [
-        _with_second_row(one) if double else one
-        for one, double in zip(different, doubled, strict=True)
-    ]
+    different = _with_more_rows(different)
     found: list[Any] = [None] * len(different)
     for count, members in _by_steps(different, steps).items():
         for first in range(0, len(members), _ONE_LOOP):
             chosen = members[first : first + _ONE_LOOP]
             results = _side_by_side([different[i] for i in chosen], count)
-            for i, (value, last) in zip(chosen, results, strict=True):
-                found[i] = value, last[0] if doubled[i] else last
+            for i, result in zip(chosen, results, strict=True):
+                found[i] = result
+    bounds = []
+    for iteration, place in zip(iterations, places, strict=True):
+        value, last = found[place]
+        if last.shape != iteration.start.shape:
+            last = lax.slice_in_dim(last, 0, 1, axis=iteration.rows or 0)
+        bounds.append((MARGIN * iteration.factor * value, last))
+    return bounds
+
+
+def _with_more_rows(iterations: Sequence[PowerIteration]) -> list[PowerIteration]:
+    """Those of many equal small products with a second row."""
+    small = [one.rows is not None and one.numbers <= _FEW_NUMBERS for one in iterations]
+    kinds = Counter(one.kind for one, is_small in zip(iterations, small, strict=True) if is_small)
     return [
-        (MARGIN * iteration.factor * found[place][0], found[place][1])
-        for iteration, place in zip(iterations, places, strict=True)
+        _with_second_row(one) if is_small and kinds[one.kind] >= _MANY_PRODUCTS else one
+        for one, is_small in zip(iterations, small, strict=True)
     ]
 
 
@@ -134,40 +138,58 @@ def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, lis
     return found
 
 
+class _State(NamedTuple):
+    """Of a power iteration: the eigenvalue so far, the vector and its length in each block."""
+
+    value: Array
+    vector: Array
+    length: Array
+
+
 def _side_by_side(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
     """The largest eigenvalues and the last vectors, by so many steps of each."""
 
-    def step(_: Any, states: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-        return [_step(one, vector) for one, (_, vector) in zip(iterations, states, strict=True)]
+    def step(_: Any, states: list[_State]) -> list[_State]:
+        return [_step(one, state) for one, state in zip(iterations, states, strict=True)]
 
-    states = [(jnp.zeros((), one.start.dtype), one.start) for one in iterations]
+    states = [_first(one) for one in iterations]
     if steps > 2:  # a loop compiles in a fraction of the time
-        return lax.fori_loop(0, steps, step, states)
-    for count in range(steps):
-        states = step(count, states)
-    return states
+        states = lax.fori_loop(0, steps, step, states)
+    else:
+        for count in range(steps):
+            states = step(count, states)
+    return [
+        (state.value, jnp.where(state.length > 0, state.vector / state.length, one.start))
+        for one, state in zip(iterations, states, strict=True)
+    ]
 
 
-def _step(iteration: PowerIteration, vector: Array) -> tuple[Array, Array]:
-    """`max |JᵀJ x|`, the eigenvalue if `x` is an eigenvector, and the next `x`."""
+def _first(iteration: PowerIteration) -> _State:
+    start = iteration.start
+    within = {axis % start.ndim for axis in iteration.axes}
+    lengths = tuple(1 if axis in within else n for axis, n in enumerate(start.shape))
+    return _State(jnp.zeros((), start.dtype), start, jnp.ones(lengths, start.dtype))
+
+
+def _step(iteration: PowerIteration, state: _State) -> _State:
+    _, x, before = state
     # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
     # blocks at once: one that falls far behind does not have the largest eigenvalue.
-    image = iteration.response(vector, *iteration.operands).astype(vector.dtype)
-    size = jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(vector.dtype).tiny)
+    image = iteration.response(x, *iteration.operands).astype(x.dtype)
+    size = jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(x.dtype).tiny)
     image = image / size
     length = jnp.sqrt(jnp.sum(jnp.square(image), axis=iteration.axes, keepdims=True))
-    return size * jnp.max(length), jnp.where(length > 0, image / length, vector)
+    growth = jnp.max(length / jnp.where(before > 0, before, 1))
+    return _State(size * growth, image, length)
 
 
 def _with_second_row(iteration: PowerIteration) -> PowerIteration:
     """From two directions at once, the first of which is the one that is gone on with."""
-    second = _direction(iteration.start.shape, iteration.axes, iteration.start.dtype, 1.1)
-    return replace(
-        iteration,
-        response=jax.vmap(iteration.response, (0, *(None for _ in iteration.operands))),
-        start=jnp.stack([iteration.start, second]),
-        axes=tuple(axis % iteration.start.ndim + 1 for axis in iteration.axes),
-    )
+    start, rows = iteration.start, iteration.rows
+    assert rows is not None
+    second = _direction(start.shape, iteration.axes, start.dtype, 1.1)
+    axes = tuple(axis for axis in iteration.axes if axis != rows)
+    return replace(iteration, start=jnp.concatenate([start, second], rows), axes=axes)
 
 
 __all__ = ["MARGIN", "PowerIteration", "first_direction", "largest"]

@@ -33,7 +33,7 @@ class Part(NamedTuple):
     - `apply`: `J δ`, in the shape of the output.
     - `transpose`: `Jᵀ Λ`, in the shape of the operand.
     - `weight`: `ρ > 0`, a scalar or an array that broadcasts to the operand.
-    - `gain`: `λ ≥ ‖J‖²`, for a diagonal part.
+    - `compliance`: `λ/ρ` with `λ ≥ ‖J‖²`, for a diagonal part.
     - `curved`: which of the two kinds it is.
     - `normal`: `J Jᵀ Λ`, where there is a cheaper way to it than one after the other.
     - `repeats`: an operand that is repeated so often: `JᵀJ` is this number; else None.
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     apply: Callable[[Array], Array]
     transpose: Callable[[Array], Array]
     weight: Any
-    gain: Any
+    compliance: Any
     curved: bool
     normal: Callable[[Array], Array] | None = None
     repeats: float | None = None
@@ -103,8 +103,8 @@ def solve(
     """
     shift: Any = 0.0
     for part in parts:
-        if not part.curved and not (isinstance(part.gain, float) and part.gain == 0):
-            shift = shift + part.gain / part.weight
+        if not part.curved:
+            shift = shift + part.compliance
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
     if curved:

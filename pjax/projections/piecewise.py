@@ -453,14 +453,16 @@ def _bent(
     right = reference >= place
     left_slope, right_slope = (piece.slope for piece in function.pieces)
     # For each line what a square of it weighs, and how far the operand follows an error in it.
-    normals = [weight + target_weight * slope**2 for slope in (left_slope, right_slope)]
-    left_gain, right_gain = (
-        target_weight * slope / normal
-        for slope, normal in zip((left_slope, right_slope), normals, strict=True)
-    )
-    left_length, right_length = (lax.rsqrt(normal) for normal in normals)
-    tilt = target_weight * (right_slope * right_length + left_slope * left_length)
-    tilt = tilt / (weight * (right_length + left_length))
+    tilt: Any = 0.0
+    lengths: Any = 0.0
+    gains: list[Any] = []
+    for slope in (left_slope, right_slope):
+        normal = weight + target_weight * slope**2 if slope else weight
+        gains.append(target_weight * slope / normal if slope else 0.0)
+        length = lax.rsqrt(normal)
+        lengths = lengths + length
+        tilt = tilt + slope * length if slope else tilt
+    tilt = tilt * target_weight / (weight * lengths)
 
     def chosen(is_right: Array, of_left: Any, of_right: Any) -> Array:
         return jnp.where(is_right, of_right, of_left)
@@ -472,6 +474,6 @@ def _bent(
     # Over the reference's output: 0 on its own line.
     height = (slope - chosen(right, left_slope, right_slope)) * beyond
     error = target - height - slope * deviation
-    foot = deviation + chosen(to_right, left_gain, right_gain) * error
+    foot = deviation + chosen(to_right, *gains) * error
     moved = chosen(to_right, jnp.minimum(foot, -beyond), jnp.maximum(foot, -beyond))
     return moved, slope * moved + height
