@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side, inverse
 from pjax.projections.convolution import Convolution
-from pjax.projections.gains import PowerIteration, first_direction
+from pjax.projections.gains import PowerIteration
 from pjax.rules import Exactness, Force, Geometry, Rule, Term
 
 
@@ -65,10 +65,13 @@ class LayerSum(Rule):
     """
 
     exactness: ClassVar[Exactness] = "inexact"
-    accepts_rest: ClassVar[bool] = True
 
     terms: tuple[Product | Addend, ...]
     name: str = "dot"
+
+    @property
+    def accepts_rest(self) -> bool:
+        return True
 
     @property
     def is_linear(self) -> bool:
@@ -97,10 +100,13 @@ class LayerSum(Rule):
         at = self._operands(current, reference.knowns)
         before = self._operands(reference.inputs, reference.knowns)
         deviations = self._operands(states, reference.knowns)
-        value = self._deviation(before, at, deviations, target)
+        value = None
+        if any(state is not None for state in states):
+            value = self._deviation(before, at, deviations, target)
         parts = self._parts(at, weights, geometry, target)
-        target_weight = jnp.asarray(target_weight, target.dtype)
-        request = target - value
+        if not isinstance(target_weight, (int, float)):
+            target_weight = jnp.asarray(target_weight, target.dtype)
+        request = target if value is None else target - value
         normal = self._normal(at, geometry)
         moves, change, forces = layer.solve(
             parts, request, target_weight, geometry.iterations, normal
@@ -124,7 +130,7 @@ class LayerSum(Rule):
                 moved.append(state + move)
             else:
                 moved.append(move if force is None else Force(force))
-        return tuple(moved), value + change
+        return tuple(moved), change if value is None else value + change
 
     def _deviation(self, before: Any, at: Any, deviations: Any, like: Array) -> Array:
         """`f(reference + deviation) − f(reference)`, without forming either."""
@@ -286,13 +292,18 @@ def _product(term: Product, side: Side, now: tuple[Any, ...]) -> tuple[Any, Any]
     left, right = now
     if side == "left":
         return (
-            lambda move: scale * op(move, right),
-            lambda force: scale * op.transpose_left(force, right),
+            lambda move: _scaled(scale, op(move, right)),
+            lambda force: _scaled(scale, op.transpose_left(force, right)),
         )
     return (
-        lambda move: scale * op(left, move),
-        lambda force: scale * op.transpose_right(force, left),
+        lambda move: _scaled(scale, op(left, move)),
+        lambda force: _scaled(scale, op.transpose_right(force, left)),
     )
+
+
+def _scaled(scale: Any, array: Array) -> Array:
+    """`scale · array`; the array itself where the scale is known to be 1."""
+    return array if isinstance(scale, (int, float)) and scale == 1 else scale * array
 
 
 class _Costs(NamedTuple):
@@ -417,11 +428,13 @@ def _addend(addend: Addend, factors: Sequence[Any], like: Array) -> Any:
     term = addend.term
     if addend.dimensions is not None:
         shape, dimensions = addend.shape, addend.dimensions
-        return lambda x: term.scale * jax.lax.broadcast_in_dim(x, shape, dimensions)
+        return lambda x: _scaled(term.scale, jax.lax.broadcast_in_dim(x, shape, dimensions))
     coefficient = term.coefficient(factors)
+    if not isinstance(coefficient, (int, float)):
+        coefficient = jnp.asarray(coefficient, like.dtype)
     if not term.axes:
-        return lambda x: jnp.asarray(coefficient, like.dtype) * x
-    return lambda x: jnp.sum(jnp.asarray(coefficient, like.dtype) * x, axis=term.axes)
+        return lambda x: _scaled(coefficient, x)
+    return lambda x: jnp.sum(_scaled(coefficient, x), axis=term.axes)
 
 
 def _transposed(apply: Any, operand: Array) -> Any:
@@ -465,8 +478,6 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
         operation = operation.with_one_row(side)
     shape = operation.left_shape if left else operation.right_shape
     axes = tuple(axis for axis in range(len(shape)) if axis not in batch)
-    if vector is None:
-        vector = first_direction(shape, axes, other.dtype)
 
     def response(x: Array, other: Array) -> Array:
         shape = {"left_shape": x.shape} if left else {"right_shape": x.shape}
@@ -476,7 +487,9 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
         return applied.transpose_right(applied(other, x), other)
 
     kind = operation, side
-    return PowerIteration(response, (other,), vector, axes, term.scale**2, kind, rows)
+    return PowerIteration(
+        response, (other,), shape, other.dtype, axes, vector, term.scale**2, kind, rows
+    )
 
 
 def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...], int | None]:

@@ -308,9 +308,14 @@ class Curved(Spectral):
 def _relative(stiffness: Any, gain: Any, exponent: Any) -> Weight:
     """`stiffness · gain · 2**exponent`; a weight of 0 becomes a very small one."""
     ratio = stiffness * gain
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    if isinstance(ratio, (int, float)):  # then nothing is computed on the device
+        ratio = max(float(ratio), tiny)
+        return Weight(1.0, exponent + math.log2(ratio), ratio, 1 / stiffness)
     ratio = jnp.asarray(ratio, jnp.promote_types(jnp.result_type(ratio), jnp.float32))
-    ratio = jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)
-    return Weight(1.0, scaling.once(exponent + jnp.log2(ratio)), ratio, 1 / stiffness)
+    ratio = jnp.maximum(ratio, tiny)
+    step = jnp.log(ratio) * (1 / math.log(2))
+    return Weight(1.0, scaling.once(exponent + step), ratio, 1 / stiffness)
 
 
 # --- Numbers by parameter ------------------------------------------------------------------------

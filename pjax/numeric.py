@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from pjax.cones import Function
 from pjax.projections import layer, normalization, numeric, scaling
-from pjax.projections.gains import PowerIteration, first_direction
+from pjax.projections.gains import PowerIteration
 from pjax.projections.normalization import NormalForm
 from pjax.projections.numeric import Rows
 from pjax.rules import Exactness, Reference, Rule
@@ -25,11 +25,14 @@ class _Numeric(Rule):
     """What the two rules share: a step of a linearised constraint, for layer splitting."""
 
     exactness: ClassVar[Exactness] = "inexact"
-    accepts_rest: ClassVar[bool] = True
 
     function: Function
     layers: bool
     name: str = "function"
+
+    @property
+    def accepts_rest(self) -> bool:
+        return True
 
     def _call(self, reference: Reference) -> Any:
         return lambda *inputs: self.function(inputs, reference.knowns)
@@ -197,9 +200,11 @@ class ArrayFunction(_Numeric):
         apply, transpose = _linear(call, inputs, place)
         value, kept = inputs[place], self.rows.inputs[place]
         axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
-        if vector is None:
-            vector = first_direction(value.shape, axes, value.dtype)
-        return PowerIteration(lambda x: transpose(apply(x)), (), vector, axes)
+
+        def response(x: Array) -> Array:
+            return transpose(apply(x))
+
+        return PowerIteration(response, (), value.shape, value.dtype, axes, vector)
 
 
 @dataclass(frozen=True)

@@ -1097,13 +1097,13 @@ def _share(exponent: Any, largest: Any) -> Any:
     on an entry is what counts, and it does not depend on a weight that is far below the largest.
     """
     share = _power_between(exponent, largest)
-    return share if isinstance(share, float) and share == 1 else jnp.maximum(share, 2.0**-30)
+    return max(share, 2.0**-30) if isinstance(share, float) else jnp.maximum(share, 2.0**-30)
 
 
 def _largest(exponents: Sequence[Any]) -> Any:
     largest = exponents[0]
     for exponent in exponents[1:]:
-        if isinstance(largest, int) and isinstance(exponent, int):
+        if isinstance(largest, (int, float)) and isinstance(exponent, (int, float)):
             largest = max(largest, exponent)
         else:
             largest = jnp.maximum(largest, exponent)

@@ -87,8 +87,11 @@ class Rule(ABC):
     exactness: Exactness
     #: What a table or a drawing calls the node.
     name: str = ""
-    #: Whether `project` takes None for the state of a slot that has not moved.
-    accepts_rest: ClassVar[bool] = False
+
+    @property
+    def accepts_rest(self) -> bool:
+        """Whether `project` takes None for the state of a slot that has not moved."""
+        return False
 
     def storages(self, reflecting: bool, shared: Sequence[bool]) -> tuple[Storage, ...]:
         """How the solver keeps each slot.
@@ -183,6 +186,10 @@ class Affine(Rule):
     function: PiecewiseLinear | None = None
     name: str = "affine"
 
+    @property
+    def accepts_rest(self) -> bool:
+        return self.function is not None and self.terms == (Term(),)
+
     def _coefficients(self, knowns: Sequence[Any]) -> tuple[Any, ...]:
         values = iter(knowns)
         return tuple(term.coefficient([next(values) for _ in term.factors]) for term in self.terms)
@@ -192,7 +199,7 @@ class Affine(Rule):
         axes = tuple(term.axes for term in self.terms)
         if self.function is None:
             return linear.affine(states, coefficients, axes, weights, target, target_weight)
-        if len(states) == 1 and not self.terms[0].factors and self.terms[0] == Term():
+        if self.accepts_rest:
             moved, output = piecewise(
                 self.function, reference.inner, reference.output, states[0], weights[0],
                 target, target_weight, reference.geometry.exponent,

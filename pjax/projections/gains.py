@@ -40,8 +40,9 @@ class PowerIteration:
 
     - `response`: `(x, *operands) ↦ JᵀJ x`, block diagonal.
     - `operands`: what it reads.
-    - `start`: where to begin, of length 1 in each block.
+    - `shape`, `dtype`: of `x`.
     - `axes`: the axes within a block; the others number the blocks.
+    - `start`: where to begin, of length 1 in each block; None for a fixed direction.
     - `factor`: of the eigenvalue.
     - `kind`: equal for equal responses, so that what also has the same operands is found once.
     - `rows`: of a product of a matrix and a vector the axis on which there may be more vectors.
@@ -49,8 +50,10 @@ class PowerIteration:
 
     response: Callable[..., Array]
     operands: tuple[Array, ...]
-    start: Array
+    shape: tuple[int, ...]
+    dtype: Any
     axes: tuple[int, ...]
+    start: Array | None = None
     factor: Any = 1.0
     kind: Hashable = None
     rows: int | None = None
@@ -58,8 +61,7 @@ class PowerIteration:
     @property
     def blocks(self) -> int:
         """How many blocks there are."""
-        within = {axis % self.start.ndim for axis in self.axes}
-        return math.prod(n for axis, n in enumerate(self.start.shape) if axis not in within)
+        return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.axes)
 
     @property
     def numbers(self) -> int:
@@ -67,12 +69,10 @@ class PowerIteration:
         return sum(operand.size for operand in self.operands)
 
 
-def first_direction(shape: Sequence[int], axes: Sequence[int], dtype: Any) -> Array:
+def first_direction(
+    shape: Sequence[int], axes: Sequence[int], dtype: Any, turn: float = 2.4
+) -> Array:
     """A direction to begin with, equal in all blocks: neither constant nor orthogonal to that."""
-    return _direction(shape, axes, dtype, 2.4)
-
-
-def _direction(shape: Sequence[int], axes: Sequence[int], dtype: Any, turn: float) -> Array:
     block = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
     count = math.prod(block)
     length = float(np.linalg.norm(1 + 0.5 * np.cos(turn * np.arange(count)))) or 1.0
@@ -103,7 +103,7 @@ def largest(
             names[name] = len(different)
             different.append(iteration)
         places.append(names[name])
-    different = _with_more_rows(different)
+    different = _with_more_rows(_with_starts(different))
     found: list[Any] = [None] * len(different)
     for count, members in _by_steps(different, steps).items():
         for first in range(0, len(members), _ONE_LOOP):
@@ -114,10 +114,24 @@ def largest(
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
-        if last.shape != iteration.start.shape:
+        if last.shape != iteration.shape:
             last = lax.slice_in_dim(last, 0, 1, axis=iteration.rows or 0)
         bounds.append((MARGIN * iteration.factor * value, last))
     return bounds
+
+
+def _with_starts(iterations: Sequence[PowerIteration]) -> list[PowerIteration]:
+    """The fixed directions where no other is given, each computed once."""
+    made: dict[Any, Array] = {}
+    found = []
+    for one in iterations:
+        if one.start is None:
+            key = one.shape, one.axes, jnp.dtype(one.dtype)
+            if key not in made:
+                made[key] = first_direction(one.shape, one.axes, one.dtype)
+            one = replace(one, start=made[key])
+        found.append(one)
+    return found
 
 
 def _with_more_rows(iterations: Sequence[PowerIteration]) -> list[PowerIteration]:
@@ -158,17 +172,19 @@ def _side_by_side(iterations: Sequence[PowerIteration], steps: int) -> list[tupl
     else:
         for count in range(steps):
             states = step(count, states)
-    return [
-        (state.value, jnp.where(state.length > 0, state.vector / state.length, one.start))
-        for one, state in zip(iterations, states, strict=True)
-    ]
+    found = []
+    for one, state in zip(iterations, states, strict=True):
+        assert one.start is not None
+        last = jnp.where(state.length > 0, state.vector / state.length, one.start)
+        found.append((state.value, last))
+    return found
 
 
 def _first(iteration: PowerIteration) -> _State:
-    start = iteration.start
-    within = {axis % start.ndim for axis in iteration.axes}
-    lengths = tuple(1 if axis in within else n for axis, n in enumerate(start.shape))
-    return _State(jnp.zeros((), start.dtype), start, jnp.ones(lengths, start.dtype))
+    dtype, start = iteration.dtype, iteration.start
+    assert start is not None
+    lengths = tuple(1 if axis in iteration.axes else n for axis, n in enumerate(start.shape))
+    return _State(jnp.zeros((), dtype), start, jnp.ones(lengths, dtype))
 
 
 def _step(iteration: PowerIteration, state: _State) -> _State:
@@ -176,18 +192,20 @@ def _step(iteration: PowerIteration, state: _State) -> _State:
     # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
     # blocks at once: one that falls far behind does not have the largest eigenvalue.
     image = iteration.response(x, *iteration.operands).astype(x.dtype)
-    size = jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(x.dtype).tiny)
+    tiny = jnp.finfo(x.dtype).tiny
+    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
     image = image / size
     length = jnp.sqrt(jnp.sum(jnp.square(image), axis=iteration.axes, keepdims=True))
-    growth = jnp.max(length / jnp.where(before > 0, before, 1))
+    growth = jnp.max(length / jnp.maximum(before, tiny))
     return _State(size * growth, image, length)
 
 
 def _with_second_row(iteration: PowerIteration) -> PowerIteration:
     """From two directions at once, the first of which is the one that is gone on with."""
     start, rows = iteration.start, iteration.rows
+    assert start is not None
     assert rows is not None
-    second = _direction(start.shape, iteration.axes, start.dtype, 1.1)
+    second = first_direction(iteration.shape, iteration.axes, iteration.dtype, 1.1)
     axes = tuple(axis for axis in iteration.axes if axis != rows)
     return replace(iteration, start=jnp.concatenate([start, second], rows), axes=axes)
 

@@ -110,8 +110,8 @@ def solve(
     if curved:
         found, change = _solve_curved(curved, request, stiffness, iterations, normal)
     else:
-        found, change = [], jnp.zeros_like(request)
-    force = stiffness * (request - change)
+        found, change = [], None
+    force = stiffness * (request if change is None else request - change)
     inner = iter(found)
     moves, forces = [], []
     for part in parts:
@@ -121,9 +121,11 @@ def solve(
         else:
             pulled = part.transpose(force)
             move = pulled / part.weight
-            change = change + part.apply(move)
+            applied = part.apply(move)
+            change = applied if change is None else change + applied
             moves.append(move)
             forces.append(pulled)
+    change = jnp.zeros_like(request) if change is None else change
     return Solution(tuple(moves), change, tuple(forces))
 
 

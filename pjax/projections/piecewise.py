@@ -316,7 +316,7 @@ def piecewise(
     function: PiecewiseLinear,
     reference: Array,
     output_reference: Array,
-    deviation: Array,
+    deviation: Array | None,
     weight: ArrayLike,
     target: Array,
     target_weight: ArrayLike,
@@ -337,7 +337,7 @@ def piecewise(
     - `reference`: `x_ref`.
     - `output_reference`: `y_ref = f(x_ref)` as the program computed it. It decides which side of a
         jump a reference at the jump is on.
-    - `deviation`: `dx`.
+    - `deviation`: `dx`; None for 0.
     - `weight`: `ρ > 0`.
     - `target`: `dz`.
     - `target_weight`: `W ≥ 0`.
@@ -345,13 +345,15 @@ def piecewise(
 
     **Returns:** `dx'` and `dy'`.
     """
-    dtype = deviation.dtype
-    weight, target_weight = jnp.asarray(weight, dtype), jnp.asarray(target_weight, dtype)
+    dtype = target.dtype
+    weight, target_weight = _number(weight, dtype), _number(target_weight, dtype)
     kinks = _kinks(function)
     if len(kinks) == 1 and not kinks[0].jump:
         return _bent(
             function, kinks[0].place, reference, deviation, weight, target, target_weight, exponent
         )
+    if deviation is None:
+        deviation = jnp.zeros_like(target)
 
     def in_unit(length: Any) -> Any:
         return scaling.to_unit(jnp.asarray(length, dtype), exponent)
@@ -433,14 +435,19 @@ def piecewise(
     return moved, output
 
 
+def _number(value: Any, dtype: Any) -> Any:
+    """A plain number as it is: what is known is computed once and for all."""
+    return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, dtype)
+
+
 def _bent(
     function: PiecewiseLinear,
     place: float,
     reference: Array,
-    deviation: Array,
-    weight: Array,
+    deviation: Array | None,
+    weight: Any,
     target: Array,
-    target_weight: Array,
+    target_weight: Any,
     exponent: Any,
 ) -> tuple[Array, Array]:
     """`piecewise` of two half-lines that meet: an inner loop of most networks.
@@ -449,31 +456,37 @@ def _bent(
     larger scalar product: one sign decides, of `dx − kink + κ (dz − its height)`. A half-line whose
     line has its nearest point beyond the kink offers the kink, which the other has too.
     """
-    beyond = scaling.to_unit(reference - place, exponent)
+    beyond = scaling.to_unit(reference - place if place else reference, exponent)
     right = reference >= place
-    left_slope, right_slope = (piece.slope for piece in function.pieces)
+    slopes = [piece.slope for piece in function.pieces]
     # For each line what a square of it weighs, and how far the operand follows an error in it.
     tilt: Any = 0.0
     lengths: Any = 0.0
     gains: list[Any] = []
-    for slope in (left_slope, right_slope):
+    for slope in slopes:
         normal = weight + target_weight * slope**2 if slope else weight
         gains.append(target_weight * slope / normal if slope else 0.0)
-        length = lax.rsqrt(normal)
+        length = 1 / math.sqrt(normal) if isinstance(normal, float) else lax.rsqrt(normal)
         lengths = lengths + length
         tilt = tilt + slope * length if slope else tilt
     tilt = tilt * target_weight / (weight * lengths)
 
-    def chosen(is_right: Array, of_left: Any, of_right: Any) -> Array:
-        return jnp.where(is_right, of_right, of_left)
+    def chosen(is_right: Array, of_lines: Sequence[Any]) -> Array:
+        left, right = (jnp.asarray(x, target.dtype) for x in of_lines)
+        shape = jnp.broadcast_shapes(is_right.shape, left.shape, right.shape)
+        which, left, right = (jnp.broadcast_to(x, shape) for x in (is_right, left, right))
+        return lax.select(which, right, left)
 
-    along = chosen(right, 1 + tilt * left_slope, 1 + tilt * right_slope)
-    score = deviation + tilt * target + along * beyond
+    score = tilt * target + chosen(right, [1 + tilt * slope for slope in slopes]) * beyond
+    score = score if deviation is None else deviation + score
     to_right = (score > 0) | ((score == 0) & right)
-    slope = chosen(to_right, left_slope, right_slope)
+    slope = chosen(to_right, slopes)
     # Over the reference's output: 0 on its own line.
-    height = (slope - chosen(right, left_slope, right_slope)) * beyond
-    error = target - height - slope * deviation
-    foot = deviation + chosen(to_right, *gains) * error
-    moved = chosen(to_right, jnp.minimum(foot, -beyond), jnp.maximum(foot, -beyond))
+    height = (slope - chosen(right, slopes)) * beyond
+    error = target - height
+    error = error if deviation is None else error - slope * deviation
+    foot = chosen(to_right, gains) * error
+    foot = foot if deviation is None else deviation + foot
+    kink = -beyond
+    moved = chosen(to_right, (jnp.minimum(foot, kink), jnp.maximum(foot, kink)))
     return moved, slope * moved + height

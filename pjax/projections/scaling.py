@@ -20,9 +20,9 @@ def is_trivial(exponent: Any) -> bool:
 
 def power(exponent: Any) -> Any:
     """`2**exponent`, 0 where it underflows, and a very large finite number where it overflows."""
-    if isinstance(exponent, int):
-        return 1.0 if exponent == 0 else 2.0 ** max(min(exponent, 120), -1000)
-    return jnp.exp2(jnp.clip(exponent, -200, 120))
+    if isinstance(exponent, (int, float)):
+        return 2.0 ** max(min(exponent, 120), -1000)
+    return jnp.exp2(lax.clamp(-200.0, exponent, 120.0))
 
 
 def once(number: Array) -> Array:
@@ -47,12 +47,18 @@ def to_unit(value: Any, exponent: Any) -> Array:
     value = jnp.asarray(value)
     # Room for sums and differences of several such numbers.
     cap = float(jnp.finfo(value.dtype).max) ** 0.8
-    return jnp.clip(_scaled(value, exponent), -cap, cap)
+    low, high = (jnp.asarray(limit, value.dtype) for limit in (-cap, cap))
+    return lax.clamp(low, _scaled(value, exponent), high)
 
 
 def _scaled(value: Array, exponent: Any) -> Array:
     # By the same factor twice: once may be out of range.
     reach = 120 if jnp.finfo(value.dtype).bits <= 32 else 1000
-    half = jnp.clip(jnp.asarray(exponent, value.dtype) / 2, -reach, reach)
-    factor = jnp.exp2(half)
+    if isinstance(exponent, (int, float)):
+        factor = jnp.asarray(2.0 ** max(min(exponent / 2, reach), -reach), value.dtype)
+    else:
+        half = jnp.asarray(exponent, value.dtype) * 0.5
+        factor = jnp.exp2(
+            lax.clamp(jnp.asarray(-reach, half.dtype), half, jnp.asarray(reach, half.dtype))
+        )
     return value * factor * factor
