@@ -29,12 +29,12 @@ TASKS = {
 }
 #: Equations of the step's program as it is traced, and compiled temporaries over the gradient's.
 CEILINGS = {
-    ("mlp", "displacement"): (1150, 2.0),
-    ("mlp", "projection"): (3400, 5.6),
-    ("cnn", "displacement"): (870, 2.0),
-    ("cnn", "projection"): (2600, 2.1),
-    ("rnn", "displacement"): (4400, 2.8),
-    ("transformer", "displacement"): (4100, 2.4),
+    ("mlp", "displacement"): (640, 1.4),
+    ("mlp", "projection"): (2400, 5.6),
+    ("cnn", "displacement"): (550, 1.4),
+    ("cnn", "projection"): (1950, 2.1),
+    ("rnn", "displacement"): (3200, 2.8),
+    ("transformer", "displacement"): (2750, 2.2),
 }
 
 
