@@ -530,9 +530,9 @@ class Problem:
             for slot, bound in zip(node.slots, bounds, strict=True):
                 if wanted[slot]:
                     found[slot] = bound
-        open_ones = [i for i, bound in enumerate(found) if isinstance(bound, PowerIteration)]
-        results = largest([found[i] for i in open_ones], iterations)
-        for slot, (bound, vector) in zip(open_ones, results, strict=True):
+        unfinished = [i for i, bound in enumerate(found) if isinstance(bound, PowerIteration)]
+        results = largest([found[i] for i in unfinished], iterations)
+        for slot, (bound, vector) in zip(unfinished, results, strict=True):
             found[slot], vectors[slot] = bound, vector
         return found, vectors
 

@@ -23,7 +23,7 @@ from pjax._compat import P
 
 #: Programs of fewer equations stay as they are: they compile within seconds, and each step of a
 #: loop copies what it reads of stacked arrays.
-MIN_EQUATIONS = 10_000
+MIN_EQUATIONS = 8_000
 #: A run is rolled from so many repeats on; where each block reads the one before, if that saves so
 #: many equations.
 MIN_REPEATS = 24

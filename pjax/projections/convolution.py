@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from pjax import _compat
 from pjax.projections.bilinear import Bilinear, inverse
 
 
@@ -314,11 +315,14 @@ def _channels_last(fn: Callable[[Array, Array], Array], *operands: Array) -> Arr
     Others XLA brings into this form on a CPU, but not in loops: there they are compiled to plain
     loops, tens of times slower.
     """
-    jaxpr = jax.make_jaxpr(fn)(*operands).jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(fn)(*operands))
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, operands, strict=True))
     for equation in jaxpr.eqns:
-        # Not literals: convolutions and their transposes have none.
-        inputs = [values[variable] for variable in equation.invars]
+        inputs = [
+            atom.val if isinstance(atom, _compat.Literal) else values[atom]
+            for atom in equation.invars
+        ]
         if equation.primitive is lax.conv_general_dilated_p:
             left, right = inputs
             results = [_convolved(left, right, equation.params)]
