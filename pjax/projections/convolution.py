@@ -327,8 +327,7 @@ def _channels_last(fn: Callable[[Array, Array], Array], *operands: Array) -> Arr
             left, right = inputs
             results = [_convolved(left, right, equation.params)]
         else:
-            results = equation.primitive.bind(*inputs, **equation.params)
-            results = results if equation.primitive.multiple_results else [results]
+            results = _compat.bind(equation, inputs)
         values.update(zip(equation.outvars, results, strict=True))
     return values[jaxpr.outvars[0]]
 
