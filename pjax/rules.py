@@ -122,7 +122,7 @@ class Rule(ABC):
         - `target`, `target_weight`: the target deviation of the output, and its weight (0 where
             nobody reads). For a loss: None, and the prox step of each row.
 
-        **Returns:** the new states, a [`Force`][] in the place of one if that is at hand; and the
+        **Returns:** the new states, a `Force` in the place of one if that is at hand; and the
         output's deviation (None for a loss).
         """
 
