@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,12 +103,12 @@ def largest(
             names[name] = len(different)
             different.append(iteration)
         places.append(names[name])
-    different = _with_more_rows(_with_starts(different))
-    found: list[Any] = [None] * len(different)
-    for count, members in _by_steps(different, steps).items():
+    runs = _runs(different)
+    found: list[Any] = [None] * len(runs)
+    for count, members in _by_steps(runs, steps).items():
         for first in range(0, len(members), _ONE_LOOP):
             chosen = members[first : first + _ONE_LOOP]
-            results = _side_by_side([different[i] for i in chosen], count)
+            results = _side_by_side([runs[i] for i in chosen], count)
             for i, result in zip(chosen, results, strict=True):
                 found[i] = result
     bounds = []
@@ -120,34 +120,43 @@ def largest(
     return bounds
 
 
-def _with_starts(iterations: Sequence[PowerIteration]) -> list[PowerIteration]:
-    """The fixed directions where no other is given, each computed once."""
+class _Run(NamedTuple):
+    """A power iteration as it is carried out: from where, and the axes within a block of that."""
+
+    asked: PowerIteration
+    start: Array
+    axes: tuple[int, ...]
+
+
+def _runs(iterations: Sequence[PowerIteration]) -> list[_Run]:
+    """With fixed directions where no other is given, each computed once; those of many equal small
+    products with a second row, of which the first is the one that is gone on with.
+    """
     made: dict[Any, Array] = {}
-    found = []
-    for one in iterations:
-        if one.start is None:
-            key = one.shape, one.axes, jnp.dtype(one.dtype)
-            if key not in made:
-                made[key] = first_direction(one.shape, one.axes, one.dtype)
-            one = replace(one, start=made[key])
-        found.append(one)
-    return found
 
+    def direction(one: PowerIteration, turn: float) -> Array:
+        key = one.shape, one.axes, jnp.dtype(one.dtype), turn
+        if key not in made:
+            made[key] = first_direction(one.shape, one.axes, one.dtype, turn)
+        return made[key]
 
-def _with_more_rows(iterations: Sequence[PowerIteration]) -> list[PowerIteration]:
-    """Those of many equal small products with a second row."""
     small = [one.rows is not None and one.numbers <= _FEW_NUMBERS for one in iterations]
     kinds = Counter(one.kind for one, is_small in zip(iterations, small, strict=True) if is_small)
-    return [
-        _with_second_row(one) if is_small and kinds[one.kind] >= _MANY_PRODUCTS else one
-        for one, is_small in zip(iterations, small, strict=True)
-    ]
+    runs = []
+    for one, is_small in zip(iterations, small, strict=True):
+        start = direction(one, 2.4) if one.start is None else one.start
+        axes, rows = one.axes, one.rows
+        if is_small and rows is not None and kinds[one.kind] >= _MANY_PRODUCTS:
+            start = jnp.concatenate([start, direction(one, 1.1)], rows)
+            axes = tuple(axis for axis in axes if axis != rows)
+        runs.append(_Run(one, start, axes))
+    return runs
 
 
-def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, list[int]]:
+def _by_steps(runs: Sequence[_Run], steps: int) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for place, iteration in enumerate(iterations):
-        count = min(steps, 2) if iteration.blocks >= _MANY_BLOCKS else steps
+    for place, run in enumerate(runs):
+        count = min(steps, 2) if run.asked.blocks >= _MANY_BLOCKS else steps
         found.setdefault(count, []).append(place)
     return found
 
@@ -160,54 +169,41 @@ class _State(NamedTuple):
     length: Array
 
 
-def _side_by_side(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
+def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
     """The largest eigenvalues and the last vectors, by so many steps of each."""
 
     def step(_: Any, states: list[_State]) -> list[_State]:
-        return [_step(one, state) for one, state in zip(iterations, states, strict=True)]
+        return [_step(run, state) for run, state in zip(runs, states, strict=True)]
 
-    states = [_first(one) for one in iterations]
+    states = [_first(run) for run in runs]
     if steps > 2:  # a loop compiles in a fraction of the time
         states = lax.fori_loop(0, steps, step, states)
     else:
         for count in range(steps):
             states = step(count, states)
-    found = []
-    for one, state in zip(iterations, states, strict=True):
-        assert one.start is not None
-        last = jnp.where(state.length > 0, state.vector / state.length, one.start)
-        found.append((state.value, last))
-    return found
+    return [
+        (state.value, jnp.where(state.length > 0, state.vector / state.length, run.start))
+        for run, state in zip(runs, states, strict=True)
+    ]
 
 
-def _first(iteration: PowerIteration) -> _State:
-    dtype, start = iteration.dtype, iteration.start
-    assert start is not None
-    lengths = tuple(1 if axis in iteration.axes else n for axis, n in enumerate(start.shape))
-    return _State(jnp.zeros((), dtype), start, jnp.ones(lengths, dtype))
+def _first(run: _Run) -> _State:
+    dtype = run.start.dtype
+    lengths = tuple(1 if axis in run.axes else n for axis, n in enumerate(run.start.shape))
+    return _State(jnp.zeros((), dtype), run.start, jnp.ones(lengths, dtype))
 
 
-def _step(iteration: PowerIteration, state: _State) -> _State:
+def _step(run: _Run, state: _State) -> _State:
     _, x, before = state
     # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
     # blocks at once: one that falls far behind does not have the largest eigenvalue.
-    image = iteration.response(x, *iteration.operands).astype(x.dtype)
+    image = run.asked.response(x, *run.asked.operands).astype(x.dtype)
     tiny = jnp.finfo(x.dtype).tiny
     size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
     image = image / size
-    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=iteration.axes, keepdims=True))
+    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=run.axes, keepdims=True))
     growth = jnp.max(length / jnp.maximum(before, tiny))
     return _State(size * growth, image, length)
-
-
-def _with_second_row(iteration: PowerIteration) -> PowerIteration:
-    """From two directions at once, the first of which is the one that is gone on with."""
-    start, rows = iteration.start, iteration.rows
-    assert start is not None
-    assert rows is not None
-    second = first_direction(iteration.shape, iteration.axes, iteration.dtype, 1.1)
-    axes = tuple(axis for axis in iteration.axes if axis != rows)
-    return replace(iteration, start=jnp.concatenate([start, second], rows), axes=axes)
 
 
 __all__ = ["MARGIN", "PowerIteration", "first_direction", "largest"]

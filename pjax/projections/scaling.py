@@ -20,9 +20,14 @@ def is_trivial(exponent: Any) -> bool:
 
 def power(exponent: Any) -> Any:
     """`2**exponent`, 0 where it underflows, and a very large finite number where it overflows."""
+    return _power(exponent, -1000 if isinstance(exponent, (int, float)) else -200, 120)
+
+
+def _power(exponent: Any, least: int, most: int) -> Any:
+    """`2**exponent` within a range; in Python where the exponent is known."""
     if isinstance(exponent, (int, float)):
-        return 2.0 ** max(min(exponent, 120), -1000)
-    return jnp.exp2(jnp.minimum(jnp.maximum(exponent, -200), 120))
+        return 2.0 ** max(min(exponent, most), least)
+    return jnp.exp2(jnp.minimum(jnp.maximum(exponent, least), most))
 
 
 def once(number: Array) -> Array:
@@ -54,11 +59,7 @@ def to_unit(value: Any, exponent: Any) -> Array:
 def _scaled(value: Array, exponent: Any) -> Array:
     # By the same factor twice: once may be out of range.
     reach = 120 if jnp.finfo(value.dtype).bits <= 32 else 1000
-    if isinstance(exponent, (int, float)):
-        factor = jnp.asarray(2.0 ** max(min(exponent / 2, reach), -reach), value.dtype)
-    else:
-        half = jnp.asarray(exponent, value.dtype) * 0.5
-        factor = jnp.exp2(
-            lax.clamp(jnp.asarray(-reach, half.dtype), half, jnp.asarray(reach, half.dtype))
-        )
+    if not isinstance(exponent, (int, float)):
+        exponent = jnp.asarray(exponent, value.dtype)
+    factor = _power(exponent * 0.5, -reach, reach)
     return value * factor * factor
