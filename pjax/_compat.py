@@ -205,6 +205,13 @@ def compile_time_eval() -> contextlib.AbstractContextManager[Any]:
     return jax.ensure_compile_time_eval()
 
 
+def launches_kernels() -> bool:
+    """Whether the device runs one launched kernel after the other, as a GPU does: then few large
+    operations are faster than many small ones, where a CPU is as fast with either.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def run_once(function: Any, *args: Any) -> Any:
     """`function(*args)`, compiled as quickly as can be: it runs once."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -28,6 +28,9 @@ MIN_EQUATIONS = 8_000
 #: many equations.
 MIN_REPEATS = 24
 MIN_SAVED = 40
+#: What is side by side pays sooner where kernels are launched: so many equations and repeats.
+MIN_LAUNCHES = 2_000
+MIN_REPEATS_LAUNCHED = 8
 #: Periods that are tried: those that the most equations have to the next one like them.
 _PERIODS = 64
 #: XLA runs convolutions in a loop slowly on a CPU, and nothing with effects is moved.
@@ -59,13 +62,13 @@ def rolled(function: Callable[..., Any]) -> Callable[..., Any]:
         traced = compiled.trace(*leaves)
         jaxpr, consts = _compat.open_jaxpr(traced.jaxpr)
         equations = _live(jaxpr)
-        runs = find_runs(equations) if len(equations) >= MIN_EQUATIONS else []
+        runs = find_runs(equations, MIN_REPEATS) if len(equations) >= MIN_EQUATIONS else []
         if not runs:
             return compiled(*leaves)  # as it is, without a second trace
         if len(jaxpr.invars) > len(leaves):  # values that `function` closes over
             jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(*leaves))
-            runs = find_runs(_live(jaxpr))
-        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
+            runs = find_runs(_live(jaxpr), MIN_REPEATS)
+        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)), MIN_REPEATS)
         values.known.update(zip(jaxpr.invars, leaves, strict=True))
         _evaluate(jaxpr, runs, values)
         outputs = [values.read(atom) for atom in jaxpr.outvars]
@@ -97,13 +100,12 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     jaxpr, consts = _compat.open_jaxpr(closed)
     equations = _live(jaxpr)
-    large = len(equations) >= MIN_EQUATIONS
-    runs = [_unchained(equations, run) for run in find_runs(equations)] if large else []
+    runs, least = _side_by_side(equations)
     results, rows = jaxpr.outvars[: len(leaves)], jaxpr.outvars[len(leaves) :]
     row_tree = jax.tree_util.tree_structure(shapes[1])
 
     def evaluated(held: Sequence[Sequence[int]], singles: dict[int, Any], wholes: Any) -> _Values:
-        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)))
+        values = _Values(dict(zip(jaxpr.constvars, consts, strict=True)), least)
         values.known.update((jaxpr.invars[i], value) for i, value in singles.items())
         for numbers, whole in zip(held, wholes, strict=True):
             parts = ((jaxpr.invars[i], _Part(whole, k)) for k, i in enumerate(numbers))
@@ -115,7 +117,8 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
     if runs:
 
         def probe(*leaves: Any) -> None:
-            held.extend(_held_together(results, evaluated([], dict(enumerate(leaves)), [])))
+            values = evaluated([], dict(enumerate(leaves)), [])
+            held.extend(_held_together(results, values.parts, least))
 
         jax.eval_shape(probe, *leaves)
     together = {i for numbers in held for i in numbers}
@@ -138,11 +141,21 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
     return jax.tree_util.tree_unflatten(tree, [singles[i] for i in range(len(leaves))]), found
 
 
-def _held_together(results: Sequence[Any], values: _Values) -> list[list[int]]:
+def _side_by_side(equations: Sequence[Any]) -> tuple[list[Run], int]:
+    """The runs of a step that is done many times, and the least number of repeats of any."""
+    least = MIN_REPEATS_LAUNCHED if _compat.launches_kernels() else MIN_REPEATS
+    large = len(equations) >= MIN_EQUATIONS
+    if not large and not (_compat.launches_kernels() and len(equations) >= MIN_LAUNCHES):
+        return [], least
+    runs = [_unchained(equations, run, least) for run in find_runs(equations, least)]
+    return [run for run in runs if large or not _is_chain(run.sources)], least
+
+
+def _held_together(results: Sequence[Any], parts: dict[Any, _Part], least: int) -> list[list[int]]:
     """Which results, by number and in order, are the entries of one array, next to each other."""
     numbers: dict[int, dict[int, int]] = {}
     for number, atom in enumerate(results):
-        part = None if isinstance(atom, _compat.Literal) else values.parts.get(atom)
+        part = None if isinstance(atom, _compat.Literal) else parts.get(atom)
         if part is not None:
             numbers.setdefault(id(part.whole), {}).setdefault(part.index, number)
     found = []
@@ -153,7 +166,7 @@ def _held_together(results: Sequence[Any], values: _Values) -> list[list[int]]:
                 stretch = []
                 found.append(stretch)
             stretch.append(entries[index])
-    return [stretch for stretch in found if len(stretch) >= MIN_REPEATS // 2]
+    return [stretch for stretch in found if len(stretch) >= least // 2]
 
 
 class Run(NamedTuple):
@@ -218,9 +231,9 @@ def _last_uses(equations: Sequence[Any], outputs: Sequence[Any]) -> dict[Any, in
 # --- Which equations repeat ----------------------------------------------------------------------
 
 
-def find_runs(equations: Sequence[Any]) -> list[Run]:
-    """The runs that save the most equations, in order."""
-    if not _candidates(_rough_symbols(equations), 0, len(equations)):
+def find_runs(equations: Sequence[Any], least: int) -> list[Run]:
+    """The runs of at least so many repeats that save the most equations, in order."""
+    if not _candidates(_rough_symbols(equations), 0, len(equations), least):
         return []
     symbols = _symbols(equations)
     found: list[Run] = []
@@ -228,7 +241,7 @@ def find_runs(equations: Sequence[Any]) -> list[Run]:
     segments = [(0, len(equations))]
     while segments:
         begin, end = segments.pop()
-        run = _best_run(equations, symbols, places, begin, end)
+        run = _best_run(equations, symbols, places, begin, end, least)
         if run is not None:
             found.append(run)
             segments += [(begin, run.start), (run.stop, end)]
@@ -245,42 +258,54 @@ def _places(equations: Sequence[Any]) -> dict[Any, tuple[int, int]]:
 
 
 def _best_run(
-    equations: Sequence[Any], symbols: np.ndarray, places: dict[Any, Any], begin: int, end: int
+    equations: Sequence[Any],
+    symbols: np.ndarray,
+    places: dict[Any, Any],
+    begin: int,
+    end: int,
+    least: int,
 ) -> Run | None:
-    for _, period, start, length in _candidates(symbols, begin, end):
-        run = _aligned(equations, places, period, start, length)
+    for _, period, start, length in _candidates(symbols, begin, end, least):
+        run = _aligned(equations, places, period, start, length, least)
         if run is not None:
             return run
     return None
 
 
-def _candidates(symbols: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int, int]]:
+def _candidates(
+    symbols: np.ndarray, begin: int, end: int, least: int
+) -> list[tuple[int, int, int, int]]:
     """`(−saved, period, start, length)` of all stretches that repeat, the best first."""
     part, found = symbols[begin:end], []
-    for period in _periods(part):
+    for period in _periods(part, least):
         same = part[:-period] == part[period:]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
         for first, last in zip(edges[::2], edges[1::2], strict=True):
             repeats = (last - first) // period + 1
-            if repeats >= MIN_REPEATS:
+            if repeats >= least:
                 saved, length = int((repeats - 1) * period), int(last - first + period)
                 found.append((-saved, period, begin + int(first), length))
     return sorted(found)
 
 
-def _periods(symbols: np.ndarray) -> list[int]:
+def _periods(symbols: np.ndarray, least: int) -> list[int]:
     """The distances from an equation to the next one like it that occur the most."""
-    if len(symbols) < MIN_REPEATS:
+    if len(symbols) < least:
         return []
     order = np.argsort(symbols, kind="stable")
     distances = np.diff(order)[np.diff(symbols[order]) == 0]
     periods, counts = np.unique(distances, return_counts=True)
     best = np.argsort(-counts, kind="stable")[:_PERIODS]
-    return [int(periods[i]) for i in best if counts[i] >= MIN_REPEATS]
+    return [int(periods[i]) for i in best if counts[i] >= least]
 
 
 def _aligned(
-    equations: Sequence[Any], places: dict[Any, Any], period: int, start: int, length: int
+    equations: Sequence[Any],
+    places: dict[Any, Any],
+    period: int,
+    start: int,
+    length: int,
+    least: int,
 ) -> Run | None:
     """The longest run of blocks wired alike among the places where a block may begin."""
     best: Run | None = None
@@ -296,7 +321,7 @@ def _aligned(
             repeats = high - low
             saved = (repeats - 1) * period
             enough = saved >= MIN_SAVED or not _is_chain(wirings[low])
-            if repeats >= MIN_REPEATS and enough and (best is None or repeats > best.repeats):
+            if repeats >= least and enough and (best is None or repeats > best.repeats):
                 best = Run(first + low * period, period, repeats, wirings[low])
             low = high
         if best is not None and best.repeats >= count - 1:
@@ -304,7 +329,7 @@ def _aligned(
     return best
 
 
-def _unchained(equations: Sequence[Any], run: Run) -> Run:
+def _unchained(equations: Sequence[Any], run: Run, least: int) -> Run:
     """The run with blocks that begin elsewhere, if then none reads what the one before has made."""
     edges = [
         (source[0], source[1], j)
@@ -313,7 +338,7 @@ def _unchained(equations: Sequence[Any], run: Run) -> Run:
         if source != _OUTER
     ]
     before = [(at, j) for back, at, j in edges if back]
-    if not before or any(back > 1 for back, _, _ in edges) or run.repeats - 1 < MIN_REPEATS:
+    if not before or any(back > 1 for back, _, _ in edges) or run.repeats - 1 < least:
         return run
     places = _places(equations)
     # What is made at `at` is read at `j` of the next block: a block that begins between them has
@@ -474,9 +499,15 @@ class _Part(NamedTuple):
 
 @dataclass
 class _Values:
-    """The values of variables so far; those that stand in a larger array, until they are read."""
+    """The values of variables so far; those that stand in a larger array, until they are read.
+
+    **Attributes:**
+
+    - `least`: as many parts of an array stay together.
+    """
 
     known: dict[Any, Any]
+    least: int
     parts: dict[Any, _Part] = field(default_factory=dict)
 
     def read(self, atom: Any) -> Any:
@@ -498,7 +529,7 @@ class _Values:
     def _split(self, equation: Any) -> bool:
         """Splits an array into parts of one array, if they are many and equal."""
         sizes, axis = equation.params["sizes"], equation.params["axis"]
-        if len(sizes) < MIN_REPEATS or len(set(sizes)) > 1:
+        if len(sizes) < self.least or len(set(sizes)) > 1:
             return False
         operand = self.read(equation.invars[0])
         shape = operand.shape
@@ -511,7 +542,7 @@ class _Values:
         """Concatenates or stacks arrays most of which are parts of one."""
         atoms = equation.invars
         parts = sum(atom in self.parts for atom in atoms if not isinstance(atom, _compat.Literal))
-        if parts < MIN_REPEATS or 2 * parts < len(atoms):
+        if parts < self.least or 2 * parts < len(atoms):
             return False
         if any(atom.aval.shape != atoms[0].aval.shape for atom in atoms):
             return False
@@ -646,7 +677,7 @@ def _loop(run: Run, equations: Sequence[Any], uses: dict[Any, int], values: _Val
         for j, o in kept:
             values.known.update((block[j].outvars[o], made[j, o]) for block in blocks)
         return
-    in_turn = jax.default_backend() == "cpu" and run.period > _SHORT
+    in_turn = not _compat.launches_kernels() and run.period > _SHORT
     if not carried and not in_turn:
         wholes = jax.vmap(lambda entry: [evaluate({}, entry)[place] for place in kept])(entries)
     else:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from pjax import _compat
 from pjax.layer import Product, product_gain
 from pjax.projections import gains
 from pjax.projections.bilinear import DotGeneral
@@ -27,7 +28,15 @@ def random_matrices(count, shape=(12, 6)):
     return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), count)]
 
 
+@pytest.fixture(params=["in loops", "stacked"])
+def launches(request, monkeypatch):
+    """Both ways, that of a CPU and that of a device that launches kernels; whether the latter."""
+    monkeypatch.setattr(_compat, "launches_kernels", lambda: request.param == "stacked")
+    return request.param == "stacked"
+
+
 @pytest.mark.parametrize("blocks", [1, 3, 64, 200])
+@pytest.mark.usefixtures("launches")
 def test_the_bound_is_of_the_largest_of_all_blocks(blocks):
     """Also where one block is 1e8 times the others, whose vectors may vanish: they stay."""
     matrices = jnp.stack(random_matrices(blocks)).at[0].multiply(1e4)
@@ -52,7 +61,7 @@ def test_the_bound_is_of_the_largest_of_all_blocks(blocks):
 
 
 @pytest.mark.parametrize(("count", "scale"), [(3, 1.0), (20, 1e-30), (20, 1e15), (40, 1.0)])
-def test_many_at_once_are_what_each_is_by_itself(count, scale, monkeypatch):
+def test_many_at_once_are_what_each_is_by_itself(count, scale, launches, monkeypatch):
     """Also many equal ones, which have two rows: the bound is then that of the better row."""
     monkeypatch.setattr(gains, "_ONE_LOOP", 30)
     matrices = [scale**0.5 * m for m in random_matrices(count)]
@@ -67,7 +76,7 @@ def test_many_at_once_are_what_each_is_by_itself(count, scale, monkeypatch):
         np.testing.assert_allclose(last, vector, atol=1e-5)
         assert last.shape == vector.shape == (1, 12)
         assert by_itself * (1 - 1e-5) <= bound <= MARGIN * limit * (1 + 1e-4)
-        if count < 16:
+        if count < 16 or launches:
             np.testing.assert_allclose(bound, by_itself, rtol=1e-5)
     # Power iterations that go on converge, whatever the number of rows.
     for _ in range(20):
@@ -100,6 +109,24 @@ def test_one_loop_holds_them_all_and_what_is_read_twice_is_bounded_once():
     unrolled = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 2)])().jaxpr
     assert equations(unrolled, "dot_general") == 80
     assert not any(e.primitive.name in ("while", "scan") for e in unrolled.eqns)
+
+
+def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
+    monkeypatch.setattr(_compat, "launches_kernels", lambda: True)
+    vectors = [None, *[jax.random.normal(jax.random.key(i), (1, 12)) for i in range(19)]]
+    asked = [product(m, v) for m, v in zip(random_matrices(20), vectors, strict=True)]
+    asked += [product(m) for m in random_matrices(2, (12, 5))]
+    jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
+    assert equations(jaxpr, "dot_general") == 2 * 2 * 4
+    assert not any(e.primitive.name in ("while", "scan") for e in jaxpr.eqns)
+    # Many different ones stay in a loop, and large matrices are not copied.
+    asked = [product(jnp.ones((3, n))) for n in range(1, 41)]
+    jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
+    assert sum(e.primitive.name in ("while", "scan") for e in jaxpr.eqns) == 1
+    monkeypatch.setattr(gains, "_STACKED_NUMBERS", 12)
+    asked = [product(m) for m in random_matrices(3)]
+    jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
+    assert equations(jaxpr, "dot_general") == 2 * 3 * 4
 
 
 def test_equal_products_are_compiled_once():

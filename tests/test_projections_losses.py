@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from pjax import _compat
 from pjax.projections import losses
 from tests.conftest import enable_x64
 from tests.oracles import (
@@ -24,6 +25,15 @@ from tests.oracles import (
 )
 
 cross_entropy = jax.jit(losses.cross_entropy)
+
+
+@jax.jit
+def cross_entropy_where_kernels_are_launched(*args):
+    """All its steps written out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compat, "launches_kernels", lambda: True)
+        patch.setattr(losses, "_FEW_NUMBERS", 10**9)
+        return losses.cross_entropy(*args)
 
 
 def draw_labels(rng, count, classes, kind):
@@ -43,8 +53,11 @@ def draw_steps(rng, count):
 
 @pytest.mark.parametrize("classes", [1, 2, 10])
 @pytest.mark.parametrize("kind", ["one-hot", "soft"])
+@pytest.mark.parametrize(
+    "prox", [cross_entropy, cross_entropy_where_kernels_are_launched], ids=["loop", "written out"]
+)
 @on_many_points
-def test_cross_entropy_is_the_prox(kind, classes, regime, seed):
+def test_cross_entropy_is_the_prox(prox, kind, classes, regime, seed):
     rng = np.random.default_rng(seed)
     count = POINTS // 2
     points = draw(regime, seed, (count, classes), (count,))
@@ -57,7 +70,7 @@ def test_cross_entropy_is_the_prox(kind, classes, regime, seed):
         with precision.context():
             fields = (reference, deviation, labels, step)
             arrays = [jnp.asarray(a, precision.dtype) for a in fields]
-            found = cross_entropy(*arrays)
+            found = prox(*arrays)
         assert found.dtype == precision.dtype
         found = np.asarray(found, np.float64)
         assert np.isfinite(found).all()

@@ -1,7 +1,8 @@
 """Bounds on how much an output moves with an operand: the largest eigenvalue of `JᵀJ`.
 
 By the power iteration, of all operands of a problem side by side: none waits for another, and one
-loop holds them all.
+loop holds them all. Where each kernel is launched by itself, on a GPU, equal ones are stacked and
+the few steps written out.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from pjax import _compat
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 MARGIN = 1.4
@@ -30,6 +34,14 @@ _MANY_PRODUCTS, _FEW_NUMBERS = 16, 2**14
 
 #: More are not put into one loop: `pjax.rolling` finds loops that are equal.
 _ONE_LOOP = 256
+
+#: Matrices of at most so many numbers are stacked, which takes a copy: with more, a product takes
+#: longer than its launch.
+_STACKED_NUMBERS = 2**18
+
+#: So many steps of all are written out where kernels are launched: a loop costs a launch for each
+#: number that it counts or hands on.
+_WRITTEN_OUT = 128
 
 
 @dataclass(frozen=True)
@@ -103,14 +115,8 @@ def largest(
             names[name] = len(different)
             different.append(iteration)
         places.append(names[name])
-    runs = _runs(different)
-    found: list[Any] = [None] * len(runs)
-    for count, members in _by_steps(runs, steps).items():
-        for first in range(0, len(members), _ONE_LOOP):
-            chosen = members[first : first + _ONE_LOOP]
-            results = _side_by_side([runs[i] for i in chosen], count)
-            for i, result in zip(chosen, results, strict=True):
-                found[i] = result
+    find = _stacked if _compat.launches_kernels() else _in_loops
+    found = find(different, steps)
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
@@ -120,12 +126,63 @@ def largest(
     return bounds
 
 
-class _Run(NamedTuple):
-    """A power iteration as it is carried out: from where, and the axes within a block of that."""
+def _in_loops(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
+    """The largest eigenvalues and the last vectors: as loops, each with its own products."""
+    runs = _runs(iterations)
+    found: dict[int, tuple[Array, Array]] = {}
+    for count, members in _by_steps(iterations, steps).items():
+        for first in range(0, len(members), _ONE_LOOP):
+            chosen = members[first : first + _ONE_LOOP]
+            # A loop compiles in a fraction of the time.
+            results = _side_by_side([runs[i] for i in chosen], count, looped=count > 2)
+            found.update(zip(chosen, results, strict=True))
+    return [found[i] for i in range(len(runs))]
 
-    asked: PowerIteration
+
+def _stacked(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
+    """The largest eigenvalues and the last vectors, of equal products by one batched product."""
+    found: dict[int, tuple[Array, Array]] = {}
+    for count, members in _by_steps(iterations, steps).items():
+        groups: dict[Any, list[int]] = {}
+        for i in members:
+            one = iterations[i]
+            small = one.rows is not None and one.numbers <= _STACKED_NUMBERS
+            alike = (one.kind, one.shape, one.axes, jnp.dtype(one.dtype)) if small else i
+            groups.setdefault(alike, []).append(i)
+        stacks = [_stack([iterations[i] for i in group]) for group in groups.values()]
+        looped = count * len(stacks) > _WRITTEN_OUT
+        results = _side_by_side(stacks, count, looped)
+        for group, (values, lasts) in zip(groups.values(), results, strict=True):
+            alone = len(group) == 1
+            for k, i in enumerate(group):
+                found[i] = (values, lasts) if alone else (values[k], lasts[k])
+    return [found[i] for i in range(len(iterations))]
+
+
+def _stack(iterations: Sequence[PowerIteration]) -> _Run:
+    """Equal ones as one, with a first axis for them; one by itself as it is."""
+    one = iterations[0]
+    begin = first_direction(one.shape, one.axes, one.dtype)
+    starts = [begin if i.start is None else i.start for i in iterations]
+    if len(iterations) == 1:
+        return _Run(one.response, one.operands, starts[0], one.axes)
+    operands = tuple(map(jnp.stack, zip(*(i.operands for i in iterations), strict=True)))
+    return _Run(jax.vmap(one.response), operands, jnp.stack(starts), one.axes, stacked=True)
+
+
+class _Run(NamedTuple):
+    """A power iteration as it is carried out: from where, and the axes within a block of that.
+
+    **Attributes:**
+
+    - `stacked`: whether the first axis numbers several ones, which `axes` do not count.
+    """
+
+    response: Callable[..., Array]
+    operands: tuple[Array, ...]
     start: Array
     axes: tuple[int, ...]
+    stacked: bool = False
 
 
 def _runs(iterations: Sequence[PowerIteration]) -> list[_Run]:
@@ -149,14 +206,14 @@ def _runs(iterations: Sequence[PowerIteration]) -> list[_Run]:
         if is_small and rows is not None and kinds[one.kind] >= _MANY_PRODUCTS:
             start = jnp.concatenate([start, direction(one, 1.1)], rows)
             axes = tuple(axis for axis in axes if axis != rows)
-        runs.append(_Run(one, start, axes))
+        runs.append(_Run(one.response, one.operands, start, axes))
     return runs
 
 
-def _by_steps(runs: Sequence[_Run], steps: int) -> dict[int, list[int]]:
+def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for place, run in enumerate(runs):
-        count = min(steps, 2) if run.asked.blocks >= _MANY_BLOCKS else steps
+    for place, one in enumerate(iterations):
+        count = min(steps, 2) if one.blocks >= _MANY_BLOCKS else steps
         found.setdefault(count, []).append(place)
     return found
 
@@ -169,14 +226,14 @@ class _State(NamedTuple):
     length: Array
 
 
-def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
+def _side_by_side(runs: Sequence[_Run], steps: int, looped: bool) -> list[tuple[Array, Array]]:
     """The largest eigenvalues and the last vectors, by so many steps of each."""
 
     def step(_: Any, states: list[_State]) -> list[_State]:
         return [_step(run, state) for run, state in zip(runs, states, strict=True)]
 
     states = [_first(run) for run in runs]
-    if steps > 2:  # a loop compiles in a fraction of the time
+    if looped:
         states = lax.fori_loop(0, steps, step, states)
     else:
         for count in range(steps):
@@ -188,22 +245,25 @@ def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]
 
 
 def _first(run: _Run) -> _State:
-    dtype = run.start.dtype
-    lengths = tuple(1 if axis in run.axes else n for axis, n in enumerate(run.start.shape))
-    return _State(jnp.zeros((), dtype), run.start, jnp.ones(lengths, dtype))
+    dtype, shape = run.start.dtype, run.start.shape
+    within = {axis + run.stacked for axis in run.axes}
+    lengths = tuple(1 if axis in within else n for axis, n in enumerate(shape))
+    return _State(jnp.zeros(shape[: run.stacked], dtype), run.start, jnp.ones(lengths, dtype))
 
 
 def _step(run: _Run, state: _State) -> _State:
     _, x, before = state
     # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
     # blocks at once: one that falls far behind does not have the largest eigenvalue.
-    image = run.asked.response(x, *run.asked.operands).astype(x.dtype)
+    image = run.response(x, *run.operands).astype(x.dtype)
     tiny = jnp.finfo(x.dtype).tiny
-    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
+    all_blocks = tuple(range(int(run.stacked), x.ndim))
+    size = jnp.maximum(jnp.max(jnp.abs(image), axis=all_blocks, keepdims=True), tiny)
     image = image / size
-    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=run.axes, keepdims=True))
-    growth = jnp.max(length / jnp.maximum(before, tiny))
-    return _State(size * growth, image, length)
+    within = tuple(axis + run.stacked for axis in run.axes)
+    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=within, keepdims=True))
+    growth = jnp.max(length / jnp.maximum(before, tiny), axis=all_blocks, keepdims=True)
+    return _State((size * growth).reshape(state.value.shape), image, length)
 
 
 __all__ = ["MARGIN", "PowerIteration", "first_direction", "largest"]

@@ -15,10 +15,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from pjax import _compat
+
 # Newton steps of `cross_entropy`: on each class at a fixed normaliser, and at most so many on it.
 _OMEGA_STEPS = 1
 _NORMALISER_STEPS = 10
-_NormaliserState = tuple[Array, Array, Array, Array, Array]
+#: For so many numbers a step takes no longer than its launch and than to ask whether to go on.
+_FEW_NUMBERS = 2**17
+_NormaliserState = tuple[Array | int, Array, Array, Array, Array]
 
 
 def cross_entropy_value(
@@ -141,11 +145,14 @@ def cross_entropy(
     exp = jnp.exp(jnp.minimum(z, 1))
     w = jnp.where(z > 0.6, z - jnp.log(jnp.maximum(z, 0.6)), exp / (1 + exp))
     start = (jnp.zeros((), int), jnp.full((), jnp.inf, dtype), zeta, w, w - a)
-    _, _, _, _, r = jax.lax.while_loop(
-        lambda state: (state[0] < _OMEGA_STEPS + _NORMALISER_STEPS) & (state[1] > small),
-        newton,
-        start,
-    )
+    most = _OMEGA_STEPS + _NORMALISER_STEPS
+    if _compat.launches_kernels() and deviation.size <= _FEW_NUMBERS:
+        state = start
+        for count in range(most):
+            state = newton((count, *state[1:]))
+    else:
+        state = lax.while_loop(lambda s: (s[0] < most) & (s[1] > small), newton, start)
+    r = state[-1]
 
     # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
     others = jnp.sum(jnp.where(is_top, 0, r), axis=-1, keepdims=True)
