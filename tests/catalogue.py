@@ -282,11 +282,12 @@ def flax_cases() -> Iterator[Case]:
 
     yield _flax("MultiHeadAttention", attend, 2, 4, call=decode, variant="decoding", slow=True)
     yield _flax_function("dot_product_attention", 3, 2, 4, call=lambda f, x: f(x, x + 1, x - 1))
-    if hasattr(nnx, "RoPE"):  # from Flax 0.12.9 on
-        yield _flax("RoPE", lambda r: nnx.RoPE(), 3, 4)
+    rope: Any = getattr(nnx, "RoPE", None)  # from Flax 0.12.9 on
+    if rope is not None:
+        yield _flax("RoPE", lambda r: rope(), 3, 4)
         yield _flax_function(
             "dot_product_attention_with_rope", 3, 2, 4,
-            call=lambda f, x: f(x, x + 1, x - 1, rope=nnx.RoPE()),
+            call=lambda f, x: f(x, x + 1, x - 1, rope=rope()),
         )  # fmt: skip
     # Recurrence.
     for name in ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell"):

@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
 
 #: Steps of alternating projections in the shorter and in the longer solve.
-_FEW, _MANY = 2, 6
+_FEW, _MANY = 4, 12
 
 
 def measured(case: Case, step: Step) -> Measured:
