@@ -28,7 +28,7 @@ MIN_EQUATIONS = 8_000
 #: many equations.
 MIN_REPEATS = 24
 MIN_SAVED = 40
-#: What is side by side pays sooner where kernels are launched: so many equations and repeats.
+#: Blocks side by side pay sooner where kernels are launched: so many equations and repeats.
 MIN_LAUNCHES = 2_000
 MIN_REPEATS_LAUNCHED = 8
 #: Periods that are tried: those that the most equations have to the next one like them.
@@ -143,12 +143,15 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
 
 def _side_by_side(equations: Sequence[Any]) -> tuple[list[Run], int]:
     """The runs of a step that is done many times, and the least number of repeats of any."""
-    least = MIN_REPEATS_LAUNCHED if _compat.launches_kernels() else MIN_REPEATS
-    large = len(equations) >= MIN_EQUATIONS
-    if not large and not (_compat.launches_kernels() and len(equations) >= MIN_LAUNCHES):
+    launches, large = _compat.launches_kernels(), len(equations) >= MIN_EQUATIONS
+    least = MIN_REPEATS_LAUNCHED if launches else MIN_REPEATS
+    if not large and not (launches and len(equations) >= MIN_LAUNCHES):
         return [], least
     runs = [_unchained(equations, run, least) for run in find_runs(equations, least)]
-    return [run for run in runs if large or not _is_chain(run.sources)], least
+    # Blocks that wait for each other are no faster as a loop: it only compiles sooner.
+    return [
+        run for run in runs if not _is_chain(run.sources) or (large and run.repeats >= MIN_REPEATS)
+    ], least
 
 
 def _held_together(results: Sequence[Any], parts: dict[Any, _Part], least: int) -> list[list[int]]:

@@ -117,16 +117,11 @@ def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
     asked = [product(m, v) for m, v in zip(random_matrices(20), vectors, strict=True)]
     asked += [product(m) for m in random_matrices(2, (12, 5))]
     jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
-    assert equations(jaxpr, "dot_general") == 2 * 2 * 4
-    assert not any(e.primitive.name in ("while", "scan") for e in jaxpr.eqns)
-    # Many different ones stay in a loop, and large matrices are not copied.
-    asked = [product(jnp.ones((3, n))) for n in range(1, 41)]
-    jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
-    assert sum(e.primitive.name in ("while", "scan") for e in jaxpr.eqns) == 1
+    assert equations(jaxpr, "dot_general") == 2 * 2
+    # Large matrices are not copied.
     monkeypatch.setattr(gains, "_STACKED_NUMBERS", 12)
-    asked = [product(m) for m in random_matrices(3)]
     jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
-    assert equations(jaxpr, "dot_general") == 2 * 3 * 4
+    assert equations(jaxpr, "dot_general") == 2 * 22
 
 
 def test_equal_products_are_compiled_once():

@@ -1,8 +1,7 @@
 """Bounds on how much an output moves with an operand: the largest eigenvalue of `JᵀJ`.
 
 By the power iteration, of all operands of a problem side by side: none waits for another, and one
-loop holds them all. Where each kernel is launched by itself, on a GPU, equal ones are stacked and
-the few steps written out.
+loop holds them all. Where kernels are launched one by one, on a GPU, equal ones are stacked.
 """
 
 from __future__ import annotations
@@ -38,10 +37,6 @@ _ONE_LOOP = 256
 #: Matrices of at most so many numbers are stacked, which takes a copy: with more, a product takes
 #: longer than its launch.
 _STACKED_NUMBERS = 2**18
-
-#: So many steps of all are written out where kernels are launched: a loop costs a launch for each
-#: number that it counts or hands on.
-_WRITTEN_OUT = 128
 
 
 @dataclass(frozen=True)
@@ -133,8 +128,7 @@ def _in_loops(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Ar
     for count, members in _by_steps(iterations, steps).items():
         for first in range(0, len(members), _ONE_LOOP):
             chosen = members[first : first + _ONE_LOOP]
-            # A loop compiles in a fraction of the time.
-            results = _side_by_side([runs[i] for i in chosen], count, looped=count > 2)
+            results = _side_by_side([runs[i] for i in chosen], count)
             found.update(zip(chosen, results, strict=True))
     return [found[i] for i in range(len(runs))]
 
@@ -147,11 +141,12 @@ def _stacked(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Arr
         for i in members:
             one = iterations[i]
             small = one.rows is not None and one.numbers <= _STACKED_NUMBERS
-            alike = (one.kind, one.shape, one.axes, jnp.dtype(one.dtype)) if small else i
+            types = tuple((x.shape, jnp.dtype(x.dtype)) for x in one.operands)
+            like = one.kind, one.shape, one.axes, jnp.dtype(one.dtype), types
+            alike = like if small and one.kind is not None else i
             groups.setdefault(alike, []).append(i)
         stacks = [_stack([iterations[i] for i in group]) for group in groups.values()]
-        looped = count * len(stacks) > _WRITTEN_OUT
-        results = _side_by_side(stacks, count, looped)
+        results = _side_by_side(stacks, count)
         for group, (values, lasts) in zip(groups.values(), results, strict=True):
             alone = len(group) == 1
             for k, i in enumerate(group):
@@ -226,14 +221,14 @@ class _State(NamedTuple):
     length: Array
 
 
-def _side_by_side(runs: Sequence[_Run], steps: int, looped: bool) -> list[tuple[Array, Array]]:
+def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
     """The largest eigenvalues and the last vectors, by so many steps of each."""
 
     def step(_: Any, states: list[_State]) -> list[_State]:
         return [_step(run, state) for run, state in zip(runs, states, strict=True)]
 
     states = [_first(run) for run in runs]
-    if looped:
+    if steps > 2:  # a loop compiles in a fraction of the time
         states = lax.fori_loop(0, steps, step, states)
     else:
         for count in range(steps):
