@@ -49,6 +49,14 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test counts what is made for a CPU, also where there is a GPU."""
+    from pjax import _compat
+
+    monkeypatch.setattr(_compat, "launches_kernels", lambda: False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs() -> Iterator[None]:
     """A process can map so many programs: beyond, XLA ends with a segmentation fault."""

@@ -20,6 +20,8 @@ from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 from benchmarks.suite.reach import steps_needed
 from tests.selection import mostly_slow
 
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
+
 ROWS = 32
 TASKS = {
     "mlp": Task("mnist", (64, 64, 64), batch_size=ROWS),

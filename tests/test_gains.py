@@ -95,6 +95,7 @@ def equations(jaxpr, name):
     return total
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_one_loop_holds_them_all_and_what_is_read_twice_is_bounded_once():
     matrices = random_matrices(20)
     asked = [product(m) for m in matrices]
@@ -124,6 +125,7 @@ def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
     assert equations(jaxpr, "dot_general") == 2 * 22
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_equal_products_are_compiled_once():
     """Of sixteen or more matrices XLA makes one kernel for each product; of few one for each."""
 

@@ -220,6 +220,7 @@ def test_short_steps_stay_as_they_are(arrays, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [4, 12])
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_fewer_blocks_are_one_where_kernels_are_launched(blocks, monkeypatch):
     """And what reads the block before stays written out, as a loop would only take longer."""
     monkeypatch.setattr(rolling, "MIN_EQUATIONS", 10_000)
