@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pjax.lab import baselines, cli, config
+from pjax.lab import baselines, cli, config, runs
 from pjax.lab.errors import UsageError
 from pjax.lab.experiments import definition, measures, running
 from pjax.lab.train import Training
@@ -150,6 +150,14 @@ def test_an_experiment_of_accuracies(tmp_path: Path, capsys, trained) -> None:
     assert run(path, tmp_path) == 0
     assert trained == []
     assert json.loads((folder / running.RESULTS).read_text())["entries"] == results["entries"]
+    assert (folder / running.TABLE).read_text() == table
+    # It says what computed each part, not what wrote the table.
+    (cell, *_) = folder.glob(f"{running.ENTRIES}/narrow/cells/sgd.seed*.json")
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"computer": "an abacus"}))
+    assert run(path, tmp_path) == 0
+    here, both = f", {runs.computer()}\n", f", an abacus and {runs.computer()}\n"
+    assert here in table
+    assert (folder / running.TABLE).read_text() == table.replace(here, both)
     # What was changed needs another folder.
     capsys.readouterr()
     write(tmp_path, ACCURACY.format(figure="rows").replace("steps = 8", "steps = 9"))

@@ -39,6 +39,8 @@ class Cell:
 
     - `together`: how many seeds trained side by side; `seconds` in the records are of all of them.
     - `test_auc`: where there are two classes.
+    - `computer`: what it was computed on, which may not be what goes on with the comparison; empty
+        if that is not known.
     """
 
     method: str
@@ -55,6 +57,7 @@ class Cell:
     state_bytes: int | None
     records: tuple[Record, ...]
     test_auc: float | None = None
+    computer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +314,7 @@ def _train(
             state_bytes=training.state_bytes,
             records=own,
             test_auc=auc,
+            computer=runs.computer(),
         )
         write_json(_cell_path(folder, settings.method, one.seed), _plain(cell))
     return True
@@ -339,6 +343,8 @@ def _read(path: Path, say: runs.Say = lambda message: None) -> Cell | None:
             if type(getattr(cell, name)) is not float:
                 raise ValueError
         if type(cell.test_auc) not in (float, types.NoneType):
+            raise ValueError
+        if type(cell.computer) is not str:
             raise ValueError
         if type(cell.together) is not int or cell.together < 1:
             raise ValueError

@@ -109,6 +109,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def computer() -> str:
+    """What computes here, in a few words: the devices and the version of JAX."""
+    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"{devices}, JAX {jax.__version__}"
+
+
 def describe(dataset: Dataset) -> dict[str, Any]:
     """What must be known of a data set to load a run's parameters, and to tell it from another."""
     digest = hashlib.sha256()

@@ -115,8 +115,8 @@ def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -
     filled = [axes for axes, entry in zip(grid, entries, strict=True) if found.get(entry.name)]
     width = max(axes.get_xlim()[1] - axes.get_xlim()[0] for axes in filled)
     for axes in filled:
-        middle = sum(axes.get_xlim()) / 2
-        axes.set_xlim(middle - 0.55 * width, middle + 0.55 * width)
+        right = min(sum(axes.get_xlim()) / 2 + 0.55 * width, 1)
+        axes.set_xlim(right - 1.1 * width, right)
     if seen:
         figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen))
     _save(figure, experiment, path)

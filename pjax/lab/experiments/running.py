@@ -10,9 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from pjax.lab import comparison, config, runs, terminal
 from pjax.lab.comparison import Line
@@ -94,15 +92,27 @@ def _advance(
         return False
     write_json(
         place / comparison.CELLS / MEASURE,
-        {"kind": experiment.kind, "methods": list(settings.methods), "rows": rows},
+        {
+            "kind": experiment.kind,
+            "methods": list(settings.methods),
+            "computer": runs.computer(),
+            "rows": rows,
+        },
     )
     return True
 
 
+class _Measured(NamedTuple):
+    """The rows of an entry, and what they were measured on; empty if that is not known."""
+
+    rows: Rows
+    computer: str
+
+
 def _measured(
     experiment: Experiment, entry: Entry, folder: Path, say: runs.Say = lambda message: None
-) -> Rows | None:
-    """The rows that an entry's file holds; nothing without one, or if it is damaged."""
+) -> _Measured | None:
+    """What an entry's file holds; nothing without one, or if it is damaged."""
     path = folder / ENTRIES / entry.name / comparison.CELLS / MEASURE
     if not path.exists():
         return None
@@ -113,6 +123,9 @@ def _measured(
             raise ValueError
         for row in rows:
             _measure_cells(experiment, entry, row)
+        computer = content.get("computer", "")
+        if type(computer) is not str:
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         problem = str(error) if isinstance(error, RunError) else f"{path}: damaged."
         say(f"{problem} It is made anew.")
@@ -120,7 +133,7 @@ def _measured(
     # Methods can be added, or be fewer: only the same ones are the same measurement.
     same = content["kind"] == experiment.kind
     same &= content["methods"] == list(entry.settings.methods)
-    return rows if same else None
+    return _Measured(rows, computer) if same else None
 
 
 def write(experiment: Experiment, folder: Path) -> None:
@@ -129,6 +142,7 @@ def write(experiment: Experiment, folder: Path) -> None:
     cells: list[list[str]] = []
     lines: dict[str, list[Line]] = {}
     measured: dict[str, Rows] = {}
+    computers: set[str] = set()
     for entry in experiment.entries:
         content: dict[str, Any] = {
             "name": entry.name,
@@ -142,12 +156,14 @@ def write(experiment: Experiment, folder: Path) -> None:
                 lines[entry.name] = found
                 results.append({**content, "methods": comparison.plain_lines(found)})
                 cells += [_line_cells(entry, line, found) for line in found]
+                computers |= {cell.computer for line in found for cell in line.cells}
         else:
-            rows = _measured(experiment, entry, folder)
-            if rows is not None:
-                measured[entry.name] = rows
-                results.append({**content, "methods": rows})
-                cells += [_measure_cells(experiment, entry, row) for row in rows]
+            one = _measured(experiment, entry, folder)
+            if one is not None:
+                measured[entry.name] = one.rows
+                results.append({**content, "methods": one.rows})
+                cells += [_measure_cells(experiment, entry, row) for row in one.rows]
+                computers.add(one.computer)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / RESULTS,
@@ -162,7 +178,8 @@ def write(experiment: Experiment, folder: Path) -> None:
         },
     )
     made = [path.stat().st_mtime for path in folder.glob(f"{ENTRIES}/*/{comparison.CELLS}/*")]
-    write_text(folder / TABLE, _document(experiment, cells, max(made, default=time.time())))
+    written = max(made, default=time.time())
+    write_text(folder / TABLE, _document(experiment, cells, written, computers))
     if lines:
         figures.draw_accuracies(experiment, lines, folder / FIGURE)
     elif measured:
@@ -196,16 +213,18 @@ _NOTES = {
 }
 
 
-def _document(experiment: Experiment, cells: Sequence[Sequence[str]], made: float) -> str:
+def _document(
+    experiment: Experiment, cells: Sequence[Sequence[str]], made: float, computers: set[str]
+) -> str:
     head = COLUMNS[experiment.kind]
     rows = [head, ["---"] * len(head), *cells]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    computed = " and ".join(sorted(one or "an unknown device" for one in computers))
     date = time.strftime("%Y-%m-%d", time.gmtime(made))
     quick = " --quick" * experiment.quick
     return (
         f"# {experiment.title}\n\n`pjax experiment run {experiment.name}{quick}`, {date}, "
-        f"{devices}, JAX {jax.__version__}\n\n{table}\n{_NOTES[experiment.kind]}\n"
+        f"{computed}\n\n{table}\n{_NOTES[experiment.kind]}\n"
     )
 
 
