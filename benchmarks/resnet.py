@@ -18,7 +18,7 @@ import argparse
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,41 +157,45 @@ def show_sizes(options: argparse.Namespace) -> None:
 
 def show_compiled(options: argparse.Namespace) -> None:
     print(f"batch {options.batch_size}, width {options.width}; JAX {jax.__version__}, one cold run")
-    columns = ("norm", "step", "lower s", "compile s", "temp GB")
-    print(f"{'network':10s}" + "".join(f"{column:>16s}" for column in columns))
+    numbers = ("lower s", "compile s", "temp GB")
+    print(f"{'network':10s}{'norm':8s}{'step':20s}" + "".join(f"{name:>12s}" for name in numbers))
     for name in options.networks:
         for norm in (True, False):
-            params, state, loss = make(name, options.width, norm, 0)
-            images = batch(options.batch_size)
-            optimizer = optax.adam(1e-3)
-            for kind, direction in (
-                ("backprop", jax.value_and_grad(loss, has_aux=True)),
-                ("displacement", pjax.value_and_displacement(loss, has_aux=True)),
-            ):
+            for label, lower in _lowerings(name, norm, options):
+                begin = time.perf_counter()
+                lowered = lower()
+                middle = time.perf_counter()
+                compiled = lowered.compile()
+                end = time.perf_counter()
+                memory: Any = compiled.memory_analysis()
+                found = (middle - begin, end - middle, memory.temp_size_in_bytes / 1e9)
+                cells = "".join(f"{number:12.2f}" for number in found)
+                print(f"{name:10s}{'batch' if norm else 'none':8s}{label:20s}{cells}", flush=True)
 
-                def step(params: Any, moments: Any, state: Any, *images: Any) -> Any:
-                    (value, state), found = direction(params, state, *images)  # noqa: B023
-                    updates, moments = optimizer.update(found, moments)  # noqa: B023
-                    return optax.apply_updates(params, updates), moments, state, value
 
-                programs = {
-                    kind: jax.jit(direction).lower,
-                    f"{kind} + Adam": jax.jit(step, donate_argnums=(0, 1)).lower,
-                }
-                for label, lower in programs.items():
-                    moments = [optimizer.init(params)] if "Adam" in label else []
-                    begin = time.perf_counter()
-                    lowered = lower(params, *moments, state, *images)
-                    middle = time.perf_counter()
-                    compiled = lowered.compile()
-                    end = time.perf_counter()
-                    memory: Any = compiled.memory_analysis()
-                    temporaries = memory.temp_size_in_bytes / 1e9
-                    print(
-                        f"{name:10s}{'batch' if norm else 'none':>16s}{label:>20s}"
-                        f"{middle - begin:12.1f}{end - middle:16.1f}{temporaries:16.2f}",
-                        flush=True,
-                    )
+def _lowerings(
+    name: str, norm: bool, options: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What lowers a gradient and a displacement by themselves, and training steps with them."""
+    params, state, loss = make(name, options.width, norm, 0)
+    images = batch(options.batch_size)
+    optimizer = optax.adam(1e-3)
+    for kind, of in (
+        ("backprop", jax.value_and_grad),
+        ("displacement", pjax.value_and_displacement),
+    ):
+        direction: Any = of(loss, has_aux=True)
+
+        def step(
+            params: Any, moments: Any, state: Any, *images: Any, direction: Any = direction
+        ) -> Any:
+            (value, state), found = direction(params, state, *images)
+            updates, moments = optimizer.update(found, moments)
+            return optax.apply_updates(params, updates), moments, state, value
+
+        yield kind, functools.partial(jax.jit(direction).lower, params, state, *images)
+        args = (params, optimizer.init(params), state, *images)
+        yield f"{kind} + Adam", functools.partial(jax.jit(step, donate_argnums=(0, 1)).lower, *args)
 
 
 def train(options: argparse.Namespace) -> None:

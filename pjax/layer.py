@@ -104,8 +104,7 @@ class LayerSum(Rule):
         if any(state is not None for state in states):
             value = self._deviation(before, at, deviations, target)
         parts = self._parts(at, weights, geometry, target)
-        if not isinstance(target_weight, (int, float)):
-            target_weight = jnp.asarray(target_weight, target.dtype)
+        target_weight = scaling.number(target_weight, target.dtype)
         request = target if value is None else target - value
         normal = self._normal(at, geometry)
         moves, change, forces = layer.solve(

@@ -1,7 +1,7 @@
 """Measures steps side by side, prints tables, draws the figure, compares two measurements.
 
-    python -m benchmarks.suite run [--groups networks depth width batch length] [--steps ...]
-        [--quick] [--rounds 9] [--out runs/benchmarks/suite.json]
+    python -m benchmarks.suite run [--groups networks depth width batch length loop]
+        [--steps ...] [--quick] [--rounds 9] [--out runs/benchmarks/suite.json]
     python -m benchmarks.suite show FILE
     python -m benchmarks.suite compare OLD NEW
     python -m benchmarks.suite figure FILE [--out docs/images/depth.png]

@@ -346,7 +346,7 @@ def piecewise(
     **Returns:** `dx'` and `dy'`.
     """
     dtype = target.dtype
-    weight, target_weight = _number(weight, dtype), _number(target_weight, dtype)
+    weight, target_weight = scaling.number(weight, dtype), scaling.number(target_weight, dtype)
     kinks = _kinks(function)
     if len(kinks) == 1 and not kinks[0].jump:
         return _bent(
@@ -433,11 +433,6 @@ def piecewise(
         own = jnp.where(better, owned, own)
         best = jnp.where(better, cost, best)
     return moved, output
-
-
-def _number(value: Any, dtype: Any) -> Any:
-    """A plain number as it is: what is known is computed once and for all."""
-    return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, dtype)
 
 
 def _bent(

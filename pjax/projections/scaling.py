@@ -18,6 +18,11 @@ def is_trivial(exponent: Any) -> bool:
     return isinstance(exponent, int) and exponent == 0
 
 
+def number(value: Any, dtype: Any) -> Any:
+    """A plain number as it is, as what is known is computed once and for all; else an array."""
+    return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, dtype)
+
+
 def power(exponent: Any) -> Any:
     """`2**exponent`, 0 where it underflows, and a very large finite number where it overflows."""
     return _power(exponent, -1000 if isinstance(exponent, (int, float)) else -200, 120)
