@@ -253,6 +253,7 @@ def _warn_large(layout: Layout) -> None:
 class NodeSize(NamedTuple):
     """Edge variables of one node's slots: as the paper counts them, and as they are stored.
 
+    `bytes` are those of the numbers stored, and of the node's `Answer` where it has one.
     `exactness` is the class of its rule: `"exact"`, `"inexact"` or `"relaxed"`.
     """
 
@@ -270,7 +271,7 @@ class Sizes:
     **Attributes:**
 
     - `nodes`: for each node its edge variables (every copy counted), the numbers stored for them,
-        and the bytes of these.
+        and the bytes that it has in a state.
     - `edge_variables`, `stored`, `bytes`: the sums.
     """
 
@@ -301,10 +302,20 @@ def sizes(layout: Layout) -> Sizes:
             numbers = storage.numbers(slot.shape)
             stored += numbers
             size += numbers * np.dtype(slot.dtype).itemsize
+        if node.index in layout.asked:
+            size += _answer_bytes(layout, node)
         # A parameter's constraint is that its readers agree: their mean is the nearest point.
         exactness = "exact" if node.rule is None else node.rule.exactness
         rows.append(NodeSize(node.name, exactness, count, stored, size))
     return Sizes(tuple(rows))
+
+
+def _answer_bytes(layout: Layout, node: Node) -> int:
+    """The bytes of a node's `Answer`, both in the wide type of its output."""
+    assert node.output is not None
+    program = layout.graph.program
+    entries = math.prod(program.shape(node.output)) if node.index in layout.linear else 0
+    return (1 + entries) * np.dtype(widened(program.dtype(node.output))).itemsize
 
 
 class Answer(NamedTuple):

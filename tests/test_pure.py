@@ -235,6 +235,9 @@ def test_every_optimiser_learns_with_layers(name):
     optimizer = getattr(pjax.optim, name)(splitting="layer", **options)
     problem = optimizer.problem(lambda p: mlp_loss(p, x, y), params)
     assert problem.sizes().stored == problem.sizes().edge_variables
+    state = jax.eval_shape(problem.initial)
+    in_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert problem.sizes().bytes == in_bytes
     before = float(mlp_loss(params, x, y))
     for _ in range(10):
         params, _ = optimizer.update(lambda p: mlp_loss(p, x, y), params)
