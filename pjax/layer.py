@@ -470,9 +470,8 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
     if isinstance(operation, Multiply):
         return term.scale**2 * jnp.max(jnp.square(other))
     batch: tuple[int, ...] = ()
-    rows = None
     if isinstance(operation, DotGeneral):
-        operation, batch, rows = _narrow(operation, side)
+        operation, batch = _narrow(operation, side)
     elif isinstance(operation, Convolution):
         operation = operation.with_one_row(side)
     shape = operation.left_shape if left else operation.right_shape
@@ -485,15 +484,15 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
             return applied.transpose_left(applied(x, other), other)
         return applied.transpose_right(applied(other, x), other)
 
-    kind = operation, side
+    kind, stackable = (operation, side), isinstance(operation, DotGeneral)
     return PowerIteration(
-        response, (other,), shape, other.dtype, axes, vector, term.scale**2, kind, rows
+        response, (other,), shape, other.dtype, axes, vector, term.scale**2, kind, stackable
     )
 
 
-def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...], int | None]:
-    """The operation with one row of the free operand, all of which see the same map; its batch
-    axes, and one of those that number its rows.
+def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, ...]]:
+    """The operation with one row of the free operand, all of which see the same map; and its batch
+    axes.
     """
     (contract_l, contract_r), (batch_l, batch_r) = operation.dimension_numbers
     if side == "left":
@@ -501,7 +500,6 @@ def _narrow(operation: DotGeneral, side: Side) -> tuple[DotGeneral, tuple[int, .
     else:
         shape, kept, batch = operation.right_shape, (*contract_r, *batch_r), batch_r
     narrow = tuple(n if axis in kept else 1 for axis, n in enumerate(shape))
-    rows = next((axis for axis in range(len(shape)) if axis not in kept), None)
     if side == "left":
-        return replace(operation, left_shape=narrow), batch, rows
-    return replace(operation, right_shape=narrow), batch, rows
+        return replace(operation, left_shape=narrow), batch
+    return replace(operation, right_shape=narrow), batch

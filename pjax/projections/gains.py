@@ -1,13 +1,13 @@
 """Bounds on how much an output moves with an operand: the largest eigenvalue of `JᵀJ`.
 
 By the power iteration, of all operands of a problem side by side: none waits for another, and one
-loop holds them all. Where kernels are launched one by one, on a GPU, equal ones are stacked.
+loop holds them all. Many equal ones are stacked: a program does not grow with their number.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,16 +27,16 @@ MARGIN = 1.4
 #: start that is bad for each of them.
 _MANY_BLOCKS = 64
 
-#: XLA compiles each product of a matrix and a vector by itself, and equal products of matrices
-#: once. So many equal ones are given two rows, which for few numbers costs little more.
-_MANY_PRODUCTS, _FEW_NUMBERS = 16, 2**14
-
-#: More are not put into one loop: `pjax.rolling` finds loops that are equal.
-_ONE_LOOP = 256
+#: So many equal products are stacked on a CPU, where they take turns: XLA compiles each product of
+#: a matrix and a vector by itself. Where kernels are launched any are, as one product is faster.
+_MANY_PRODUCTS = 16
 
 #: Matrices of at most so many numbers are stacked, which takes a copy: with more, a product takes
 #: longer than its launch.
 _STACKED_NUMBERS = 2**18
+
+#: More are not put into one loop: `pjax.rolling` finds loops that are equal.
+_ONE_LOOP = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PowerIteration:
     - `start`: where to begin, of length 1 in each block; None for a fixed direction.
     - `factor`: of the eigenvalue.
     - `kind`: equal for equal responses, so that what also has the same operands is found once.
-    - `rows`: of a product of a matrix and a vector the axis on which there may be more vectors.
+    - `stackable`: whether equal ones may be one batched operation: products of matrices.
     """
 
     response: Callable[..., Array]
@@ -63,7 +63,7 @@ class PowerIteration:
     start: Array | None = None
     factor: Any = 1.0
     kind: Hashable = None
-    rows: int | None = None
+    stackable: bool = False
 
     @property
     def blocks(self) -> int:
@@ -76,15 +76,13 @@ class PowerIteration:
         return sum(operand.size for operand in self.operands)
 
 
-def first_direction(
-    shape: Sequence[int], axes: Sequence[int], dtype: Any, turn: float = 2.4
-) -> Array:
+def first_direction(shape: Sequence[int], axes: Sequence[int], dtype: Any) -> Array:
     """A direction to begin with, equal in all blocks: neither constant nor orthogonal to that."""
     block = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
     count = math.prod(block)
-    length = float(np.linalg.norm(1 + 0.5 * np.cos(turn * np.arange(count)))) or 1.0
+    length = float(np.linalg.norm(1 + 0.5 * np.cos(2.4 * np.arange(count)))) or 1.0
     steps = jnp.arange(count, dtype=dtype)
-    direction = (1 / length + (0.5 / length) * jnp.cos(turn * steps)).reshape(block)
+    direction = (1 / length + (0.5 / length) * jnp.cos(2.4 * steps)).reshape(block)
     return jnp.broadcast_to(direction, tuple(shape))
 
 
@@ -110,99 +108,89 @@ def largest(
             names[name] = len(different)
             different.append(iteration)
         places.append(names[name])
-    find = _stacked if _compat.launches_kernels() else _in_loops
-    found = find(different, steps)
+    found: dict[int, tuple[Array, Array]] = {}
+    for count, members in _by_steps(different, steps).items():
+        groups = _groups(different, members)
+        runs = [_run([different[i] for i in group]) for group in groups]
+        for group, (values, lasts) in zip(groups, _largest(runs, count), strict=True):
+            alone = len(group) == 1
+            for k, i in enumerate(group):
+                found[i] = (values, lasts) if alone else (values[k], lasts[k])
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
-        if last.shape != iteration.shape:
-            last = lax.slice_in_dim(last, 0, 1, axis=iteration.rows or 0)
         bounds.append((MARGIN * iteration.factor * value, last))
     return bounds
 
 
-def _in_loops(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
-    """The largest eigenvalues and the last vectors: as loops, each with its own products."""
-    runs = _runs(iterations)
-    found: dict[int, tuple[Array, Array]] = {}
-    for count, members in _by_steps(iterations, steps).items():
-        for first in range(0, len(members), _ONE_LOOP):
-            chosen = members[first : first + _ONE_LOOP]
-            results = _side_by_side([runs[i] for i in chosen], count)
-            found.update(zip(chosen, results, strict=True))
-    return [found[i] for i in range(len(runs))]
-
-
-def _stacked(iterations: Sequence[PowerIteration], steps: int) -> list[tuple[Array, Array]]:
-    """The largest eigenvalues and the last vectors, of equal products by one batched product."""
-    found: dict[int, tuple[Array, Array]] = {}
-    for count, members in _by_steps(iterations, steps).items():
-        groups: dict[Any, list[int]] = {}
-        for i in members:
-            one = iterations[i]
-            small = one.rows is not None and one.numbers <= _STACKED_NUMBERS
-            types = tuple((x.shape, jnp.dtype(x.dtype)) for x in one.operands)
-            like = one.kind, one.shape, one.axes, jnp.dtype(one.dtype), types
-            alike = like if small and one.kind is not None else i
-            groups.setdefault(alike, []).append(i)
-        stacks = [_stack([iterations[i] for i in group]) for group in groups.values()]
-        results = _side_by_side(stacks, count)
-        for group, (values, lasts) in zip(groups.values(), results, strict=True):
-            alone = len(group) == 1
-            for k, i in enumerate(group):
-                found[i] = (values, lasts) if alone else (values[k], lasts[k])
-    return [found[i] for i in range(len(iterations))]
-
-
-def _stack(iterations: Sequence[PowerIteration]) -> _Run:
-    """Equal ones as one, with a first axis for them; one by itself as it is."""
-    one = iterations[0]
-    begin = first_direction(one.shape, one.axes, one.dtype)
-    starts = [begin if i.start is None else i.start for i in iterations]
-    if len(iterations) == 1:
-        return _Run(one.response, one.operands, starts[0], one.axes)
-    operands = tuple(map(jnp.stack, zip(*(i.operands for i in iterations), strict=True)))
-    return _Run(jax.vmap(one.response), operands, jnp.stack(starts), one.axes, stacked=True)
+def _groups(iterations: Sequence[PowerIteration], members: Sequence[int]) -> list[list[int]]:
+    """The members, those together that are equal, small and enough to be stacked."""
+    alike: dict[Any, list[int]] = {}
+    for i in members:
+        one = iterations[i]
+        types = tuple((x.shape, jnp.dtype(x.dtype)) for x in one.operands)
+        key = one.kind, one.shape, one.axes, jnp.dtype(one.dtype), types
+        small = one.stackable and one.numbers <= _STACKED_NUMBERS and one.kind is not None
+        alike.setdefault(key if small else i, []).append(i)
+    least = 2 if _compat.launches_kernels() else _MANY_PRODUCTS
+    groups = alike.values()
+    found = [group for group in groups if len(group) >= least]
+    return found + [[i] for group in groups if len(group) < least for i in group]
 
 
 class _Run(NamedTuple):
-    """A power iteration as it is carried out: from where, and the axes within a block of that.
+    """A power iteration as it is carried out.
 
     **Attributes:**
 
-    - `stacked`: whether the first axis numbers several ones, which `axes` do not count.
+    - `response`, `axes`: as in `PowerIteration`.
+    - `stacked`: whether these are several, numbered by a first axis of operands and start, which
+        `axes` do not count.
     """
 
     response: Callable[..., Array]
     operands: tuple[Array, ...]
     start: Array
     axes: tuple[int, ...]
-    stacked: bool = False
+    stacked: bool
 
 
-def _runs(iterations: Sequence[PowerIteration]) -> list[_Run]:
-    """With fixed directions where no other is given, each computed once; those of many equal small
-    products with a second row, of which the first is the one that is gone on with.
-    """
-    made: dict[Any, Array] = {}
+def _run(iterations: Sequence[PowerIteration]) -> _Run:
+    """Equal ones as one; from a fixed direction where no other is given."""
+    one = iterations[0]
+    fixed = first_direction(one.shape, one.axes, one.dtype)
+    starts = [fixed if i.start is None else i.start for i in iterations]
+    if len(iterations) == 1:
+        return _Run(one.response, one.operands, starts[0], one.axes, stacked=False)
+    operands = tuple(map(jnp.stack, zip(*(i.operands for i in iterations), strict=True)))
+    return _Run(one.response, operands, jnp.stack(starts), one.axes, stacked=True)
 
-    def direction(one: PowerIteration, turn: float) -> Array:
-        key = one.shape, one.axes, jnp.dtype(one.dtype), turn
-        if key not in made:
-            made[key] = first_direction(one.shape, one.axes, one.dtype, turn)
-        return made[key]
 
-    small = [one.rows is not None and one.numbers <= _FEW_NUMBERS for one in iterations]
-    kinds = Counter(one.kind for one, is_small in zip(iterations, small, strict=True) if is_small)
-    runs = []
-    for one, is_small in zip(iterations, small, strict=True):
-        start = direction(one, 2.4) if one.start is None else one.start
-        axes, rows = one.axes, one.rows
-        if is_small and rows is not None and kinds[one.kind] >= _MANY_PRODUCTS:
-            start = jnp.concatenate([start, direction(one, 1.1)], rows)
-            axes = tuple(axis for axis in axes if axis != rows)
-        runs.append(_Run(one.response, one.operands, start, axes))
-    return runs
+def _largest(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
+    """The largest eigenvalue, and the last vector, of each run."""
+    found: dict[int, tuple[Array, Array]] = {}
+    together = list(range(len(runs)))
+    if not _compat.launches_kernels():
+        for place, run in enumerate(runs):
+            if run.stacked:
+                found[place] = _in_turn(run, steps)
+        together = [place for place in together if place not in found]
+    for first in range(0, len(together), _ONE_LOOP):
+        chosen = together[first : first + _ONE_LOOP]
+        results = _side_by_side([runs[place] for place in chosen], steps)
+        found.update(zip(chosen, results, strict=True))
+    return [found[place] for place in range(len(runs))]
+
+
+def _in_turn(run: _Run, steps: int) -> tuple[Array, Array]:
+    """What is stacked, one after the other."""
+
+    def find(entry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, Array]:
+        start, operands = entry
+        alone = run._replace(start=start, operands=operands, stacked=False)
+        return _side_by_side([alone], steps)[0]
+
+    return lax.map(find, (run.start, run.operands))
 
 
 def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, list[int]]:
@@ -224,10 +212,16 @@ class _State(NamedTuple):
 def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
     """The largest eigenvalues and the last vectors, by so many steps of each."""
 
-    def step(_: Any, states: list[_State]) -> list[_State]:
-        return [_step(run, state) for run, state in zip(runs, states, strict=True)]
+    def each(run: _Run, function: Callable[..., _State]) -> Callable[..., _State]:
+        function = functools.partial(function, run)
+        return jax.vmap(function) if run.stacked else function
 
-    states = [_first(run) for run in runs]
+    def step(_: Any, states: list[_State]) -> list[_State]:
+        return [
+            each(run, _step)(state, run.operands) for run, state in zip(runs, states, strict=True)
+        ]
+
+    states = [each(run, _first)(run.start) for run in runs]
     if steps > 2:  # a loop compiles in a fraction of the time
         states = lax.fori_loop(0, steps, step, states)
     else:
@@ -239,26 +233,22 @@ def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]
     ]
 
 
-def _first(run: _Run) -> _State:
-    dtype, shape = run.start.dtype, run.start.shape
-    within = {axis + run.stacked for axis in run.axes}
-    lengths = tuple(1 if axis in within else n for axis, n in enumerate(shape))
-    return _State(jnp.zeros(shape[: run.stacked], dtype), run.start, jnp.ones(lengths, dtype))
+def _first(run: _Run, start: Array) -> _State:
+    lengths = tuple(1 if axis in run.axes else n for axis, n in enumerate(start.shape))
+    return _State(jnp.zeros((), start.dtype), start, jnp.ones(lengths, start.dtype))
 
 
-def _step(run: _Run, state: _State) -> _State:
+def _step(run: _Run, state: _State, operands: tuple[Array, ...]) -> _State:
     _, x, before = state
     # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
     # blocks at once: one that falls far behind does not have the largest eigenvalue.
-    image = run.response(x, *run.operands).astype(x.dtype)
+    image = run.response(x, *operands).astype(x.dtype)
     tiny = jnp.finfo(x.dtype).tiny
-    all_blocks = tuple(range(int(run.stacked), x.ndim))
-    size = jnp.maximum(jnp.max(jnp.abs(image), axis=all_blocks, keepdims=True), tiny)
+    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
     image = image / size
-    within = tuple(axis + run.stacked for axis in run.axes)
-    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=within, keepdims=True))
-    growth = jnp.max(length / jnp.maximum(before, tiny), axis=all_blocks, keepdims=True)
-    return _State((size * growth).reshape(state.value.shape), image, length)
+    length = jnp.sqrt(jnp.sum(jnp.square(image), axis=run.axes, keepdims=True))
+    growth = jnp.max(length / jnp.maximum(before, tiny))
+    return _State(size * growth, image, length)
 
 
 __all__ = ["MARGIN", "PowerIteration", "first_direction", "largest"]
