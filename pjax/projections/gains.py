@@ -109,9 +109,10 @@ def largest(
             different.append(iteration)
         places.append(names[name])
     found: dict[int, tuple[Array, Array]] = {}
+    fixed: dict[Any, Array] = {}
     for count, members in _by_steps(different, steps).items():
         groups = _groups(different, members)
-        runs = [_run([different[i] for i in group]) for group in groups]
+        runs = [_run([different[i] for i in group], fixed) for group in groups]
         for group, (values, lasts) in zip(groups, _largest(runs, count), strict=True):
             alone = len(group) == 1
             for k, i in enumerate(group):
@@ -155,11 +156,13 @@ class _Run(NamedTuple):
     stacked: bool
 
 
-def _run(iterations: Sequence[PowerIteration]) -> _Run:
-    """Equal ones as one; from a fixed direction where no other is given."""
+def _run(iterations: Sequence[PowerIteration], fixed: dict[Any, Array]) -> _Run:
+    """Equal ones as one; from a fixed direction, each made once, where no other is given."""
     one = iterations[0]
-    fixed = first_direction(one.shape, one.axes, one.dtype)
-    starts = [fixed if i.start is None else i.start for i in iterations]
+    key = one.shape, one.axes, jnp.dtype(one.dtype)
+    if key not in fixed and any(i.start is None for i in iterations):
+        fixed[key] = first_direction(one.shape, one.axes, one.dtype)
+    starts = [fixed[key] if i.start is None else i.start for i in iterations]
     if len(iterations) == 1:
         return _Run(one.response, one.operands, starts[0], one.axes, stacked=False)
     operands = tuple(map(jnp.stack, zip(*(i.operands for i in iterations), strict=True)))
