@@ -12,12 +12,12 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 from benchmarks.suite.reach import steps_needed
+from tests.programs import equations, noise_for
 from tests.selection import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
@@ -40,15 +40,6 @@ CEILINGS = {
 }
 
 
-def arrays(task: Task) -> tuple[Any, tuple[Any, Any]]:
-    if isinstance(task, TextTask):
-        tokens = jax.random.randint(jax.random.key(0), (ROWS, task.context + 1), 0, 20)
-        return task.init(0, 20, 0), (tokens[:, :-1], jax.nn.one_hot(tokens[:, 1:], 20))
-    features = 3 * 16 * 16 if isinstance(task, ConvolutionalTask) else 50
-    x = jax.random.normal(jax.random.key(0), (ROWS, features))
-    return task.init(features, 10, 0), (x, jax.nn.one_hot(jnp.arange(ROWS) % 10, 10))
-
-
 def step_of(task: Task, kind: str) -> Any:
     loss = task.loss("gradient" if kind == "gradient" else "pure")
     if kind == "gradient":
@@ -57,12 +48,6 @@ def step_of(task: Task, kind: str) -> Any:
         return pjax.value_and_displacement(loss)
     optimizer = pjax.optim.CyclicProjections(splitting="layer", check=False)
     return lambda params, batch: optimizer.update(lambda p: loss(p, batch), params)
-
-
-def equations(jaxpr: Any) -> int:
-    """How many there are, those of inner programs included."""
-    inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values()]
-    return len(jaxpr.eqns) + sum(equations(v) for v in inner if hasattr(v, "eqns"))
 
 
 def products(compiled: str) -> int:
@@ -84,7 +69,7 @@ def _rows(shapes: dict[str, int], out: str, left: str, right: str) -> tuple[int,
 
 
 def traced(task: Task, kind: str) -> Any:
-    return jax.jit(step_of(task, kind)).trace(*arrays(task))
+    return jax.jit(step_of(task, kind)).trace(*noise_for(task, side=16))
 
 
 @pytest.mark.parametrize("depth", [2, 5])
@@ -102,8 +87,8 @@ def test_a_cyclic_sweep_has_few_products(depth):
 def test_a_request_goes_one_layer_further_in_each_parallel_step():
     """And no faster: the first of four layers hears of it in the fourth step."""
     task = Task("mnist", (24,) * 3, batch_size=ROWS)
-    assert steps_needed(task, *arrays(task), most=6) == 4
-    assert steps_needed(task, *arrays(task), most=3) is None
+    assert steps_needed(task, *noise_for(task, side=16), most=6) == 4
+    assert steps_needed(task, *noise_for(task, side=16), most=3) is None
 
 
 @pytest.mark.parametrize(

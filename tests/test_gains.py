@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from pjax import _compat
 from pjax.layer import Product, product_gain
 from pjax.projections import gains
 from pjax.projections.bilinear import DotGeneral
 from pjax.projections.gains import MARGIN, PowerIteration, first_direction, largest
+from tests.programs import equations
 
 
 def product(matrix, vector=None):
@@ -75,21 +75,11 @@ def test_many_at_once_are_what_each_is_by_itself(count, scale, monkeypatch):
         assert last.shape == vector.shape == (1, 12)
         assert bound <= MARGIN * limit * (1 + 1e-4)
         np.testing.assert_allclose(bound, by_itself, rtol=1e-5)
-    # Power iterations that go on converge, whatever the number of rows.
+    # Power iterations that go on converge.
     for _ in range(20):
         together = bounds([last for _, last in together])
     for limit, (bound, _) in zip(exact, together, strict=True):
         assert 0.95 * MARGIN * limit <= bound
-
-
-def equations(jaxpr, name):
-    """How many equations of a kind a program has, those of its loops too."""
-    total = 0
-    for equation in jaxpr.eqns:
-        total += equation.primitive.name == name
-        for inner in jaxprs_in_params(equation.params):
-            total += equations(inner, name)
-    return total
 
 
 @pytest.mark.usefixtures("as_on_a_cpu")

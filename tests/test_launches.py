@@ -13,6 +13,7 @@ import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 from pjax import _compat, rolling
 from pjax.solvers import AlternatingProjections
+from tests.programs import noise_for
 
 ROWS = 8
 TASKS = {
@@ -20,16 +21,6 @@ TASKS = {
     "cnn": ConvolutionalTask("cifar10", channels=(4, 4), batch_size=ROWS),
     "transformer": TextTask("tinyshakespeare", (16,), ROWS, model="transformer", context=6),
 }
-
-
-def batch_of(task: Task) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """Parameters and a batch of noise."""
-    if isinstance(task, TextTask):
-        tokens = jax.random.randint(jax.random.key(0), (ROWS, task.context + 1), 0, 20)
-        return task.init(0, 20, 0), (tokens[:, :-1], jax.nn.one_hot(tokens[:, 1:], 20))
-    features = 3 * 8 * 8 if isinstance(task, ConvolutionalTask) else 50
-    x = jax.random.normal(jax.random.key(0), (ROWS, features))
-    return task.init(features, 10, 0), (x, jax.nn.one_hot(jnp.arange(ROWS) % 10, 10))
 
 
 def both(monkeypatch: Any, compute: Any) -> tuple[Any, Any]:
@@ -48,7 +39,7 @@ def both(monkeypatch: Any, compute: Any) -> tuple[Any, Any]:
 )
 def test_displacements_are_the_same(name: str, monkeypatch: Any) -> None:
     task = TASKS[name]
-    params, batch = batch_of(task)
+    params, batch = noise_for(task, side=8)
     here, there = both(monkeypatch, lambda: pjax.displacement(task.loss("pure"))(params, batch))
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         size = float(jnp.max(jnp.abs(a)))
@@ -59,7 +50,7 @@ def test_displacements_are_the_same(name: str, monkeypatch: Any) -> None:
 def test_parallel_steps_of_equal_layers_are_the_same(monkeypatch: Any) -> None:
     """With blocks side by side in the step, and written out."""
     task = Task("mnist", (16,) * 11, batch_size=ROWS)
-    params, batch = batch_of(task)
+    params, batch = noise_for(task, side=8)
     sides: list[Any] = []
     monkeypatch.setattr(rolling, "MIN_LAUNCHES", 0)
     evaluate = rolling._loop

@@ -171,13 +171,10 @@ def _run(iterations: Sequence[PowerIteration], fixed: dict[Any, Array]) -> _Run:
 
 def _largest(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
     """The largest eigenvalue, and the last vector, of each run."""
-    found: dict[int, tuple[Array, Array]] = {}
-    together = list(range(len(runs)))
-    if not _compat.launches_kernels():
-        for place, run in enumerate(runs):
-            if run.stacked:
-                found[place] = _in_turn(run, steps)
-        together = [place for place in together if place not in found]
+    stacked = [place for place, run in enumerate(runs) if run.stacked]
+    in_turn = [] if _compat.launches_kernels() else stacked
+    found = {place: _in_turn(runs[place], steps) for place in in_turn}
+    together = [place for place in range(len(runs)) if place not in found]
     for first in range(0, len(together), _ONE_LOOP):
         chosen = together[first : first + _ONE_LOOP]
         results = _side_by_side([runs[place] for place in chosen], steps)

@@ -1,0 +1,29 @@
+"""Programs that tests look at: batches for the benchmarks' tasks, and counts of equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
+
+
+def noise_for(task: Task, side: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """Parameters of a task and a batch of noise, `(x, one_hot)`; of images so many pixels high."""
+    rows = task.batch_size
+    if isinstance(task, TextTask):
+        tokens = jax.random.randint(jax.random.key(0), (rows, task.context + 1), 0, 20)
+        return task.init(0, 20, 0), (tokens[:, :-1], jax.nn.one_hot(tokens[:, 1:], 20))
+    features = 3 * side * side if isinstance(task, ConvolutionalTask) else 50
+    x = jax.random.normal(jax.random.key(0), (rows, features))
+    return task.init(features, 10, 0), (x, jax.nn.one_hot(jnp.arange(rows) % 10, 10))
+
+
+def equations(jaxpr: Any, name: str = "") -> int:
+    """How many equations a program has, those of inner programs included; or those of one kind."""
+    own = sum(name in ("", equation.primitive.name) for equation in jaxpr.eqns)
+    inner = (body for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params))
+    return own + sum(equations(body, name) for body in inner)
