@@ -213,7 +213,11 @@ def launches_kernels() -> bool:
 
 
 def run_once(function: Any, *args: Any) -> Any:
-    """`function(*args)`, compiled as quickly as can be: it runs once."""
+    """`function(*args)` now, also within an outer `jit`, compiled as quickly as can be.
+
+    As one program: within `compile_time_eval` each operation on known numbers is compiled by
+    itself, also while something is traced.
+    """
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
 

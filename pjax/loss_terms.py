@@ -178,9 +178,8 @@ class _Tail:
         """The coefficients as known numbers, where no data enters: a float if all are the same."""
         if self.data:
             return None
-        with _compat.compile_time_eval():
-            found = [np.asarray(c) for c in self.coefficients({})]
-        return [_one_number(c) for c in found]
+        found = _compat.run_once(lambda: self.coefficients({}))
+        return [_one_number(np.asarray(c)) for c in found]
 
     def row_value(self, heads: Sequence[int]) -> int:
         """The last value that joins all of `heads`: what follows only sums and scales it."""
@@ -750,10 +749,9 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
         slope = _slope(shape, scales, knowns, zero)
         return lax.map(at_pair, points), rows(zero), slope, sign
 
-    with _compat.compile_time_eval():
-        reference = _sample(program.avals[shape.base], rng, normal=True)
-        drawn = {root: _sample(program.avals[root], rng) for root in roots}
-        found = _compat.run_once(look, drawn, reference, jnp.asarray(points, dtype))
+    reference = _sample(program.avals[shape.base], rng, normal=True)
+    drawn = {root: _sample(program.avals[root], rng) for root in roots}
+    found = _compat.run_once(look, drawn, reference, points.astype(dtype))
     samples, zero, slope, sign = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     first, second, middle = samples
     finite = np.isfinite(first) & np.isfinite(second) & np.isfinite(middle)
@@ -817,15 +815,16 @@ def _behind(program: Program, wanted: Sequence[int], base: int) -> tuple[list[Eq
     return equations, sorted(needed - made - {base})
 
 
-def _sample(aval: Any, rng: np.random.Generator, normal: bool = False) -> Array:
+def _sample(aval: Any, rng: np.random.Generator, normal: bool = False) -> Any:
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        keys = jax.random.split(jax.random.key(0), max(math.prod(aval.shape), 1))
-        return keys[: math.prod(aval.shape)].reshape(aval.shape)
+        with _compat.compile_time_eval():
+            keys = jax.random.split(jax.random.key(0), max(math.prod(aval.shape), 1))
+            return keys[: math.prod(aval.shape)].reshape(aval.shape)
     if jnp.issubdtype(aval.dtype, jnp.floating):
         drawn = rng.normal(size=aval.shape) if normal else rng.uniform(0.05, 1, aval.shape)
-        return jnp.asarray(drawn, aval.dtype)
-    # Class numbers of any number of classes, and masks.
-    return jnp.asarray(rng.integers(0, 2, aval.shape), aval.dtype)
+    else:  # class numbers of any number of classes, and masks
+        drawn = rng.integers(0, 2, aval.shape)
+    return np.asarray(drawn).astype(aval.dtype)
 
 
 def _maximised(name: str, source: str) -> str:

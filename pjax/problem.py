@@ -211,9 +211,11 @@ def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
         return (1.0,)
     if free:
         return (None,) * len(slot.producers)
-    with _compat.compile_time_eval():
-        pulled = slot.route.pull(jnp.ones(slot.shape, slot.dtype), {})
-        counts = [np.asarray(part, np.float64) for part in pulled]
+    if slot.route.even and math.prod(slot.shape):
+        (source,) = slot.route.sources
+        return (math.prod(slot.shape) / math.prod(slot.route.program.shape(source)),)
+    pulled = _compat.run_once(lambda: slot.route.pull(jnp.ones(slot.shape, slot.dtype), {}))
+    counts = [np.asarray(part, np.float64) for part in pulled]
     return tuple(float(c.flat[0]) if np.all(c == c.flat[0]) else None for c in counts)
 
 

@@ -92,6 +92,10 @@ def _linear_part(equation: Equation) -> Equation:
 
 
 _SPLIT = _compat.find_primitives("split")
+#: These read each entry of their operand equally often.
+_EVEN = _compat.find_primitives(
+    "broadcast_in_dim", "reshape", "squeeze", "transpose", "rev", "convert_element_type", "copy"
+)
 
 
 def _some_parts(equation: Equation, operand: Any, used: set[Any]) -> list[Any]:
@@ -128,6 +132,13 @@ class Route:
     def direct(self) -> bool:
         """Whether the slot simply is its one producer's output."""
         return not self.equations
+
+    @property
+    def even(self) -> bool:
+        """Whether each entry of its one producer is read as often as any other."""
+        return len(self.sources) == 1 and all(
+            equation.primitive in _EVEN and len(equation.inputs) == 1 for equation in self.equations
+        )
 
     def __call__(self, deviations: Sequence[Array | None], known: Mapping[int, Any]) -> Array:
         """The slot's deviation; constant entries (padding, masked ones) deviate by 0.

@@ -1,7 +1,10 @@
-"""Programs that tests look at: batches for the benchmarks' tasks, and counts of equations."""
+"""Programs that tests look at: batches for the benchmarks' tasks, counts of equations and of
+kernels.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -27,3 +30,17 @@ def equations(jaxpr: Any, name: str = "") -> int:
     own = sum(name in ("", equation.primitive.name) for equation in jaxpr.eqns)
     inner = (body for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params))
     return own + sum(equations(body, name) for body in inner)
+
+
+def kernels(compiled: str) -> int:
+    """How many different kernels a compiled program has: most of its compile time on a CPU."""
+    bodies = dict(re.findall(r"^%?([\w.-]+) \(.*\{\n((?:.+\n)*?)\}", compiled, re.MULTILINE))
+    called = re.findall(r"kind=k\w+, calls=%?([\w.-]+)", compiled)
+    return len({_anonymous(bodies[name]) for name in called})
+
+
+def _anonymous(body: str) -> str:
+    """What a kernel does, whatever its values are called and wherever they come from."""
+    body = re.sub(r", (metadata=\{[^}]*\}|backend_config=.*)", "", body)
+    names: dict[str, str] = {}
+    return re.sub(r"%[\w.-]+", lambda found: names.setdefault(found[0], f"%{len(names)}"), body)

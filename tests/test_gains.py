@@ -122,3 +122,18 @@ def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
     monkeypatch.setattr(gains, "_STACKED_NUMBERS", 12)
     jaxpr = jax.make_jaxpr(lambda: [bound for bound, _ in largest(asked, 4)])().jaxpr
     assert equations(jaxpr, "dot_general") == 2 * 22
+
+
+def test_entries_are_those_of_the_vector():
+    """Also where others are not finite."""
+    values = jnp.array([3.0, jnp.inf, -0.5, jnp.nan, 1e-37])
+    np.testing.assert_array_equal(jnp.stack(gains._entries(values)), values)
+
+
+@pytest.mark.parametrize("known", [0, 10**6])
+def test_the_first_direction_is_known_or_computed(known, monkeypatch):
+    monkeypatch.setattr(gains, "_KNOWN_NUMBERS", known)
+    start = first_direction((3, 40, 5), (1, 2), jnp.float32)
+    entries = 1 + 0.5 * np.cos(2.4 * np.arange(200))
+    entries = (entries / np.linalg.norm(entries)).reshape(40, 5)
+    np.testing.assert_allclose(start, np.broadcast_to(entries, (3, 40, 5)), rtol=1e-4)

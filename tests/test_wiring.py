@@ -12,7 +12,7 @@ import pytest
 
 import pjax
 from pjax.graph import Graph, build_graph
-from pjax.problem import Problem, layout
+from pjax.problem import Problem, _reader_counts, layout
 from pjax.trace import TraceError, trace
 from pjax.wiring import is_wiring
 
@@ -171,6 +171,17 @@ def test_route_and_pull(name):
     flat = np.concatenate([p.ravel() for p in pulled])
     tolerance = 1e-2 if "narrower" in name else 1e-5
     np.testing.assert_allclose(flat, matrix.T @ np.asarray(there).ravel(), atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name", ["reshape", "transpose", "broadcast", "reverse", "repeat", "narrower and back"]
+)
+def test_even_routes_read_each_entry_equally_often(name):
+    graph, inputs, slot, _ = make(name)
+    assert slot.route.even
+    counts = np.asarray(dense(slot, graph.program.evaluate(*inputs))).sum(0)
+    np.testing.assert_array_equal(counts, counts[0])
+    assert _reader_counts(slot) == (counts[0],)
 
 
 def test_there_are_enough_routes():

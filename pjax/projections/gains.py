@@ -35,6 +35,9 @@ _MANY_PRODUCTS = 16
 #: longer than its launch.
 _STACKED_NUMBERS = 2**18
 
+#: Directions of at most so many numbers are part of the program; it computes larger ones.
+_KNOWN_NUMBERS = 2**17
+
 #: More are not put into one loop: `pjax.rolling` finds loops that are equal.
 _ONE_LOOP = 256
 
@@ -80,10 +83,12 @@ def first_direction(shape: Sequence[int], axes: Sequence[int], dtype: Any) -> Ar
     """A direction to begin with, equal in all blocks: neither constant nor orthogonal to that."""
     block = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
     count = math.prod(block)
-    length = float(np.linalg.norm(1 + 0.5 * np.cos(2.4 * np.arange(count)))) or 1.0
-    steps = jnp.arange(count, dtype=dtype)
-    direction = (1 / length + (0.5 / length) * jnp.cos(2.4 * steps)).reshape(block)
-    return jnp.broadcast_to(direction, tuple(shape))
+    direction = 1 + 0.5 * np.cos(2.4 * np.arange(count))
+    length = float(np.linalg.norm(direction)) or 1.0
+    if count > _KNOWN_NUMBERS:
+        direction = 1 + 0.5 * jnp.cos(2.4 * jnp.arange(count, dtype=dtype))
+    found = jnp.asarray(direction / length, dtype).reshape(block)
+    return jnp.broadcast_to(found, tuple(shape))
 
 
 def largest(
@@ -115,13 +120,27 @@ def largest(
         runs = [_run([different[i] for i in group], fixed) for group in groups]
         for group, (values, lasts) in zip(groups, _largest(runs, count), strict=True):
             alone = len(group) == 1
+            entries = [values] if alone else _entries(values)
             for k, i in enumerate(group):
-                found[i] = (values, lasts) if alone else (values[k], lasts[k])
+                found[i] = entries[k], lasts if alone else lasts[k]
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
-        bounds.append((MARGIN * iteration.factor * value, last))
+        known = isinstance(iteration.factor, (int, float)) and iteration.factor == 1
+        bounds.append((value if known else iteration.factor * value, last))
     return bounds
+
+
+def _entries(values: Float[Array, " count"]) -> list[Array]:
+    """The entries of a vector, as numbers.
+
+    XLA computes a slice in whatever reads it, which is then another kernel for each place of the
+    slice. On a CPU, where kernels are most of the compile time, masks are read in their stead.
+    """
+    if _compat.launches_kernels():
+        return [values[k] for k in range(len(values))]
+    masks = np.eye(len(values), dtype=bool)
+    return [jnp.sum(jnp.where(mask, values, 0.0)) for mask in masks]
 
 
 def _groups(iterations: Sequence[PowerIteration], members: Sequence[int]) -> list[list[int]]:
@@ -170,7 +189,7 @@ def _run(iterations: Sequence[PowerIteration], fixed: dict[Any, Array]) -> _Run:
 
 
 def _largest(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
-    """The largest eigenvalue, and the last vector, of each run."""
+    """A bound on the largest eigenvalue, and the last vector, of each run."""
     stacked = [place for place, run in enumerate(runs) if run.stacked]
     in_turn = [] if _compat.launches_kernels() else stacked
     found = {place: _in_turn(runs[place], steps) for place in in_turn}
@@ -202,7 +221,7 @@ def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, lis
 
 
 class _State(NamedTuple):
-    """Of a power iteration: the eigenvalue so far, the vector and its length in each block."""
+    """Of a power iteration: the bound so far, the vector and its length in each block."""
 
     value: Array
     vector: Array
@@ -210,7 +229,7 @@ class _State(NamedTuple):
 
 
 def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
-    """The largest eigenvalues and the last vectors, by so many steps of each."""
+    """Bounds on the largest eigenvalues and the last vectors, by so many steps of each."""
 
     def each(run: _Run, function: Callable[..., _State]) -> Callable[..., _State]:
         function = functools.partial(function, run)
@@ -248,7 +267,7 @@ def _step(run: _Run, state: _State, operands: tuple[Array, ...]) -> _State:
     image = image / size
     length = jnp.sqrt(jnp.sum(jnp.square(image), axis=run.axes, keepdims=True))
     growth = jnp.max(length / jnp.maximum(before, tiny))
-    return _State(size * growth, image, length)
+    return _State(MARGIN * size * growth, image, length)
 
 
 __all__ = ["MARGIN", "PowerIteration", "first_direction", "largest"]

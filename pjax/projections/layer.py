@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pjax.projections import scaling
+
 
 class Part(NamedTuple):
     """One operand of the sum.
@@ -112,6 +114,8 @@ def solve(
     else:
         found, change = [], None
     force = stiffness * (request if change is None else request - change)
+    if len(parts) > 1:
+        force = scaling.once(force)
     inner = iter(found)
     moves, forces = [], []
     for part in parts:

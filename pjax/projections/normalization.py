@@ -106,7 +106,7 @@ class _Point(NamedTuple):
 def largest_gain(form: NormalForm, operand: Array) -> Array:
     """`‖J‖²` of the group where it is largest: `(a/σ)²`."""
     w = form.across(operand.reshape(form.shape))
-    return form.scale**2 / jnp.min(_squared_sigma(form, form.sum(jnp.square(w))))
+    return form.scale**2 / _squared_sigma(form, jnp.min(form.sum(jnp.square(w))))
 
 
 class _Asked(NamedTuple):

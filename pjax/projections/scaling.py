@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pjax import _compat
+
 
 def is_trivial(exponent: Any) -> bool:
     """Whether the unit is known to be 1."""
@@ -35,14 +37,23 @@ def _power(exponent: Any, least: int, most: int) -> Any:
     return jnp.exp2(jnp.minimum(jnp.maximum(exponent, least), most))
 
 
-def once(number: Array) -> Array:
-    """The number as it is, but computed once.
+def once(value: Array) -> Array:
+    """A number, or an array, as it is, but computed once.
 
-    XLA computes a sum anew in everything that reads it, with all the sums before it: the exponents
-    of a deep network would be most of its compile time. A remainder it does not, and that of a
-    division by the largest number of all is the number.
+    XLA computes what is cheap anew in everything that reads it, with all that leads to it: the
+    exponents of a deep network would be most of its compile time, and the force on a layer would be
+    found from the requests behind it once for each of its operands. What it holds to be expensive
+    it computes once: a remainder, and that of a division by the largest number of all is the
+    number; or a quotient, which is the faster one for arrays. Where kernels are launched arrays
+    stay as they are.
     """
-    return lax.rem(number, jnp.asarray(jnp.finfo(number.dtype).max, number.dtype))
+    if value.ndim == 0:
+        return lax.rem(value, jnp.asarray(jnp.finfo(value.dtype).max, value.dtype))
+    if _compat.launches_kernels():
+        return value
+    one = jnp.ones((), value.dtype)
+    # That both are 1 it must not see before it has chosen what to compute together.
+    return value / jnp.where(value > 0, one, lax.optimization_barrier(one))
 
 
 def from_unit(value: Array, exponent: Any) -> Array:
