@@ -1,15 +1,14 @@
-"""Residual networks for images: how large their problems are, what a step compiles to, and the loss
-of first batches beside Adam's.
+"""Residual networks for images: how large their problems are, and the loss of first batches beside
+Adam's.
 
     python -m benchmarks.resnet sizes [--networks resnet18 resnet50] [--batch-size 128]
-    python -m benchmarks.resnet compile [--networks resnet18] [--batch-size 128]
     python -m benchmarks.resnet train --data-dir DIR [--width 8] [--batches 200] [--seeds 3]
 
 The networks are Flax NNX modules with a 3x3 stem, with batch norm or without a norm (then the last
-convolution of each block begins at zero). `sizes` traces a training step and counts; `compile`
-compiles a displacement, and a training step with it, beside backprop's, without running them;
-`train` trains narrow networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned
-by a seed of their own, and prints the mean loss of each quarter.
+convolution of each block begins at zero). `sizes` traces a training step and counts; `train`
+trains narrow networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned by a
+seed of their own, and prints the mean loss of each quarter. How long a step takes to compile:
+`benchmarks.compile_time`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import argparse
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,49 +154,6 @@ def show_sizes(options: argparse.Namespace) -> None:
             print(f"{name:10s}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
 
 
-def show_compiled(options: argparse.Namespace) -> None:
-    print(f"batch {options.batch_size}, width {options.width}; JAX {jax.__version__}, one cold run")
-    numbers = ("lower s", "compile s", "temp GB")
-    print(f"{'network':10s}{'norm':8s}{'step':20s}" + "".join(f"{name:>12s}" for name in numbers))
-    for name in options.networks:
-        for norm in (True, False):
-            for label, lower in _lowerings(name, norm, options):
-                begin = time.perf_counter()
-                lowered = lower()
-                middle = time.perf_counter()
-                compiled = lowered.compile()
-                end = time.perf_counter()
-                memory: Any = compiled.memory_analysis()
-                found = (middle - begin, end - middle, memory.temp_size_in_bytes / 1e9)
-                cells = "".join(f"{number:12.2f}" for number in found)
-                print(f"{name:10s}{'batch' if norm else 'none':8s}{label:20s}{cells}", flush=True)
-
-
-def _lowerings(
-    name: str, norm: bool, options: argparse.Namespace
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What lowers a gradient and a displacement by themselves, and training steps with them."""
-    params, state, loss = make(name, options.width, norm, 0)
-    images = batch(options.batch_size)
-    optimizer = optax.adam(1e-3)
-    for kind, of in (
-        ("backprop", jax.value_and_grad),
-        ("displacement", pjax.value_and_displacement),
-    ):
-        direction: Any = of(loss, has_aux=True)
-
-        def step(
-            params: Any, moments: Any, state: Any, *images: Any, direction: Any = direction
-        ) -> Any:
-            (value, state), found = direction(params, state, *images)
-            updates, moments = optimizer.update(found, moments)
-            return optax.apply_updates(params, updates), moments, state, value
-
-        yield kind, functools.partial(jax.jit(direction).lower, params, state, *images)
-        args = (params, optimizer.init(params), state, *images)
-        yield f"{kind} + Adam", functools.partial(jax.jit(step, donate_argnums=(0, 1)).lower, *args)
-
-
 def train(options: argparse.Namespace) -> None:
     """Losses of the first batches; each curve is kept, so that a killed command goes on."""
     found = data.load("cifar10", options.data_dir).standardised()
@@ -272,7 +228,7 @@ def _curve(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Residual networks by projection.")
-    parser.add_argument("command", choices=("sizes", "compile", "train"))
+    parser.add_argument("command", choices=("sizes", "train"))
     parser.add_argument("--networks", nargs="+", default=["resnet18"], choices=list(NETWORKS))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=64)
@@ -282,7 +238,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/resnet"))
     parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))
     options = parser.parse_args()
-    {"sizes": show_sizes, "compile": show_compiled, "train": train}[options.command](options)
+    {"sizes": show_sizes, "train": train}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_what_is_computed_once_is_what_it_was(run, dtype):
 def test_it_is_one_kernel_for_all_that_read_it():
     """Four sums of different multiples of one long expression."""
 
-    def readers(x, once):
+    def readers(x: Any, once: Any) -> Any:
         value = x
         for count in range(12):
             value = jnp.where(value > count, value * 0.5 - x, value + 0.25 * x)
@@ -44,7 +46,7 @@ def test_it_is_one_kernel_for_all_that_read_it():
     x = jnp.ones((64, 32))
     counts, sizes = {}, {}
     for name, once in (("once", scaling.once), ("again", lambda value: value)):
-        compiled = jax.jit(readers, static_argnums=1).lower(x, once).compile().as_text()
+        compiled = str(jax.jit(readers, static_argnums=1).lower(x, once).compile().as_text())
         counts[name] = kernels(compiled)
         sizes[name] = compiled.count(" select(")
     assert sizes["once"] < 0.5 * sizes["again"]

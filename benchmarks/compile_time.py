@@ -1,0 +1,107 @@
+"""How long training steps with Adam take to trace and lower, and to compile, beside backprop's.
+
+    python -m benchmarks.compile_time [--networks "mlp 4x128" …] [--batch-size 32] [--repeats 3]
+
+Each is compiled in a fresh process, that of backprop and that of the displacement in turn, since
+what a process has compiled before it need not compile again. Prints medians, and the ratios of
+them. The residual networks have `--width` channels in their first stage and batches of
+`--batch-size`; the others are those of `benchmarks.suite`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Literal
+
+import jax
+import optax
+
+import pjax
+from benchmarks import resnet
+from benchmarks.suite.cases import cases, measured
+
+Step = Literal["backprop", "displacement"]
+STEPS: tuple[Step, ...] = ("backprop", "displacement")
+#: Names of residual networks, and whether they have batch norms.
+RESIDUAL = {"resnet18 with batch norm": True, "resnet18 without a norm": False}
+#: Names of the others, and their cases of the suite.
+CASES = {
+    "mlp 4x128": "depth/4x128",
+    "mlp 64x128": "depth/64x128",
+    "cnn 32-64": "networks/cnn 32-64",
+    "transformer 64": "networks/transformer 64",
+}
+
+
+def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[[], Any]:
+    """What lowers a training step with Adam."""
+    if network in CASES:
+        (case,) = (case for case in cases() if case.key == CASES[network])
+        found = measured(case, step)
+        return functools.partial(jax.jit(found.run).lower, *found.args)
+    params, state, loss = resnet.make("resnet18", options.width, RESIDUAL[network], 0)
+    of: Any = jax.value_and_grad if step == "backprop" else pjax.value_and_displacement
+    direction, adam = of(loss, has_aux=True), optax.adam(1e-3)
+
+    def descend(params: Any, moments: Any, state: Any, *images: Any) -> Any:
+        (value, state), found = direction(params, state, *images)
+        updates, moments = adam.update(found, moments)
+        return optax.apply_updates(params, updates), moments, state, value
+
+    args = params, adam.init(params), state, *resnet.batch(options.batch_size)
+    return functools.partial(jax.jit(descend, donate_argnums=(0, 1)).lower, *args)
+
+
+def measure(network: str, step: Step, options: argparse.Namespace) -> tuple[float, float, float]:
+    """Seconds to trace and lower, seconds to compile, and gigabytes of temporaries."""
+    lower = lowering(network, step, options)
+    begin = time.perf_counter()
+    lowered = lower()
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory: Any = compiled.memory_analysis()
+    return middle - begin, end - middle, memory.temp_size_in_bytes / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile time of training steps.")
+    names = [*RESIDUAL, *CASES]
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    print(f"JAX {jax.__version__}, medians of {options.repeats}, each in a fresh process")
+    columns = ("lower s", "compile s", "both s", "temp GB")
+    print(f"{'network':26s}{'step':14s}" + "".join(f"{column:>12s}" for column in columns))
+    pool = functools.partial(
+        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+    for network in options.networks:
+        rows: dict[Step, list[tuple[float, ...]]] = {step: [] for step in STEPS}
+        with pool() as processes:
+            for _ in range(options.repeats):
+                for step in STEPS:
+                    found = processes.submit(measure, network, step, options).result()
+                    rows[step].append((found[0], found[1], found[0] + found[1], found[2]))
+        medians = {
+            step: [statistics.median(column) for column in zip(*rows[step], strict=True)]
+            for step in STEPS
+        }
+        for step in STEPS:
+            cells = "".join(f"{number:12.3f}" for number in medians[step])
+            print(f"{network:26s}{step:14s}{cells}")
+        pairs = zip(medians["displacement"], medians["backprop"], strict=True)
+        ratios = "".join(f"{ours / theirs:11.2f}x" for ours, theirs in pairs)
+        print(f"{'':26s}{'ratio':14s}{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
