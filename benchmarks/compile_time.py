@@ -58,16 +58,19 @@ def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[
     return functools.partial(jax.jit(descend, donate_argnums=(0, 1)).lower, *args)
 
 
-def measure(network: str, step: Step, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds to trace and lower, seconds to compile, and gigabytes of temporaries."""
+def measure(network: str, step: Step, options: argparse.Namespace) -> tuple[float, ...]:
+    """Seconds to trace and lower, seconds to compile, seconds of all cores together to compile, and
+    gigabytes of temporaries.
+    """
     lower = lowering(network, step, options)
     begin = time.perf_counter()
     lowered = lower()
-    middle = time.perf_counter()
+    middle, busy = time.perf_counter(), time.process_time()
     compiled = lowered.compile()
     end = time.perf_counter()
+    busy = time.process_time() - busy
     memory: Any = compiled.memory_analysis()
-    return middle - begin, end - middle, memory.temp_size_in_bytes / 1e9
+    return middle - begin, end - middle, busy, memory.temp_size_in_bytes / 1e9
 
 
 def main() -> None:
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(f"JAX {jax.__version__}, medians of {options.repeats}, each in a fresh process")
-    columns = ("lower s", "compile s", "both s", "temp GB")
+    columns = ("lower s", "compile s", "of cores s", "temp GB")
     print(f"{'network':26s}{'step':14s}" + "".join(f"{column:>12s}" for column in columns))
     pool = functools.partial(
         ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -89,8 +92,7 @@ def main() -> None:
         with pool() as processes:
             for _ in range(options.repeats):
                 for step in STEPS:
-                    found = processes.submit(measure, network, step, options).result()
-                    rows[step].append((found[0], found[1], found[0] + found[1], found[2]))
+                    rows[step].append(processes.submit(measure, network, step, options).result())
         medians = {
             step: [statistics.median(column) for column in zip(*rows[step], strict=True)]
             for step in STEPS
