@@ -4,8 +4,9 @@
 
 Each is compiled in a fresh process, that of backprop and that of the displacement in turn, since
 what a process has compiled before it need not compile again. Prints medians, and the ratios of
-them. The residual networks have `--width` channels in their first stage and batches of
-`--batch-size`; the others are those of `benchmarks.suite`.
+them; and those of a deep perceptron over a shallow one. The residual networks have `--width`
+channels in their first stage and batches of `--batch-size`; the others are those of
+`benchmarks.suite`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import functools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
 
 import pjax
 from benchmarks import resnet
-from benchmarks.suite.cases import cases, measured
+from benchmarks.suite.cases import STEPS, Step, cases, measured
 
-Step = Literal["backprop", "displacement"]
-STEPS: tuple[Step, ...] = ("backprop", "displacement")
+#: What is compared: backprop and the displacement.
+COMPARED = STEPS[:2]
 #: Names of residual networks, and whether they have batch norms.
 RESIDUAL = {"resnet18 with batch norm": True, "resnet18 without a norm": False}
 #: Names of the others, and their cases of the suite.
@@ -84,25 +85,31 @@ def main() -> None:
     print(f"JAX {jax.__version__}, medians of {options.repeats}, each in a fresh process")
     columns = ("lower s", "compile s", "of cores s", "temp GB")
     print(f"{'network':26s}{'step':14s}" + "".join(f"{column:>12s}" for column in columns))
-    pool = functools.partial(
-        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
+    spawn = multiprocessing.get_context("spawn")
+    found: dict[str, dict[Step, list[float]]] = {}
     for network in options.networks:
-        rows: dict[Step, list[tuple[float, ...]]] = {step: [] for step in STEPS}
-        with pool() as processes:
+        rows: dict[Step, list[tuple[float, ...]]] = {step: [] for step in COMPARED}
+        with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
             for _ in range(options.repeats):
-                for step in STEPS:
+                for step in COMPARED:
                     rows[step].append(processes.submit(measure, network, step, options).result())
-        medians = {
+        medians = found[network] = {
             step: [statistics.median(column) for column in zip(*rows[step], strict=True)]
-            for step in STEPS
+            for step in COMPARED
         }
-        for step in STEPS:
+        for step in COMPARED:
             cells = "".join(f"{number:12.3f}" for number in medians[step])
             print(f"{network:26s}{step:14s}{cells}")
-        pairs = zip(medians["displacement"], medians["backprop"], strict=True)
-        ratios = "".join(f"{ours / theirs:11.2f}x" for ours, theirs in pairs)
-        print(f"{'':26s}{'ratio':14s}{ratios}", flush=True)
+        _print_ratios("", "ratio", medians["displacement"], medians["backprop"])
+    if "mlp 4x128" in found and "mlp 64x128" in found:
+        for step in COMPARED:
+            deep, shallow = (found[name][step] for name in ("mlp 64x128", "mlp 4x128"))
+            _print_ratios("mlp 64x128 over 4x128", step, deep, shallow)
+
+
+def _print_ratios(name: str, label: str, over: Sequence[float], under: Sequence[float]) -> None:
+    ratios = "".join(f"{a / b:11.2f}x" for a, b in zip(over, under, strict=True))
+    print(f"{name:26s}{label:14s}{ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def largest(
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
-        known = isinstance(iteration.factor, (int, float)) and iteration.factor == 1
-        bounds.append((value if known else iteration.factor * value, last))
+        bounds.append((iteration.factor * value, last))
     return bounds
 
 
