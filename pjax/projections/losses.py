@@ -6,6 +6,7 @@ The last axis is the row. A proximal operator takes the point as a reference plu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +117,7 @@ def cross_entropy(
     impurity = jnp.sum(jnp.where(is_top, 0, q * (1 - q)), axis=-1, keepdims=True)
     impurity = impurity + total / jnp.square(1 + total)
     mean = jnp.sum(jnp.where(is_top, 0, above + a + rest), axis=-1, keepdims=True) / classes
-    bound = jnp.minimum(-jnp.log1p(total) - step * impurity, -jnp.log(float(classes)) - mean)
+    bound = jnp.minimum(-jnp.log1p(total) - step * impurity, -math.log(classes) - mean)
     zeta = jnp.log(step) + rest + jnp.minimum(0, bound)
 
     def newton(state: _NormaliserState) -> _NormaliserState:
@@ -170,12 +171,13 @@ def _omega_less(a: Array, b: Array) -> tuple[Array, Array]:
     w, r = jnp.where(large, z - part, part), jnp.where(large, b - part, part - a)
     # There w is exp(z) to rounding, and its logarithm may not be finite.
     far = z < -60
+    # From there on a Newton step is as good, and products of three are not in range.
+    newton = w > 100
     for _ in range(1 if jnp.finfo(z.dtype).bits <= 32 else 2):
-        whole = 1 / (1 + w)
-        step = whole * (b - r - jnp.log(jnp.where(far, 1, w)))
-        square = whole * step
-        change = w * step * (1 + square / (2 + 4 / 3 * step - 2 * square))
-        change = jnp.where(far, 0, change)
+        off = b - r - jnp.log(jnp.where(far, 1, w))
+        double = 2 * (1 + w) * (1 + w + 2 / 3 * off)
+        above, below = jnp.where(newton, 1, double - off), jnp.where(newton, 1, double - 2 * off)
+        change = jnp.where(far, 0, w * off * above / ((1 + w) * below))
         w, r = w + change, r + change
     return w, r
 
