@@ -22,6 +22,8 @@ from pjax import _compat
 _NORMALISER_STEPS = 10
 #: For so many numbers a step takes no longer than its launch and than to ask whether to go on.
 _FEW_NUMBERS = 2**17
+#: Rows of at most so many classes are columns on a CPU.
+_FEW_CLASSES = 16
 _NormaliserState = tuple[Array, Array, Array, Array]
 
 
@@ -92,32 +94,44 @@ def cross_entropy(
     **Source:** the Wright omega function `w + log w = z`; see Corless and Jeffrey (2002).
     """
     dtype = deviation.dtype
-    labels = jnp.asarray(labels, dtype)
-    mass = jnp.sum(labels, axis=-1)
-    step = jnp.asarray(step, dtype) * mass
-    active = (step > 0)[..., None]
-    y = labels / jnp.where(mass > 0, mass, 1)[..., None]
-    step = jnp.where(step > 0, step, 1)[..., None]
     classes = deviation.shape[-1]
+    # A kernel on a CPU is fast along its last axis, if that is long.
+    axis = 0 if classes <= _FEW_CLASSES and not _compat.launches_kernels() else -1
+    reference, deviation, labels = (
+        jnp.moveaxis(jnp.asarray(x, dtype), -1, axis) for x in (reference, deviation, labels)
+    )
+
+    def total(x: Array) -> Array:
+        return jnp.sum(x, axis=axis, keepdims=True)
+
+    mass = total(labels)
+    step = jnp.asarray(step, dtype)
+    step = mass * (jnp.expand_dims(step, axis) if step.ndim else step)
+    active = step > 0
+    y = labels / jnp.where(mass > 0, mass, 1)
+    step = jnp.where(active, step, 1)
 
     # Everything is counted from the class with the largest w = a + r, so b = v − L = above + ζ.
     a = step * y
-    is_top = _first_largest(reference + deviation + a)
+    is_top = _first_largest(reference + deviation + a, axis)
 
     def at_top(x: Array) -> Array:
-        return jnp.sum(jnp.where(is_top, x, 0), axis=-1, keepdims=True)
+        return total(jnp.where(is_top, x, 0))
+
+    def others(x: Array) -> Array:
+        return total(jnp.where(is_top, 0, x))
 
     above = (reference - at_top(reference)) + (deviation - at_top(deviation))
     rest = step * (1 - at_top(y))
 
     # Three upper bounds on ζ, by the softmax q of v + a. Where one class has nearly everything the
     # sums over the others are what matters, and are not differences.
-    total = jnp.sum(jnp.where(is_top, 0, jnp.exp(above + a + rest - step)), axis=-1, keepdims=True)
-    q = jnp.exp(above + a + rest - step) / (1 + total)
-    impurity = jnp.sum(jnp.where(is_top, 0, q * (1 - q)), axis=-1, keepdims=True)
-    impurity = impurity + total / jnp.square(1 + total)
-    mean = jnp.sum(jnp.where(is_top, 0, above + a + rest), axis=-1, keepdims=True) / classes
-    bound = jnp.minimum(-jnp.log1p(total) - step * impurity, -math.log(classes) - mean)
+    odds = jnp.exp(above + a + rest - step)
+    against = others(odds)
+    q = odds / (1 + against)
+    impurity = others(q * (1 - q)) + against / jnp.square(1 + against)
+    mean = others(above + a + rest) / classes
+    bound = jnp.minimum(-jnp.log1p(against) - step * impurity, -math.log(classes) - mean)
     zeta = jnp.log(step) + rest + jnp.minimum(0, bound)
 
     def newton(state: _NormaliserState) -> _NormaliserState:
@@ -125,7 +139,7 @@ def cross_entropy(
         count, _, zeta, _ = state
         w, r = _omega_less(a, above + zeta)
         slope = w / (1 + w)
-        change = jnp.sum(r, axis=-1, keepdims=True) / jnp.sum(slope, axis=-1, keepdims=True)
+        change = total(r) / total(slope)
         size = jnp.max(jnp.abs(change), initial=0)
         return count + 1, size, zeta - change, r - change * slope
 
@@ -143,16 +157,16 @@ def cross_entropy(
     r = state[-1]
 
     # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
-    others = jnp.sum(jnp.where(is_top, 0, r), axis=-1, keepdims=True)
-    move = jnp.where(is_top, others, -r)
-    return deviation + jnp.where(active, move, 0)
+    move = jnp.where(is_top, others(r), -r)
+    return jnp.moveaxis(deviation + jnp.where(active, move, 0), axis, -1)
 
 
-def _first_largest(x: Float[Array, "*batch n"]) -> Array:
-    """Where the largest entry of a row is, the first of equal ones."""
-    places = jnp.arange(x.shape[-1])
-    largest = x == jnp.max(x, axis=-1, keepdims=True)
-    return places == jnp.min(jnp.where(largest, places, x.shape[-1]), axis=-1, keepdims=True)
+def _first_largest(x: Array, axis: int) -> Array:
+    """Where the largest entry along an axis is, the first of equal ones."""
+    places = lax.broadcasted_iota(int, x.shape, axis % x.ndim)
+    largest = x == jnp.max(x, axis=axis, keepdims=True)
+    first = jnp.min(jnp.where(largest, places, x.shape[axis]), axis=axis, keepdims=True)
+    return places == first
 
 
 def _omega_less(a: Array, b: Array) -> tuple[Array, Array]:
