@@ -51,8 +51,9 @@ def _displaced(
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and
     # each step of a solver hands on a request of its own.
     scale = problem.largest_coefficient / problem.prox_step / solver.steps
+    factor = -scale
     moved = [
-        _zero(leaf) if force is None else (-scale * force).astype(jnp.result_type(leaf))
+        _zero(leaf) if force is None else (factor * force).astype(jnp.result_type(leaf))
         for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)
     ]
     aux = [read(problem.forward, atom) for atom in found.graph.program.auxiliary_outputs]

@@ -1003,7 +1003,7 @@ class Problem:
         for index, deviation in self._targets(nodes, state).items():
             output = self.graph.nodes[index].output
             assert output is not None
-            force = deviation * self._total_weights[index].mantissa
+            force = scaling.times(self._total_weights[index].mantissa, deviation)
             found[output] = force.astype(deviation.dtype)
         return found
 

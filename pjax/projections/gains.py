@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pjax import _compat
+from pjax.projections.scaling import times
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 MARGIN = 1.4
@@ -126,7 +127,7 @@ def largest(
     bounds = []
     for iteration, place in zip(iterations, places, strict=True):
         value, last = found[place]
-        bounds.append((iteration.factor * value, last))
+        bounds.append((times(iteration.factor, value), last))
     return bounds
 
 

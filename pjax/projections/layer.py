@@ -113,7 +113,7 @@ def solve(
         found, change = _solve_curved(curved, request, stiffness, iterations, normal)
     else:
         found, change = [], None
-    force = stiffness * (request if change is None else request - change)
+    force = scaling.times(stiffness, request if change is None else request - change)
     if len(parts) > 1:
         force = scaling.once(force)
     inner = iter(found)

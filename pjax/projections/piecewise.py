@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from pjax.projections import scaling
+from pjax.projections.scaling import times
 
 # Values of two pieces at a common end that differ by less than this, relative to the terms they are
 # sums of, are the same up to the rounding of the algebra: a kink, not a jump.
@@ -451,9 +452,14 @@ def _bent(
     larger scalar product: one sign decides, of `dx − kink + κ (dz − its height)`. A half-line whose
     line has its nearest point beyond the kink offers the kink, which the other has too.
     """
+    shape = jnp.broadcast_shapes(reference.shape, target.shape)
+    reference, target = (
+        jnp.broadcast_to(jnp.asarray(x, target.dtype), shape) for x in (reference, target)
+    )
     beyond = scaling.to_unit(reference - place if place else reference, exponent)
-    right = reference >= place
-    slopes = [piece.slope for piece in function.pieces]
+    zero = jnp.zeros_like(beyond)
+    right = reference >= (place if place else zero)
+    left_slope, right_slope = slopes = [piece.slope for piece in function.pieces]
     # For each line what a square of it weighs, and how far the operand follows an error in it.
     tilt: Any = 0.0
     lengths: Any = 0.0
@@ -466,22 +472,24 @@ def _bent(
         tilt = tilt + slope * length if slope else tilt
     tilt = tilt * target_weight / (weight * lengths)
 
-    def chosen(is_right: Array, of_lines: Sequence[Any]) -> Array:
-        left, right = (jnp.asarray(x, target.dtype) for x in of_lines)
-        shape = jnp.broadcast_shapes(is_right.shape, left.shape, right.shape)
-        which, left, right = (jnp.broadcast_to(x, shape) for x in (is_right, left, right))
-        return lax.select(which, right, left)
+    def along(is_right: Array, of_lines: Sequence[Any], value: Array) -> Array:
+        """The value times what belongs to a line."""
+        left, right = (
+            zero if isinstance(factor, (int, float)) and factor == 0 else times(factor, value)
+            for factor in of_lines
+        )
+        return lax.select(is_right, right, left)
 
-    score = tilt * target + chosen(right, [1 + tilt * slope for slope in slopes]) * beyond
+    score = tilt * target + along(right, [1 + tilt * s if s else 1 for s in slopes], beyond)
     score = score if deviation is None else deviation + score
-    to_right = (score > 0) | ((score == 0) & right)
-    slope = chosen(to_right, slopes)
+    to_right = lax.select(right, score >= zero, score > zero)
     # Over the reference's output: 0 on its own line.
-    height = (slope - chosen(right, slopes)) * beyond
+    other = times(right_slope - left_slope, beyond)
+    height = lax.select(to_right == right, zero, lax.select(right, -other, other))
     error = target - height
-    error = error if deviation is None else error - slope * deviation
-    foot = chosen(to_right, gains) * error
+    error = error if deviation is None else error - along(to_right, slopes, deviation)
+    foot = along(to_right, gains, error)
     foot = foot if deviation is None else deviation + foot
     kink = -beyond
-    moved = chosen(to_right, (jnp.minimum(foot, kink), jnp.maximum(foot, kink)))
-    return moved, slope * moved + height
+    moved = lax.select(to_right, jnp.maximum(foot, kink), jnp.minimum(foot, kink))
+    return moved, along(to_right, slopes, moved) + height

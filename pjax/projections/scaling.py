@@ -25,6 +25,11 @@ def number(value: Any, dtype: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, dtype)
 
 
+def times(factor: Any, value: Array) -> Array:
+    """The product, but for a factor that is known to be 1: most are, and there are many."""
+    return value if isinstance(factor, (int, float)) and factor == 1 else factor * value
+
+
 def power(exponent: Any) -> Any:
     """`2**exponent`, 0 where it underflows, and a very large finite number where it overflows."""
     return _power(exponent, -1000 if isinstance(exponent, (int, float)) else -200, 120)
@@ -53,7 +58,8 @@ def once(value: Array) -> Array:
         return value
     one = jnp.ones((), value.dtype)
     # That both are 1 it must not see before it has chosen what to compute together.
-    return value / jnp.where(value > 0, one, lax.optimization_barrier(one))
+    ones = [jnp.broadcast_to(x, value.shape) for x in (one, lax.optimization_barrier(one))]
+    return value / lax.select(value > 0, *ones)
 
 
 def from_unit(value: Array, exponent: Any) -> Array:
@@ -77,5 +83,5 @@ def _scaled(value: Array, exponent: Any) -> Array:
     reach = 120 if jnp.finfo(value.dtype).bits <= 32 else 1000
     if not isinstance(exponent, (int, float)):
         exponent = jnp.asarray(exponent, value.dtype)
-    factor = _power(exponent * 0.5, -reach, reach)
+    factor = jnp.broadcast_to(_power(exponent * 0.5, -reach, reach), value.shape)
     return value * factor * factor
