@@ -2,10 +2,10 @@
 
     python -m benchmarks.compile_time [--networks "mlp 4x128" …] [--batch-size 32] [--repeats 3]
 
-Each is compiled in a fresh process, that of backprop and that of the displacement in turn, since
-what a process has compiled before it need not compile again. Prints medians, and the ratios of
-them; and those of a deep perceptron over a shallow one. The residual networks have `--width`
-channels in their first stage and batches of `--batch-size`; the others are those of
+Each is compiled in a fresh process, since what a process has compiled before it need not compile
+again; all of them in turn in each round. Prints medians over rounds of seconds and of ratios: of
+the displacement over backprop, and of a deep perceptron over a shallow one. The residual networks
+have `--width` channels in their first stage and batches of `--batch-size`; the others are those of
 `benchmarks.suite`.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +40,9 @@ CASES = {
     "cnn 32-64": "networks/cnn 32-64",
     "transformer 64": "networks/transformer 64",
 }
+
+#: The name of a network, and what trains it.
+Key = tuple[str, Step]
 
 
 def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[[], Any]:
@@ -83,33 +88,38 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(f"JAX {jax.__version__}, medians of {options.repeats}, each in a fresh process")
+    spawn = multiprocessing.get_context("spawn")
+    runs: dict[Key, list[tuple[float, ...]]] = {}
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
+        for number in range(options.repeats):
+            for network, step in itertools.product(options.networks, COMPARED):
+                run = processes.submit(measure, network, step, options).result()
+                runs.setdefault((network, step), []).append(run)
+            print(f"round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
     columns = ("lower s", "compile s", "of cores s", "temp GB")
     print(f"{'network':26s}{'step':14s}" + "".join(f"{column:>12s}" for column in columns))
-    spawn = multiprocessing.get_context("spawn")
-    found: dict[str, dict[Step, list[float]]] = {}
     for network in options.networks:
-        rows: dict[Step, list[tuple[float, ...]]] = {step: [] for step in COMPARED}
-        with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
-            for _ in range(options.repeats):
-                for step in COMPARED:
-                    rows[step].append(processes.submit(measure, network, step, options).result())
-        medians = found[network] = {
-            step: [statistics.median(column) for column in zip(*rows[step], strict=True)]
-            for step in COMPARED
-        }
         for step in COMPARED:
-            cells = "".join(f"{number:12.3f}" for number in medians[step])
-            print(f"{network:26s}{step:14s}{cells}")
-        _print_ratios("", "ratio", medians["displacement"], medians["backprop"])
-    if "mlp 4x128" in found and "mlp 64x128" in found:
+            _print_row(network, step, runs[network, step], "12.3f")
+        over, under = ((network, step) for step in reversed(COMPARED))
+        _print_row("", "ratio", _ratios(runs, over, under), "11.2f", "x")
+    if {"mlp 4x128", "mlp 64x128"} <= set(options.networks):
         for step in COMPARED:
-            deep, shallow = (found[name][step] for name in ("mlp 64x128", "mlp 4x128"))
-            _print_ratios("mlp 64x128 over 4x128", step, deep, shallow)
+            ratios = _ratios(runs, ("mlp 64x128", step), ("mlp 4x128", step))
+            _print_row("mlp 64x128 over 4x128", step, ratios, "11.2f", "x")
 
 
-def _print_ratios(name: str, label: str, over: Sequence[float], under: Sequence[float]) -> None:
-    ratios = "".join(f"{a / b:11.2f}x" for a, b in zip(over, under, strict=True))
-    print(f"{name:26s}{label:14s}{ratios}", flush=True)
+def _ratios(runs: dict[Key, list[tuple[float, ...]]], over: Key, under: Key) -> list[Any]:
+    """Of each round."""
+    return [
+        [a / b for a, b in zip(one, other, strict=True)]
+        for one, other in zip(runs[over], runs[under], strict=True)
+    ]
+
+
+def _print_row(name: str, label: str, rows: Sequence[Any], form: str, unit: str = "") -> None:
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    print(f"{name:26s}{label:14s}" + "".join(f"{number:{form}}{unit}" for number in medians))
 
 
 if __name__ == "__main__":

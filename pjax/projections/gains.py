@@ -39,6 +39,9 @@ _STACKED_NUMBERS = 2**18
 #: Directions of at most so many numbers are part of the program; it computes larger ones.
 _KNOWN_NUMBERS = 2**17
 
+#: XLA adds up more numbers in two kernels.
+_ONE_SUM = 31
+
 #: More are not put into one loop: `pjax.rolling` finds loops that are equal.
 _ONE_LOOP = 256
 
@@ -139,8 +142,13 @@ def _entries(values: Float[Array, " count"]) -> list[Array]:
     """
     if _compat.launches_kernels():
         return [values[k] for k in range(len(values))]
-    masks = np.eye(len(values), dtype=bool)
-    return [jnp.sum(jnp.where(mask, values, 0.0)) for mask in masks]
+    found = []
+    for first in range(0, len(values), _ONE_SUM):
+        part = values[first : first + _ONE_SUM]
+        zeros = jnp.zeros_like(part)
+        for mask in np.eye(len(part), dtype=bool):
+            found.append(jnp.sum(lax.select(jnp.asarray(mask), part, zeros)))
+    return found
 
 
 def _groups(iterations: Sequence[PowerIteration], members: Sequence[int]) -> list[list[int]]:

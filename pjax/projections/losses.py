@@ -151,9 +151,7 @@ def cross_entropy(
         for _ in range(_NORMALISER_STEPS):
             state = newton(state)
     else:
-        state = lax.while_loop(
-            lambda s: (s[0] < _NORMALISER_STEPS) & (s[1] > small), newton, start
-        )
+        state = lax.while_loop(lambda s: (s[0] < _NORMALISER_STEPS) & (s[1] > small), newton, start)
     r = state[-1]
 
     # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
