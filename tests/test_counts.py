@@ -35,12 +35,12 @@ TASKS = {
 }
 #: Equations of the step's program as it is traced, and compiled temporaries over the gradient's.
 CEILINGS = {
-    ("mlp", "displacement"): (640, 1.4),
-    ("mlp", "projection"): (2400, 5.6),
-    ("cnn", "displacement"): (550, 1.4),
-    ("cnn", "projection"): (1950, 2.1),
-    ("rnn", "displacement"): (3200, 2.8),
-    ("transformer", "displacement"): (2750, 2.2),
+    ("mlp", "displacement"): (550, 1.15),
+    ("mlp", "projection"): (2200, 5.2),
+    ("cnn", "displacement"): (470, 1.15),
+    ("cnn", "projection"): (1760, 2.1),
+    ("rnn", "displacement"): (3000, 2.5),
+    ("transformer", "displacement"): (2560, 2.0),
 }
 
 

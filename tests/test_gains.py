@@ -125,8 +125,9 @@ def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
 
 
 def test_entries_are_those_of_the_vector():
-    """Also where others are not finite."""
-    values = jnp.array([3.0, jnp.inf, -0.5, jnp.nan, 1e-37])
+    """Also where others are not finite, and where there are more than are added up at once."""
+    values = jnp.array([3.0, jnp.inf, -0.5, jnp.nan, 1e-37, *range(80)])
+    assert len(values) > 2 * gains._ONE_SUM
     np.testing.assert_array_equal(jnp.stack(gains._entries(values)), values)
 
 
