@@ -51,7 +51,7 @@ def draw_steps(rng, count):
     return step.astype(np.float32).astype(np.float64)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10])
+@pytest.mark.parametrize("classes", [1, 2, 10, 17, 100])
 @pytest.mark.parametrize("kind", ["one-hot", "soft"])
 @pytest.mark.parametrize(
     "prox", [cross_entropy, cross_entropy_where_kernels_are_launched], ids=["loop", "written out"]
@@ -112,6 +112,52 @@ def test_rows_of_labels_that_do_not_sum_to_1():
     twice = cross_entropy(v, 0 * v, 2 * labels, 1.5)
     np.testing.assert_allclose(twice, cross_entropy(v, 0 * v, labels, 3.0), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(cross_entropy(v, 0 * v, 0 * labels, 3.0), 0)
+
+
+@pytest.mark.parametrize("classes", [3, 30])
+def test_rows_without_an_answer_do_not_change_those_beside_them(classes):
+    rng = np.random.default_rng(2)
+    v = 3 * rng.normal(size=(64, classes)).astype(np.float32)
+    labels = np.eye(classes, dtype=np.float32)[rng.integers(0, classes, 64)]
+    labels[:20:2] = 0
+    step = np.full(64, 100, np.float32)
+    expected = cross_entropy(v, 0 * v, labels, step)
+    broken = v.copy()
+    # Rows that count and rows that do not.
+    broken[:2, 0] = np.nan
+    found = cross_entropy(broken, 0 * v, labels, step)
+    np.testing.assert_allclose(found[2:], expected[2:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(expected[:20:2], 0)
+    assert np.isnan(found[1]).any()
+
+
+@pytest.mark.parametrize("classes", [3, 30])
+def test_axes_before_the_classes_are_those_of_rows(classes):
+    rng = np.random.default_rng(3)
+    v, dv = rng.normal(size=(2, 2, 3, 4, classes)).astype(np.float32)
+    labels = draw_labels(rng, 24, classes, "soft").astype(np.float32).reshape(v.shape)
+    step = rng.uniform(0.1, 10, v.shape[:-1]).astype(np.float32)
+    rows = [a.reshape(24, *a.shape[3:]) for a in (v, dv, labels, step)]
+    expected = cross_entropy(*rows)
+    found = cross_entropy(v, dv, labels, step)
+    np.testing.assert_allclose(found, expected.reshape(v.shape), rtol=1e-6, atol=1e-6)
+    # One row, and one step for all.
+    one = cross_entropy(*(a[5] for a in rows))
+    np.testing.assert_allclose(one, expected[5], rtol=1e-6, atol=1e-6)
+    same = cross_entropy(v, dv, labels, 2.0)
+    np.testing.assert_allclose(
+        same, cross_entropy(v, dv, labels, np.full_like(step, 2.0)), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("step", [1e20, 1e37])
+def test_a_step_beyond_all_measure_leaves_no_loss(step):
+    """It has no end: `x` grows like `log λ`, and the probability of the label's class with it."""
+    v = jnp.array([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    labels = jnp.eye(3)[:2]
+    found = np.asarray(cross_entropy(v, 0 * v, labels, jnp.full(2, step)), np.float64)
+    error = cross_entropy_prox_error(found, np.asarray(v), np.asarray(labels), np.full(2, step))
+    assert_small(error, 1e-5)
 
 
 def test_a_class_that_is_ruled_out_stays_out():

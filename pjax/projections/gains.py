@@ -39,7 +39,7 @@ _STACKED_NUMBERS = 2**18
 #: Directions of at most so many numbers are part of the program; it computes larger ones.
 _KNOWN_NUMBERS = 2**17
 
-#: XLA adds up more numbers in two kernels.
+#: XLA sums so many numbers in one kernel, and more in two.
 _ONE_SUM = 31
 
 #: More are not put into one loop: `pjax.rolling` finds loops that are equal.

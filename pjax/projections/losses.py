@@ -22,7 +22,8 @@ from pjax import _compat
 _NORMALISER_STEPS = 10
 #: For so many numbers a step takes no longer than its launch and than to ask whether to go on.
 _FEW_NUMBERS = 2**17
-#: Rows of at most so many classes are columns on a CPU.
+#: With at most so many classes `cross_entropy` has them along the first axis on a CPU, whose kernels
+#: are fast along the last, if that is long.
 _FEW_CLASSES = 16
 _NormaliserState = tuple[Array, Array, Array, Array]
 
@@ -91,11 +92,11 @@ def cross_entropy(
 
     **Returns:** the new deviation.
 
-    **Source:** the Wright omega function `w + log w = z`; see Corless and Jeffrey (2002).
+    **Source:** the Wright omega function `w + log w = z`; see Corless and Jeffrey (2002), and for
+    its iteration Fritsch, Shafer and Crowley (1973).
     """
     dtype = deviation.dtype
     classes = deviation.shape[-1]
-    # A kernel on a CPU is fast along its last axis, if that is long.
     axis = 0 if classes <= _FEW_CLASSES and not _compat.launches_kernels() else -1
     reference, deviation, labels = (
         jnp.moveaxis(jnp.asarray(x, dtype), -1, axis) for x in (reference, deviation, labels)
@@ -139,19 +140,24 @@ def cross_entropy(
         count, _, zeta, _ = state
         w, r = _omega_less(a, above + zeta)
         slope = w / (1 + w)
-        change = total(r) / total(slope)
+        # A row that stays where it is asks for nothing here, and no solution may exist for it.
+        change = jnp.where(active, total(r) / total(slope), 0)
         size = jnp.max(jnp.abs(change), initial=0)
         return count + 1, size, zeta - change, r - change * slope
 
-    # Newton's method squares the error: what follows a change this small is rounding.
+    # Newton's method squares the error: what follows a change this small is rounding. A row with a
+    # NaN never has one, and must not end the steps of the others.
     small = jnp.finfo(dtype).eps ** 0.5
+    # The first step computes r anew: a only has its shape.
     start = (jnp.zeros((), int), jnp.full((), jnp.inf, dtype), zeta, a)
     if _compat.launches_kernels() and deviation.size <= _FEW_NUMBERS:
         state = start
         for _ in range(_NORMALISER_STEPS):
             state = newton(state)
     else:
-        state = lax.while_loop(lambda s: (s[0] < _NORMALISER_STEPS) & (s[1] > small), newton, start)
+        state = lax.while_loop(
+            lambda s: (s[0] < _NORMALISER_STEPS) & ~(s[1] <= small), newton, start
+        )
     r = state[-1]
 
     # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
@@ -160,7 +166,9 @@ def cross_entropy(
 
 
 def _first_largest(x: Array, axis: int) -> Array:
-    """Where the largest entry along an axis is, the first of equal ones."""
+    """Where the largest entry along an axis is, the first of equal ones. XLA computes two plain
+    reductions faster than an `argmax`, which carries a value and an index.
+    """
     places = lax.broadcasted_iota(int, x.shape, axis % x.ndim)
     largest = x == jnp.max(x, axis=axis, keepdims=True)
     first = jnp.min(jnp.where(largest, places, x.shape[axis]), axis=axis, keepdims=True)
@@ -168,7 +176,7 @@ def _first_largest(x: Array, axis: int) -> Array:
 
 
 def _omega_less(a: Array, b: Array) -> tuple[Array, Array]:
-    """`w = a + r` and `r` with `r + log w = b`: Wright's omega function of `a + b`, less `a`.
+    """`w = a + r` and `r` with `r + log w = b`: Wright's omega function of `z = a + b`, less `a`.
 
     From a start that is within 2 %, by the step of Fritsch, Shafer and Crowley, of fourth order.
     What it changes is added to `r`, which may be far smaller than `a` and `w`.
@@ -176,20 +184,20 @@ def _omega_less(a: Array, b: Array) -> tuple[Array, Array]:
     z = a + b
     large = z > 1
     exp = jnp.exp(jnp.minimum(z, 1))
-    # For large z a Newton step from z; else a rational function of exp(z).
+    # For large z a Newton step from z; else a rational function of exp(z), fitted to omega.
     log = jnp.log(jnp.maximum(z, 1))
-    part = jnp.where(large, z * log, exp * (1 + 0.158 * exp))
+    part = jnp.where(large, log, exp * (1 + 0.158 * exp))
     part = part / jnp.where(large, 1 + z, 1 + 1.046 * exp)
-    w, r = jnp.where(large, z - part, part), jnp.where(large, b - part, part - a)
-    # There w is exp(z) to rounding, and its logarithm may not be finite.
-    far = z < -60
-    # From there on a Newton step is as good, and products of three are not in range.
-    newton = w > 100
+    fall = log - part
+    w, r = jnp.where(large, z - fall, part), jnp.where(large, b - fall, part - a)
+    # Below −60 w is exp(z) to rounding, and its logarithm may not be finite. Above 100 a Newton
+    # step from here is as good, and the products of the other would leave the range at last.
+    tiny, huge = z < -60, w > 100
     for _ in range(1 if jnp.finfo(z.dtype).bits <= 32 else 2):
-        off = b - r - jnp.log(jnp.where(far, 1, w))
+        off = b - r - jnp.log(jnp.where(tiny, 1, w))
         double = 2 * (1 + w) * (1 + w + 2 / 3 * off)
-        above, below = jnp.where(newton, 1, double - off), jnp.where(newton, 1, double - 2 * off)
-        change = jnp.where(far, 0, w * off * above / ((1 + w) * below))
+        above, below = jnp.where(huge, 1, double - off), jnp.where(huge, 1, double - 2 * off)
+        change = jnp.where(tiny, 0, w * off * above / ((1 + w) * below))
         w, r = w + change, r + change
     return w, r
 

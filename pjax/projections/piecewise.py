@@ -338,7 +338,7 @@ def piecewise(
     - `reference`: `x_ref`.
     - `output_reference`: `y_ref = f(x_ref)` as the program computed it. It decides which side of a
         jump a reference at the jump is on.
-    - `deviation`: `dx`; None for 0.
+    - `deviation`: `dx`, of the shape and type of `dz`; None for 0.
     - `weight`: `ρ > 0`.
     - `target`: `dz`.
     - `target_weight`: `W ≥ 0`.
