@@ -22,8 +22,8 @@ from pjax import _compat
 _NORMALISER_STEPS = 10
 #: For so many numbers a step takes no longer than its launch and than to ask whether to go on.
 _FEW_NUMBERS = 2**17
-#: With at most so many classes `cross_entropy` has them along the first axis on a CPU, whose kernels
-#: are fast along the last, if that is long.
+#: With at most so many classes `cross_entropy` has them along the first axis on a CPU: kernels are
+#: fast along the last axis, if that is long.
 _FEW_CLASSES = 16
 _NormaliserState = tuple[Array, Array, Array, Array]
 
