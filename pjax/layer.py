@@ -268,18 +268,21 @@ class LayerSum(Rule):
     def gains(self, reference, wanted, vectors):
         found = []
         vector, want = iter(vectors), iter(wanted)
-        for term, now in zip(
-            self.terms, self._operands(reference.inputs, reference.knowns), strict=True
-        ):
+        values = (
+            self._operands(slots, reference.knowns)
+            for slots in (reference.inputs, reference.entries)
+        )
+        for term, now, entries in zip(self.terms, *values, strict=True):
             if isinstance(term, Addend):
                 next(vector)
                 next(want)
                 found.append(_addend_gain(term, now[1], now[0].shape))
                 continue
+            operands = entries if isinstance(term.operation, Multiply) else now
             for side, free in zip(_SIDES, term.is_slot, strict=True):
                 if free:
                     start = next(vector)
-                    found.append(product_gain(term, side, now, start) if next(want) else 0.0)
+                    found.append(product_gain(term, side, operands, start) if next(want) else 0.0)
         return tuple(found)
 
 
@@ -460,7 +463,8 @@ def product_gain(term: Product, side: Side, now: Sequence[Any], vector: Array | 
 
     **Arguments:**
 
-    - `term`, `side`, `now`: the product, and the values of its operands.
+    - `term`, `side`, `now`: the product, and the values of its operands; of one entry by entry,
+        what they are broadcast from will do.
     - `vector`: where the iteration begins; None for a fixed direction.
 
     **Returns:** the bound, or the `PowerIteration` that finds it.

@@ -516,7 +516,12 @@ class Problem:
             knowns=tuple(read(self.values, atom) for atom in node.knowns),
             output=None if node.output is None else self.values[node.output],
             inner=inner,
+            entries=tuple(self._entries(self.graph.slots[i]) for i in node.slots),
         )
+
+    def _entries(self, slot: Slot) -> Array:
+        value, route = self.values[slot.variable], slot.route
+        return self.values[route.sources[0]].astype(value.dtype) if route.even else value
 
     def shapes(self, node: Node) -> tuple[tuple[int, ...], ...]:
         """The shapes of a node's slots."""

@@ -60,6 +60,8 @@ class Reference(NamedTuple):
     - `output`: the node's output (None for a loss).
     - `inner`: for a piecewise linear node, the argument `u` of its function.
     - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
+    - `entries`: for each slot an array that has the same entries, perhaps fewer times each: what it
+        is broadcast from.
     """
 
     inputs: tuple[Array, ...]
@@ -67,6 +69,7 @@ class Reference(NamedTuple):
     output: Any
     inner: Any = None
     geometry: Geometry = Geometry()
+    entries: tuple[Array, ...] = ()
 
 
 class Force(NamedTuple):

@@ -5,6 +5,7 @@ kernels.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,11 +26,17 @@ def noise_for(task: Task, side: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     return task.init(features, 10, 0), (x, jax.nn.one_hot(jnp.arange(rows) % 10, 10))
 
 
+def all_equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for body in jaxprs_in_params(equation.params):
+            yield from all_equations(body)
+
+
 def equations(jaxpr: Any, name: str = "") -> int:
     """How many equations a program has, those of inner programs included; or those of one kind."""
-    own = sum(name in ("", equation.primitive.name) for equation in jaxpr.eqns)
-    inner = (body for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params))
-    return own + sum(equations(body, name) for body in inner)
+    return sum(name in ("", equation.primitive.name) for equation in all_equations(jaxpr))
 
 
 def kernels(compiled: str) -> int:

@@ -21,7 +21,7 @@ import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 from benchmarks.resnet import ResNet
 from benchmarks.suite.reach import steps_needed
-from tests.programs import equations, kernels, noise_for
+from tests.programs import all_equations, equations, kernels, noise_for
 from tests.selection import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
@@ -112,6 +112,20 @@ def test_a_residual_network_has_few_kernels():
         for of in (pjax.value_and_displacement, jax.value_and_grad)
     )
     assert found <= 2.05 * least
+
+
+def test_the_gain_of_a_scaling_is_found_from_its_factors():
+    """Not from what they are broadcast to."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (5, 24)), "scale": jnp.ones(24)}
+    x, labels = jax.random.normal(keys[1], (ROWS, 5)), jax.nn.one_hot(jnp.arange(ROWS) % 24, 24)
+
+    def loss(p):
+        return jnp.mean(jnp.sum(jnp.square(jax.nn.relu(x @ p["w"]) * p["scale"] - labels), 1))
+
+    jaxpr = jax.make_jaxpr(pjax.displacement(loss))(params).jaxpr
+    found = [e.invars[0].aval for e in all_equations(jaxpr) if e.primitive.name == "reduce_max"]
+    assert max(aval.size for aval in found) == 24
 
 
 def test_a_request_goes_one_layer_further_in_each_parallel_step():

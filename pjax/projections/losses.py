@@ -140,9 +140,9 @@ def cross_entropy(
         count, _, zeta, _ = state
         w, r = _omega_less(a, above + zeta)
         slope = w / (1 + w)
-        # A row that stays where it is asks for nothing here, and no solution may exist for it.
-        change = jnp.where(active, total(r) / total(slope), 0)
-        size = jnp.max(jnp.abs(change), initial=0)
+        change = total(r) / total(slope)
+        # There may be no solution for a row that stays where it is.
+        size = jnp.max(jnp.where(active, jnp.abs(change), 0), initial=0)
         return count + 1, size, zeta - change, r - change * slope
 
     # Newton's method squares the error: what follows a change this small is rounding. A row with a
@@ -183,21 +183,19 @@ def _omega_less(a: Array, b: Array) -> tuple[Array, Array]:
     """
     z = a + b
     large = z > 1
-    exp = jnp.exp(jnp.minimum(z, 1))
+    exp, above = jnp.exp(jnp.minimum(z, 1)), jnp.maximum(z, 1)
     # For large z a Newton step from z; else a rational function of exp(z), fitted to omega.
-    log = jnp.log(jnp.maximum(z, 1))
-    part = jnp.where(large, log, exp * (1 + 0.158 * exp))
-    part = part / jnp.where(large, 1 + z, 1 + 1.046 * exp)
-    fall = log - part
-    w, r = jnp.where(large, z - fall, part), jnp.where(large, b - fall, part - a)
+    part = jnp.where(large, jnp.log(above), exp * (1 + 0.158 * exp))
+    part = part / jnp.where(large, 1 + 1 / above, 1 + 1.046 * exp)
+    w, r = jnp.where(large, z - part, part), jnp.where(large, b - part, part - a)
     # Below −60 w is exp(z) to rounding, and its logarithm may not be finite. Above 100 a Newton
     # step from here is as good, and the products of the other would leave the range at last.
     tiny, huge = z < -60, w > 100
     for _ in range(1 if jnp.finfo(z.dtype).bits <= 32 else 2):
         off = b - r - jnp.log(jnp.where(tiny, 1, w))
         double = 2 * (1 + w) * (1 + w + 2 / 3 * off)
-        above, below = jnp.where(huge, 1, double - off), jnp.where(huge, 1, double - 2 * off)
-        change = jnp.where(tiny, 0, w * off * above / ((1 + w) * below))
+        over, under = jnp.where(huge, 1, double - off), jnp.where(huge, 1, double - 2 * off)
+        change = jnp.where(tiny, 0, w * off * over / ((1 + w) * under))
         w, r = w + change, r + change
     return w, r
 

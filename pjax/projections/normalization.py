@@ -169,21 +169,21 @@ def step(
     a, dtype = form.scale, target.dtype
     ratio = jnp.asarray(target_weight, dtype) / jnp.asarray(weight, dtype)
     per_sigma = lax.rsqrt(_squared_sigma(form, asked.squared))
+    bent = form.spread * jnp.square(per_sigma)
     across = a * per_sigma  # J across w, and along it
     along = across * form.floor * jnp.square(per_sigma)
-    shared = 1 / ((1 + ratio * along * along) * (1 + ratio * across * across))
-    share = ratio * across * (1 + ratio * along * along) * shared
+    stiffness = 1 + ratio * jnp.square(along)
+    share = ratio * across / (1 + ratio * jnp.square(across))
+    share_along = ratio * along / stiffness
     product = form.sum(asked.request * asked.w)
     # The difference of the two shares over |w|², without the difference.
-    bend = ratio * across * jnp.square(per_sigma) * form.spread
-    bend = bend * (1 - ratio * along * across) * shared * product
+    bend = share * bent * (1 - ratio * along * across) / stiffness * product
     # How far the move goes, against the lengths over which J and σ change; outwards, `f` hardly
     # follows.
-    bent = form.spread * jnp.square(per_sigma)
-    lengthens = scaling.from_unit(share * product - bend * asked.squared, exponent)
-    outwards = jnp.maximum(scaling.from_unit(product, exponent), 0)
+    outwards = scaling.from_unit(jnp.maximum(share * product, 0), exponent)
+    lengthens = scaling.from_unit(share_along * product, exponent)
     size = form.sum(jnp.square(share * scaling.from_unit(asked.request, exponent)))
-    reach = bent * (size + 2 * share * outwards) + jnp.square(4 * bent * lengthens)
+    reach = bent * (size + 2 * outwards) + jnp.square(4 * bent * lengthens)
     shorter = lax.rsqrt(1 + reach)
     move = (shorter * share) * asked.request - (shorter * bend) * asked.w
     output = _rise(form, asked.w, move, exponent)
