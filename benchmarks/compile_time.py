@@ -101,8 +101,8 @@ def main() -> None:
     for network in options.networks:
         for step in COMPARED:
             _print_row(network, step, runs[network, step], "12.3f")
-        over, under = (network, "displacement"), (network, "backprop")
-        _print_row("", "ratio", _ratios(runs, over, under), "11.2f", "x")
+        ratios = _ratios(runs, (network, "displacement"), (network, "backprop"))
+        _print_row("", "ratio", ratios, "11.2f", "x")
     if {"mlp 4x128", "mlp 64x128"} <= set(options.networks):
         for step in COMPARED:
             ratios = _ratios(runs, ("mlp 64x128", step), ("mlp 4x128", step))
