@@ -193,7 +193,11 @@ def _run(iterations: Sequence[PowerIteration], fixed: dict[Any, Array]) -> _Run:
     if len(iterations) == 1:
         return _Run(one.response, one.operands, starts[0], one.axes, stacked=False)
     operands = tuple(map(jnp.stack, zip(*(i.operands for i in iterations), strict=True)))
-    return _Run(one.response, operands, jnp.stack(starts), one.axes, stacked=True)
+    if all(start is starts[0] for start in starts):
+        start = jnp.broadcast_to(starts[0], (len(starts), *one.shape))
+    else:
+        start = jnp.stack(starts)
+    return _Run(one.response, operands, start, one.axes, stacked=True)
 
 
 def _largest(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
