@@ -149,6 +149,38 @@ def test_piecewise_is_the_nearest_point(name, regime, seed):
         np.testing.assert_array_equal(moved[unread], deviation[unread])
 
 
+FLAT = {
+    "relu": RELU,
+    "steep": X.add(number(-0.3)).maximum(number(0)).scale(2.5),
+    "downwards": X.maximum(number(0.7)).scale(-1.5),
+    "shallow": RELU.scale(1e-3),
+}
+
+
+@pytest.mark.parametrize("exponent", [0, 30])
+@pytest.mark.parametrize("name", FLAT)
+def test_no_deviation_is_one_of_zero(name, exponent):
+    """Of a line that begins flat, by fewer operations."""
+    function = FLAT[name]
+    rng = np.random.default_rng(0)
+    kink = function.pieces[0].upper
+    reference = kink + rng.normal(size=4000) * 10.0 ** rng.uniform(-9, 3, 4000)
+    reference[:200] = kink
+    target = rng.normal(size=4000) * 10.0 ** rng.uniform(-9, 3, 4000) * 2.0**exponent
+    target[100:300] = 0
+    weight, target_weight = 10.0 ** rng.uniform(-3, 3, (2, 4000))
+    target_weight[50:350:3] = 0
+    with enable_x64():
+        points = [jnp.asarray(a) for a in (reference, function(reference))]
+        end = [jnp.asarray(a) for a in (weight, target, target_weight)]
+        found, expected = (
+            np.asarray(piecewise(function, *points, deviation, *end, exponent))
+            for deviation in (None, jnp.zeros(4000))
+        )
+    size = np.abs(target) + 2.0**exponent * np.abs(reference - kink)
+    assert_small(found - expected, 1e-13 * size)
+
+
 def test_deviations_below_the_square_root_of_the_least_float_choose_the_right_piece():
     zero = jnp.zeros(2)
     deviation, target = jnp.array([1e-30, -1e-30]), jnp.array([1e-30, 1e-30])

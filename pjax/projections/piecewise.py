@@ -480,16 +480,24 @@ def _bent(
         )
         return lax.select(is_right, right, left)
 
+    kink = -beyond
+    other = times(right_slope - left_slope, beyond)
+    if deviation is None and left_slope == 0:
+        # As in a relu. From the right the left line has nothing nearer than the kink; from the left
+        # it has the reference.
+        to_right = right | (tilt * target + beyond > zero)
+        height = lax.select(right, zero, other)
+        moved = jnp.maximum(times(gains[1], target - height), kink)
+        output = times(right_slope, moved) + height
+        return lax.select(to_right, moved, zero), lax.select(to_right, output, zero)
     score = tilt * target + along(right, [1 + tilt * s if s else 1 for s in slopes], beyond)
     score = score if deviation is None else deviation + score
     to_right = lax.select(right, score >= zero, score > zero)
     # Over the reference's output: 0 on its own line.
-    other = times(right_slope - left_slope, beyond)
     height = lax.select(to_right == right, zero, lax.select(right, -other, other))
     error = target - height
     error = error if deviation is None else error - along(to_right, slopes, deviation)
     foot = along(to_right, gains, error)
     foot = foot if deviation is None else deviation + foot
-    kink = -beyond
     moved = lax.select(to_right, jnp.maximum(foot, kink), jnp.minimum(foot, kink))
     return moved, along(to_right, slopes, moved) + height
