@@ -171,10 +171,11 @@ def test_no_deviation_is_one_of_zero(name, exponent):
     weight, target_weight = 10.0 ** rng.uniform(-3, 3, (2, 4000))
     target_weight[50:350:3] = 0
     with enable_x64():
-        points = [jnp.asarray(a) for a in (reference, function(reference))]
-        end = [jnp.asarray(a) for a in (weight, target, target_weight)]
+        x, y, w, z, total = map(
+            jnp.asarray, (reference, function(reference), weight, target, target_weight)
+        )
         found, expected = (
-            np.asarray(piecewise(function, *points, deviation, *end, exponent))
+            np.asarray(piecewise(function, x, y, deviation, w, z, total, exponent))
             for deviation in (None, jnp.zeros(4000))
         )
     size = np.abs(target) + 2.0**exponent * np.abs(reference - kink)
