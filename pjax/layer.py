@@ -270,7 +270,7 @@ class LayerSum(Rule):
         vector, want = iter(vectors), iter(wanted)
         values = (
             self._operands(slots, reference.knowns)
-            for slots in (reference.inputs, reference.entries)
+            for slots in (reference.inputs, reference.entries or reference.inputs)
         )
         for term, now, entries in zip(self.terms, *values, strict=True):
             if isinstance(term, Addend):

@@ -61,7 +61,7 @@ class Reference(NamedTuple):
     - `inner`: for a piecewise linear node, the argument `u` of its function.
     - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
     - `entries`: for each slot an array that has the same entries, perhaps fewer times each: what it
-        is broadcast from.
+        is broadcast from. Empty for the inputs themselves.
     """
 
     inputs: tuple[Array, ...]
