@@ -520,6 +520,7 @@ class Problem:
         )
 
     def _entries(self, slot: Slot) -> Array:
+        """What a slot's value is broadcast from; the value, where it is more than that."""
         value, route = self.values[slot.variable], slot.route
         return self.values[route.sources[0]].astype(value.dtype) if route.even else value
 
