@@ -22,7 +22,7 @@ from pjax.projections import layer, scaling
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side, inverse
 from pjax.projections.convolution import Convolution
 from pjax.projections.gains import PowerIteration
-from pjax.rules import Exactness, Force, Geometry, Rule, Term
+from pjax.rules import Exactness, Force, Geometry, Reference, Rule, Term
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,62 @@ class LayerSum(Rule):
             else:
                 moved.append(move if force is None else Force(force))
         return tuple(moved), change if value is None else value + change
+
+    def force(self, geometry: Geometry, target: Array, target_weight: Any) -> Array:
+        """The multiplier `Λ` of a projection whose operands begin at rest and are all bounded."""
+        shift: Any = sum(c for c, curved in zip(geometry.compliances, geometry.curved, strict=True)
+                         if not curved)  # fmt: skip
+        target_weight = scaling.number(target_weight, target.dtype)
+        return scaling.times(target_weight / (1 + target_weight * shift), target)
+
+    def operand_beside(self, place: int, reference: Reference) -> Array:
+        """The other operand of the product that slot number `place` is part of."""
+        count = 0
+        for term, operands in zip(
+            self.terms, self._operands(reference.inputs, reference.knowns), strict=True
+        ):
+            if isinstance(term, Addend):
+                count += 1
+                continue
+            for side, free in enumerate(term.is_slot):
+                if free:
+                    if count == place:
+                        return term.scale * operands[1 - side]
+                    count += 1
+        raise IndexError(place)
+
+    def diagonal(self, place: int, reference: Reference, asked: Array) -> Array:
+        """A diagonal `D ≥ JᵀA J` of the map from slot number `place` to the output.
+
+        **Arguments:**
+
+        - `asked`: `A`, 1 for each output entry that counts, else 0.
+        """
+        count = 0
+        for term, now in zip(
+            self.terms, self._operands(reference.inputs, reference.knowns), strict=True
+        ):
+            if isinstance(term, Addend):
+                if count == place:
+                    # Of a matrix of one sign the sums of the rows of `JᵀJ` bound it.
+                    apply = _addend(term, now[1], asked)
+                    ones = asked * apply(jnp.ones_like(now[0]))
+                    return jnp.abs(_transposed(apply, now[0])(ones))
+                count += 1
+                continue
+            for side, free in zip(_SIDES, term.is_slot, strict=True):
+                if not free:
+                    continue
+                if count == place:
+                    op, scale = term.operation, term.scale
+                    left, right = now
+                    if side == "left":
+                        squares = op.transpose_left(asked, jnp.square(right))
+                    else:
+                        squares = op.transpose_right(asked, jnp.square(left))
+                    return scale**2 * op.slice_length * squares
+                count += 1
+        raise IndexError(place)
 
     def _deviation(self, before: Any, at: Any, deviations: Any, like: Array) -> Array:
         """`f(reference + deviation) − f(reference)`, without forming either."""

@@ -31,21 +31,9 @@ from pjax.rolling import rolled
 from pjax.solvers import ResidualHistory, Solver
 from pjax.solvers.base import first_vectors, layout_for
 from pjax.trace import Program, trace
-
-
-class NonFiniteError(ValueError):
-    """The parameters, the data or the forward pass hold NaN or infinite values."""
-
-
-class _Checks(NamedTuple):
-    """What holds of a solve: each leaf is finite, each captured array has no NaN, and so on."""
-
-    leaves: list[Array]
-    not_nan: list[Array]
-    finite: list[Array]
-    loss: Array
-    solved: Array
-    minimises: Array
+from pjax.training.checks import Checks, NonFiniteError, raise_if_unsound
+from pjax.training.checks import check as check_solve
+from pjax.training.projection import Info, Projection, ProjectionState
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +61,7 @@ def _solve(
     averaging: float | None,
     check: bool,
     *arrays: Any,
-) -> tuple[list[Any], ResidualHistory, _Checks | None, OptimizerState | None]:
+) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
     fixed = layout, solver, extrapolate, averaging, check
     return rolled(functools.partial(_solved, *fixed))(*arrays)
 
@@ -88,7 +76,7 @@ def _solved(
     consts: Sequence[Any],
     state: OptimizerState | None,
     relaxation: Any,
-) -> tuple[list[Any], ResidualHistory, _Checks | None, OptimizerState | None]:
+) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
     solution, history = solver.solve(problem)
     moves = problem.parameter_moves(solution)
@@ -105,19 +93,8 @@ def _solved(
         leaf if step is None else (leaf + step).astype(jnp.result_type(leaf))
         for leaf, step in zip(leaves, steps, strict=True)
     ]
-    checks = _check(problem, consts, history.loss, moved) if check else None
+    checks = check_solve(problem, consts, history.loss, moved) if check else None
     return moved, history, checks, new
-
-
-def _check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> _Checks:
-    return _Checks(
-        leaves=[_is_finite(leaf) for leaf in problem.leaves],
-        not_nan=[_has_no_nan(const) for const in consts],
-        finite=[_is_finite(const) for const in consts],
-        loss=_is_finite(loss),
-        solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
-        minimises=problem.minimises,
-    )
 
 
 def _averaged(
@@ -138,70 +115,6 @@ def _averaged(
         [None if z is None else share * z for z in ahead],
         tuple(None if z is None else (1 - share) * z for z in ahead),
     )
-
-
-def _is_floating(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-def _is_finite(x: Any) -> Array:
-    return jnp.all(jnp.isfinite(x)) if _is_floating(x) else jnp.array(True)
-
-
-def _has_no_nan(x: Any) -> Array:
-    return ~jnp.any(jnp.isnan(x)) if _is_floating(x) else jnp.array(True)
-
-
-def _raise_if_unsound(program: Program, consts: Sequence[Any], checks: _Checks) -> None:
-    if any(isinstance(check, Tracer) for check in jax.tree_util.tree_leaves(checks)):
-        return  # inside an outer jit: the verdict of the history says it
-    # Inputs first: where they are finite and the loss is not, the forward pass overflowed.
-    for leaf, finite in zip(program.leaves, checks.leaves, strict=True):
-        if not finite:
-            raise NonFiniteError(f"`params{leaf.path}` {leaf.shape} holds NaN or infinite values.")
-    for const, not_nan in zip(consts, checks.not_nan, strict=True):
-        if not not_nan:
-            raise NonFiniteError(
-                f"The function closes over {_describe(const)} that holds NaN. Check the data of "
-                "this batch."
-            )
-    if not (checks.loss and checks.solved):
-        # Infinite data can be meant (a mask of −inf): they are named only where something failed.
-        infinite = [
-            _describe(const)
-            for const, finite in zip(consts, checks.finite, strict=True)
-            if not finite
-        ]
-        holds = f"The function closes over infinite values, in {' and in '.join(infinite)}"
-        if not checks.loss and infinite:
-            raise NonFiniteError(
-                f"The loss of the forward pass is not finite. {holds}: check the data of this "
-                "batch."
-            )
-        if not checks.loss:
-            raise NonFiniteError(
-                "The loss of the forward pass is not finite, although parameters and data are: "
-                "look for an overflow (a smaller initialisation or scaled inputs help) or a NaN "
-                "made inside the function."
-            )
-        if infinite:
-            raise NonFiniteError(
-                "The solve left the range of floating-point numbers, although parameters and loss "
-                f"are finite. {holds}: check the data of this batch."
-            )
-        raise NonFiniteError(
-            "The solve left the range of floating-point numbers, although parameters, data and "
-            "loss are finite: look for very large data or activations, or lower `prox_step`."
-        )
-    if not checks.minimises:
-        raise ValueError(
-            "A loss has a negative weight in the function's result: it would be maximised, and has "
-            "no proximal operator."
-        )
-
-
-def _describe(array: Any) -> str:
-    return f"an array of shape {np.shape(array)} and dtype {array.dtype}"
 
 
 @dataclass(frozen=True)
@@ -287,7 +200,7 @@ class Optimizer:
             self.layout(program), *self._options(), leaves, consts, state, relaxation
         )
         if checks is not None:
-            _raise_if_unsound(program, consts, checks)
+            raise_if_unsound(program, consts, checks)
         result = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
         return (result, history) if new is None else (result, history, new)
 

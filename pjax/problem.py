@@ -704,9 +704,28 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
+        return self._project(group, state, self._targets(self.layout.groups[group], state))
+
+    def sweep(self) -> tuple[State, dict[int, Array]]:
+        """One cyclic sweep from the forward pass, and the force on the output of each layer.
+
+        For a metric whose parameters rest: then all forces on them are in the state.
+        """
+        state = self.at_rest()
+        forces: dict[int, Array] = {}
+        for group, members in enumerate(self.layout.groups):
+            targets = self._targets(members, state)
+            state = self._project(group, state, targets)
+            for index, target in targets.items():
+                rule = self.graph.nodes[index].rule
+                if isinstance(rule, LayerSum):
+                    geometry = self._references[index].geometry
+                    forces[index] = rule.force(geometry, target, self._rule_weights[index])
+        return state, forces
+
+    def _project(self, group: int, state: State, targets: dict[int, Array]) -> State:
         graph, members = self.graph, self.layout.groups[group]
         new = list(state)
-        targets = self._targets(members, state)
         outputs: dict[int, Array] = {}
         for index in members:
             node = graph.nodes[index]
@@ -969,6 +988,37 @@ class Problem:
                 found[node.output] = moved.astype(force.dtype)
         return found
 
+    def leaf_moves(self, moved: Mapping[int, Array]) -> list[Array | None]:
+        """For each leaf how far it moves, from moves of parameters and of functions of parameters
+        that have a threshold: those are passed on by the nodes' own projections.
+        """
+        moved = dict(moved)
+        found: list[Array | None] = [None] * len(self.leaves)
+        latent = latent_nodes(self.graph)
+        for index in self.graph.backward_order():
+            node = self.graph.nodes[index]
+            if node.kind == "parameter" and node.output is not None and index in moved:
+                found[node.output] = moved[index]
+            if index not in latent or index not in moved or node.rule is None:
+                continue
+            slots = [self.graph.slots[i] for i in node.slots]
+            reference = self._references[index]._replace(
+                geometry=Geometry(0, (0.0,) * len(slots), (True,) * len(slots), 2)
+            )
+            # Operands that weigh next to nothing move as far as the output is to.
+            states, _ = node.rule.project(
+                reference,
+                tuple(jnp.zeros(slot.shape, slot.dtype) for slot in slots),
+                (_NEGLIGIBLE,) * len(slots),
+                moved[index],
+                1.0,
+            )
+            for slot, state in zip(slots, states, strict=True):
+                parts = slot.route.pull(state, self.values)
+                for producer, part in zip(slot.producers, parts, strict=True):
+                    moved[producer] = moved[producer] + part if producer in moved else part
+        return found
+
     def _effective_weight(self, slot: Slot, state: State) -> Weight:
         if slot.node not in self.layout.asked:
             return self.weights[slot.index]
@@ -1006,12 +1056,43 @@ class Problem:
         """
         found: list[Array | None] = [None] * len(self.leaves)
         nodes = [node.index for node in self.graph.parameters]
-        for index, deviation in self._targets(nodes, state).items():
+        for index, force in self.node_forces(nodes, state).items():
             output = self.graph.nodes[index].output
             assert output is not None
-            force = scaling.times(self._total_weights[index].mantissa, deviation)
-            found[output] = force.astype(deviation.dtype)
+            found[output] = force
         return found
+
+    def node_forces(self, nodes: Sequence[int], state: State) -> dict[int, Array]:
+        """`W_v δ_v` of the outputs of nodes, by index: the sum of the forces of their readers."""
+        found = {}
+        for index, deviation in self._targets(nodes, state).items():
+            force = scaling.times(self._total_weights[index].mantissa, deviation)
+            found[index] = force.astype(deviation.dtype)
+        return found
+
+    def slot_force(self, slot: Slot, state: State) -> Array:
+        """`ρ δ` of a slot."""
+        mean = self.mean(state, slot)
+        return scaling.times(self.weights[slot.index].mantissa, mean).astype(mean.dtype)
+
+    def reads(self, slot: Slot, node: int) -> Array:
+        """1 where a slot reads the output of a node, else 0."""
+        ones = [
+            jnp.ones_like(self.values[var]) if producer == node else None
+            for var, producer in zip(slot.route.sources, slot.producers, strict=True)
+        ]
+        return slot.route(ones, self.values)
+
+    def pull(self, slot: Slot, node: int, entries: Array) -> Array:
+        """For each entry of a node's output the sum of `entries` over those of a slot that read it."""
+        parts = slot.route.pull(entries.astype(slot.dtype), self.values)
+        return sum(
+            part for part, producer in zip(parts, slot.producers, strict=True) if producer == node
+        )  # pyright: ignore[reportReturnType]
+
+    def reference(self, node: int) -> Reference:
+        """The forward pass at a node."""
+        return self._references[node]
 
     def node_deviation(self, node: Node, state: State) -> Float[Array, ""]:
         """`(Σ ρ |δ|²)^½` over the slots of a node; slots that rest count the force on them."""
@@ -1078,6 +1159,10 @@ class Problem:
     def sizes(self) -> Sizes:
         """Edge variables and bytes of the state, per node and in all."""
         return sizes(self.layout)
+
+
+#: A weight beside which that of a node's output is as good as infinite.
+_NEGLIGIBLE = 1e-4
 
 
 def _agree(feeds: Mapping[int, int], others: Mapping[int, int]) -> bool:

@@ -1,0 +1,108 @@
+"""What must hold of an update: finite parameters, data and loss; and errors that say what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from pjax.problem import Problem
+from pjax.trace import Program
+
+
+class NonFiniteError(ValueError):
+    """The parameters, the data or the forward pass hold NaN or infinite values."""
+
+
+class Checks(NamedTuple):
+    """What holds of a solve: each leaf is finite, each captured array has no NaN, and so on."""
+
+    leaves: list[Array]
+    not_nan: list[Array]
+    finite: list[Array]
+    loss: Array
+    solved: Array
+    minimises: Array
+
+
+def check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> Checks:
+    return Checks(
+        leaves=[_is_finite(leaf) for leaf in problem.leaves],
+        not_nan=[_has_no_nan(const) for const in consts],
+        finite=[_is_finite(const) for const in consts],
+        loss=_is_finite(loss),
+        solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
+        minimises=problem.minimises,
+    )
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def _is_finite(x: Any) -> Array:
+    return jnp.all(jnp.isfinite(x)) if _is_floating(x) else jnp.array(True)
+
+
+def _has_no_nan(x: Any) -> Array:
+    return ~jnp.any(jnp.isnan(x)) if _is_floating(x) else jnp.array(True)
+
+
+def raise_if_unsound(program: Program, consts: Sequence[Any], checks: Checks) -> None:
+    if any(isinstance(check, Tracer) for check in jax.tree_util.tree_leaves(checks)):
+        return  # inside an outer jit: the verdict of the history says it
+    # Inputs first: where they are finite and the loss is not, the forward pass overflowed.
+    for leaf, finite in zip(program.leaves, checks.leaves, strict=True):
+        if not finite:
+            raise NonFiniteError(f"`params{leaf.path}` {leaf.shape} holds NaN or infinite values.")
+    for const, not_nan in zip(consts, checks.not_nan, strict=True):
+        if not not_nan:
+            raise NonFiniteError(
+                f"The function closes over {_describe(const)} that holds NaN. Check the data of "
+                "this batch."
+            )
+    if not (checks.loss and checks.solved):
+        # Infinite data can be meant (a mask of −inf): they are named only where something failed.
+        infinite = [
+            _describe(const)
+            for const, finite in zip(consts, checks.finite, strict=True)
+            if not finite
+        ]
+        holds = f"The function closes over infinite values, in {' and in '.join(infinite)}"
+        if not checks.loss and infinite:
+            raise NonFiniteError(
+                f"The loss of the forward pass is not finite. {holds}: check the data of this "
+                "batch."
+            )
+        if not checks.loss:
+            raise NonFiniteError(
+                "The loss of the forward pass is not finite, although parameters and data are: "
+                "look for an overflow (a smaller initialisation or scaled inputs help) or a NaN "
+                "made inside the function."
+            )
+        if infinite:
+            raise NonFiniteError(
+                "The solve left the range of floating-point numbers, although parameters and loss "
+                f"are finite. {holds}: check the data of this batch."
+            )
+        raise NonFiniteError(
+            "The solve left the range of floating-point numbers, although parameters, data and "
+            "loss are finite: look for very large data or activations, or lower `prox_step`."
+        )
+    if not checks.minimises:
+        raise ValueError(
+            "A loss has a negative weight in the function's result: it would be maximised, and has "
+            "no proximal operator."
+        )
+
+
+def _describe(array: Any) -> str:
+    return f"an array of shape {np.shape(array)} and dtype {array.dtype}"
+
+
+__all__ = ["Checks", "NonFiniteError", "check", "raise_if_unsound"]

@@ -1,0 +1,284 @@
+"""Pure projection: parameters move by one solve for each, without an optimiser or a learning rate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from pjax.graph import Fallback
+from pjax.metrics import Curved
+from pjax.problem import Layout, Problem
+from pjax.rolling import rolled
+from pjax.solvers import CyclicProjections
+from pjax.solvers.base import layout_for
+from pjax.trace import read, trace
+from pjax.training import requests
+from pjax.training.checks import Checks, check, raise_if_unsound
+from pjax.training.readers import Units, find_units
+from pjax.training.requests import Memory, Requests
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ProjectionState:
+    """What one batch hands on to the next; a pytree of arrays.
+
+    **Attributes:**
+
+    - `count`: how many batches there were.
+    - `memory`: of requests, input rows and forces, for each array that is solved for.
+    - `vectors`: where power iterations go on.
+    - `mean`: the average of the iterates, for each leaf; None without averaging.
+    """
+
+    count: Array
+    memory: Memory
+    vectors: tuple[Any, ...]
+    mean: tuple[Any, ...]
+
+
+class Info(NamedTuple):
+    """What there is beside parameters and state.
+
+    **Attributes:**
+
+    - `loss`: the function's value before the move.
+    - `residual`: the length of the forces on the outputs of all layers; 0 where all constraints
+        hold.
+    - `aux`: the auxiliary output, with `has_aux`; else None.
+    """
+
+    loss: Array
+    residual: Array
+    aux: Any
+
+
+class _Solved(NamedTuple):
+    moves: list[Array | None]
+    loss: Array
+    residual: Array
+    aux: list[Any]
+    memory: Memory
+    vectors: tuple[Any, ...]
+    checks: Checks | None
+
+
+_METRIC = Curved(parameters="stiff", prox_step=0.1, prox_per_row=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _units(layout: Layout) -> Units:
+    return find_units(layout.graph)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(
+    layout: Layout,
+    settings: Requests,
+    checked: bool,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    memory: Memory,
+    vectors: Sequence[Any] | None,
+    count: Array,
+) -> _Solved:
+    return rolled(functools.partial(_solved, layout, settings, checked))(
+        leaves, consts, memory, vectors, count
+    )
+
+
+def _solved(
+    layout: Layout,
+    settings: Requests,
+    checked: bool,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    memory: Memory,
+    vectors: Sequence[Any] | None,
+    count: Array,
+) -> _Solved:
+    problem = Problem(layout, leaves, consts, vectors)
+    state, forces = problem.sweep()
+    units = _units(layout)
+    moved, memory = requests.moves(problem, units, state, forces, memory, count, settings)
+    moves = problem.leaf_moves(moved)
+    total = sum((jnp.sum(jnp.square(f)) for f in forces.values()), start=jnp.zeros(()))
+    aux = [read(problem.forward, atom) for atom in layout.graph.program.auxiliary_outputs]
+    checks = None
+    if checked:
+        checks = check(problem, consts, problem.loss, [m for m in moves if m is not None])
+    return _Solved(
+        moves, problem.loss, jnp.sqrt(total), aux, memory, tuple(problem.vectors), checks
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(
+    layout: Layout, settings: Requests, leaves: Sequence[Any], consts: Sequence[Any]
+) -> tuple[Memory, tuple[Any, ...]]:
+    problem = Problem(layout, leaves, consts)
+    return requests.empty(problem, _units(layout), settings), tuple(problem.vectors)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Training by projection, without an optimiser and without a learning rate.
+
+    For each batch one sweep from the loss to the parameters finds the force on every layer's output.
+    Each parameter `W` is then solved for once, over all that reads it and a fading memory of
+    batches:
+
+        argmin  Σ_batches β^age |X δW − R|² + ρ |δW|²
+
+    `X` are the input rows of all its readers and `R` their requests: the forces, in a size that is a
+    share of the layer's output. What batches do not agree on cancels. There is one setting for all
+    networks; the scale of the inputs, a sum or a mean, and the number of rows change nothing.
+
+    ```python
+    optimizer = pjax.optim.Projection()
+    state = optimizer.init(loss_fn, params, x, y)
+    for x, y in batches:
+        params, state, info = optimizer.update(loss_fn, params, state, x, y)
+    ```
+
+    **Arguments:**
+
+    - `has_aux`: the function returns `(loss, aux)`: `info.aux` is that of the forward pass, such as
+        the statistics of batch norms.
+    - `weight_decay`: parameters shrink by this share in each update, times its relaxation.
+    - `averaging`: the power with which the weights of iterates grow in [`Projection.average`][];
+        None keeps no average, and saves a copy of the parameters.
+    - `check`: raise an error for parameters, data or a loss that are not finite; it waits for each
+        update.
+    - `fallback`: see [`pjax.feasibility_problem`][].
+    - `requests`: the constants of the rule.
+    """
+
+    has_aux: bool = False
+    weight_decay: float = 0.0
+    averaging: float | None = None
+    check: bool = True
+    fallback: Fallback | None = None
+    requests: Requests = Requests()  # noqa: RUF009 - frozen
+
+    def init(
+        self, fn: Callable[..., Any], params: PyTree[Array], *args: Any
+    ) -> ProjectionState:
+        """The state before the first batch.
+
+        **Arguments:**
+
+        - `fn`: `fn(params, *args)` is the loss, or `(loss, aux)` with `has_aux`.
+        - `params`: a pytree of arrays.
+        - `args`: a batch, for its shapes.
+
+        **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph.
+        """
+        program, leaves, consts, _ = trace(lambda p: fn(p, *args), params, self.has_aux)
+        memory, vectors = _start(self._layout(program), self.requests, leaves, consts)
+        mean = (None,) * len(leaves) if self.averaging is None else tuple(leaves)
+        return ProjectionState(jnp.zeros((), jnp.int32), memory, vectors, mean)
+
+    def update(
+        self,
+        fn: Callable[..., Any],
+        params: PyTree[Array],
+        state: ProjectionState,
+        *args: Any,
+        relaxation: Any = 1.0,
+    ) -> tuple[PyTree[Array], ProjectionState, Info]:
+        """The parameters after one batch.
+
+        **Arguments:**
+
+        - `fn`, `params`: as in `init`.
+        - `state`: from `init` or the update before.
+        - `args`: the batch.
+        - `relaxation`: a factor on the move, such as a schedule from 1 to 0.
+
+        **Returns:** `(params, state, info)`, see [`Info`][].
+
+        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of other
+        shapes.
+        """
+        moves, state, info = self._moves(fn, params, state, args)
+        leaves, structure = jax.tree_util.tree_flatten(params)
+        keep = 1 - relaxation * self.weight_decay
+        moved = [
+            leaf if move is None else (keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
+            for leaf, move in zip(leaves, moves, strict=True)
+        ]
+        if self.averaging is not None:
+            share = (self.averaging + 1) / (state.count + self.averaging)
+            mean = tuple(
+                before if move is None else (before + share * (leaf - before)).astype(before.dtype)
+                for before, leaf, move in zip(state.mean, moved, moves, strict=True)
+            )
+            state = ProjectionState(state.count, state.memory, state.vectors, mean)
+        return jax.tree_util.tree_unflatten(structure, moved), state, info
+
+    def displacement(
+        self, fn: Callable[..., Any], params: PyTree[Array], state: ProjectionState, *args: Any
+    ) -> tuple[PyTree[Array], ProjectionState, Info]:
+        """The move with its sign changed, in the place of a gradient: for schedules, weight decay and
+        clipping of Optax.
+
+        ```python
+        direction, state, info = optimizer.displacement(loss_fn, params, state, x, y)
+        updates, opt_state = optax.sgd(schedule).update(direction, opt_state, params)
+        ```
+
+        **Returns:** `(displacement, state, info)`.
+        """
+        moves, state, info = self._moves(fn, params, state, args)
+        leaves, structure = jax.tree_util.tree_flatten(params)
+        found = [
+            jnp.zeros_like(leaf) if move is None else (-move).astype(jnp.result_type(leaf))
+            for leaf, move in zip(leaves, moves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(structure, found), state, info
+
+    def average(self, params: PyTree[Array], state: ProjectionState) -> PyTree[Array]:
+        """The mean of the iterates so far, for evaluation at any time; no schedule is needed.
+
+        The iterate of batch `t` counts with a weight that grows like `t**averaging`.
+
+        **Raises:** `ValueError` without `averaging`.
+        """
+        if self.averaging is None:
+            raise ValueError("There is no average: make the optimiser with `averaging=8.0`, say.")
+        structure = jax.tree_util.tree_structure(params)
+        return jax.tree_util.tree_unflatten(structure, state.mean)
+
+    def _moves(
+        self, fn: Callable[..., Any], params: Any, state: ProjectionState, args: tuple[Any, ...]
+    ) -> tuple[list[Array | None], ProjectionState, Info]:
+        program, leaves, consts, aux_tree = trace(lambda p: fn(p, *args), params, self.has_aux)
+        found = _solve(
+            self._layout(program),
+            self.requests,
+            self.check,
+            leaves,
+            consts,
+            state.memory,
+            state.vectors,
+            state.count,
+        )
+        if found.checks is not None:
+            raise_if_unsound(program, consts, found.checks)
+        aux = jax.tree_util.tree_unflatten(aux_tree, found.aux) if self.has_aux else None
+        new = ProjectionState(state.count + 1, found.memory, found.vectors, state.mean)
+        return found.moves, new, Info(found.loss, found.residual, aux)
+
+    def _layout(self, program: Any) -> Layout:
+        solver = CyclicProjections(steps=1)
+        return layout_for(solver, program, _METRIC, "exact", "layer", self.fallback)
+
+
+__all__ = ["Info", "Projection", "ProjectionState"]

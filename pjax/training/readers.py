@@ -1,0 +1,299 @@
+"""How the nodes of a graph read each parameter: the rows behind a solve for it.
+
+From a graph to its *units*: arrays that are solved for at once, each over all its readers. A unit
+is a parameter, or what a threshold makes of parameters (`sign(W)`), which the layers read in their
+place. In `x @ w + b` the unit `w` has one reader, the layer, with the rows of `x`; the unit `b` has
+the same layer for a reader, with rows of ones. In a loop each step is a reader.
+
+A reader is one of three kinds:
+
+- *product*: a matrix or kernel in a product of a layer. `JᵀJ` is `XᵀX` for each column.
+- *linear*: any other operand of a layer: a bias, the scale of a norm. `JᵀJ` is bounded by a diagonal.
+- *entries*: what is read in any other way is asked for a move of its own entries, wherever they are
+  read: an embedding's rows, an operand of a function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pjax import _compat
+from pjax.graph import Graph, Slot
+from pjax.layer import Addend, LayerSum, Product
+from pjax.projections.bilinear import Bilinear, DotGeneral, Side, inverse
+from pjax.projections.convolution import Convolution
+from pjax.thresholds import latent_nodes
+
+Kind = Literal["product", "linear", "entries"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One operand of a product as matrices: blocks × rows × columns.
+
+    Of `x @ w` the operand `w` is one block, its rows are contracted with `x`, and its columns are the
+    outputs. A batched product has a block for each batch index.
+
+    **Attributes:**
+
+    - `operation`, `side`: the product, and which operand it is.
+    - `axes`: the operand's axes in the order blocks, rows, columns.
+    - `shape`: blocks, rows and columns.
+    """
+
+    operation: Bilinear
+    side: Side
+    axes: tuple[int, ...]
+    shape: tuple[int, int, int]
+
+    def of(self, operand: Array) -> Array:
+        """The operand, `[blocks, rows, columns]`."""
+        return jnp.transpose(operand, self.axes).reshape(self.shape)
+
+    def back(self, matrix: Array) -> Array:
+        """The operand that a matrix stands for."""
+        shape = self._operand_shape
+        ordered = matrix.reshape([shape[axis] for axis in self.axes])
+        return jnp.transpose(ordered, inverse(self.axes))
+
+    @property
+    def _operand_shape(self) -> tuple[int, ...]:
+        op = self.operation
+        return op.left_shape if self.side == "left" else op.right_shape
+
+    def outputs(self, output: Array) -> Array:
+        """The product's output, `[blocks, places, columns]`: a row for each that is asked."""
+        blocks, _, columns = self.shape
+        if isinstance(self.operation, Convolution):
+            channel = self.operation.dimension_numbers[2][1]
+            return jnp.moveaxis(output, channel, -1).reshape(1, -1, columns)
+        if self.side == "right":
+            return output.reshape(blocks, -1, columns)
+        return jnp.swapaxes(output.reshape(blocks, columns, -1), 1, 2)
+
+    def inputs(self, other: Array) -> Array:
+        """The other operand of a `dot_general`, `[blocks, places, rows]`."""
+        assert isinstance(self.operation, DotGeneral)
+        (left, right), (batch_l, batch_r) = self.operation.dimension_numbers
+        contracted, batch = (right, batch_r) if self.side == "left" else (left, batch_l)
+        kept = [axis for axis in range(other.ndim) if axis not in (*contracted, *batch)]
+        ordered = jnp.transpose(other, (*batch, *kept, *contracted))
+        return ordered.reshape(self.shape[0], -1, self.shape[1])
+
+    def moment(self, other: Array, asked: Array, directions: Array) -> Array:
+        """`XᵀX U` over the places that are asked, `[blocks, rows, k]`.
+
+        **Arguments:**
+
+        - `other`: the other operand.
+        - `asked`: `[blocks, places]`, 1 where a place counts.
+        - `directions`: `U`, `[blocks, rows, k]`.
+        """
+        if isinstance(self.operation, Convolution):
+            op = self.operation
+            spec = op.dimension_numbers[1]
+            shape = list(op.right_shape)
+            shape[spec[0]] = directions.shape[-1]
+            narrow = _with_kernel(op, tuple(shape))
+            ordered = directions[0].reshape([*(shape[axis] for axis in self.axes[:-1]), shape[spec[0]]])
+            response = narrow(other, jnp.transpose(ordered, inverse(self.axes)))
+            channel = op.dimension_numbers[2][1]
+            places = jnp.moveaxis(response, channel, -1)
+            places = places * asked.reshape(places.shape[:-1])[..., None]
+            back = narrow.transpose_right(jnp.moveaxis(places, -1, channel), other)
+            return jnp.transpose(back, self.axes).reshape(directions.shape)
+        rows = self.inputs(other)
+        return jnp.swapaxes(rows, 1, 2) @ (asked[..., None] * (rows @ directions))
+
+    def trace(self, other: Array, asked: Array) -> Array:
+        """`tr XᵀX` over the places that are asked, `[blocks]`."""
+        if isinstance(self.operation, Convolution):
+            squares = self.operation.left_energy(jnp.square(other))
+            channel = self.operation.dimension_numbers[2][1]
+            places = jnp.moveaxis(squares, channel, -1)[..., 0]
+            return jnp.sum(places.reshape(-1) * asked[0])[None]
+        return jnp.sum(jnp.square(self.inputs(other)) * asked[..., None], axis=(1, 2))
+
+
+def _with_kernel(operation: Convolution, shape: tuple[int, ...]) -> Convolution:
+    from dataclasses import replace
+
+    return replace(operation, right_shape=shape)
+
+
+def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
+    """An operand of a product as matrices; None where it is not one."""
+    if isinstance(operation, DotGeneral):
+        (left, right), (batch_l, batch_r) = operation.dimension_numbers
+        shape, contracted, batch = (
+            (operation.left_shape, left, batch_l)
+            if side == "left"
+            else (operation.right_shape, right, batch_r)
+        )
+        free = tuple(a for a in range(len(shape)) if a not in (*contracted, *batch))
+        axes = (*batch, *contracted, *free)
+        sizes = [math.prod(shape[a] for a in part) for part in (batch, contracted, free)]
+        return Matrix(operation, side, axes, (sizes[0], sizes[1], sizes[2]))
+    if isinstance(operation, Convolution) and side == "right":
+        if operation.feature_group_count * operation.batch_group_count > 1:
+            return None
+        channel, shape = operation.dimension_numbers[1][0], operation.right_shape
+        axes = (*(a for a in range(len(shape)) if a != channel), channel)
+        columns = shape[channel]
+        return Matrix(operation, side, axes, (1, math.prod(shape) // columns, columns))
+    return None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way in which a unit is read.
+
+    **Attributes:**
+
+    - `slot`: the index of the slot that reads it.
+    - `kind`: see the module.
+    - `place`: of a layer's operand, the number of the slot among the node's.
+    - `matrix`: of a product.
+    """
+
+    slot: int
+    kind: Kind
+    place: int
+    matrix: Matrix | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is solved for at once.
+
+    **Attributes:**
+
+    - `node`: the index of the node whose output it is.
+    - `readers`: all that reads it.
+    - `layer`: the number of its layer: a weight and its bias are one.
+    - `matrix`: the form of its solve, of the first product that reads it; None: entry by entry.
+    - `slot`: the slot of that product.
+    - `thresholds`: whether only thresholds read what it makes.
+    """
+
+    node: int
+    readers: tuple[Reader, ...]
+    layer: int
+    matrix: Matrix | None
+    slot: int | None
+
+
+class Units(NamedTuple):
+    """The units of a graph, and how many layers they form."""
+
+    units: tuple[Unit, ...]
+    layers: int
+
+
+def find_units(graph: Graph) -> Units:
+    """The units of a graph in layer splitting."""
+    latent = latent_nodes(graph)
+    reading: dict[int, list[Slot]] = {}
+    for slot in graph.slots:
+        if slot.node in latent or graph.nodes[slot.node].kind == "identity":
+            continue
+        for producer in dict.fromkeys(slot.producers):
+            if graph.nodes[producer].kind == "parameter" or producer in latent:
+                reading.setdefault(producer, []).append(slot)
+    readers = {node: tuple(_reader(graph, slot, node) for slot in slots)
+               for node, slots in reading.items()}  # fmt: skip
+    # Units are one layer if a node reads both as operands: all steps of a loop belong together.
+    layer_of: dict[Any, Any] = {}
+
+    def root(key: Any) -> Any:
+        while layer_of.setdefault(key, key) != key:
+            key = layer_of[key]
+        return key
+
+    for node, found in readers.items():
+        for reader in found:
+            if reader.kind != "entries":
+                layer_of[root(("unit", node))] = root(("node", graph.slots[reader.slot].node))
+    numbers: dict[Any, int] = {}
+    units = []
+    for node in sorted(readers):
+        layer = numbers.setdefault(root(("unit", node)), len(numbers))
+        first = next((r for r in readers[node] if r.kind == "product"), None)
+        kept = tuple(_consistent(graph, r, first) for r in readers[node])
+        units.append(
+            Unit(node, kept, layer, first and first.matrix, None if first is None else first.slot)
+        )
+    return Units(tuple(units), len(numbers))
+
+
+def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:
+    node = graph.nodes[slot.node]
+    place = node.slots.index(slot.index)
+    rule = node.rule
+    if not isinstance(rule, LayerSum) or slot.kind != "weight":
+        return Reader(slot.index, "entries", place)
+    term, side = operand_at(rule, place)
+    if isinstance(term, Product):
+        matrix = matrix_of(term.operation, side)
+        whole = slot.producers == (producer,) and slot.route.even
+        if matrix is not None and whole and _size(graph, slot) == math.prod(slot.shape):
+            return Reader(slot.index, "product", place, matrix)
+    return Reader(slot.index, "linear", place)
+
+
+def _size(graph: Graph, slot: Slot) -> int:
+    return math.prod(graph.program.shape(slot.route.sources[0]))
+
+
+def _consistent(graph: Graph, reader: Reader, first: Reader | None) -> Reader:
+    """The reader, as a linear one if its matrix has other rows than the first one's."""
+    if reader.kind != "product" or first is None or reader is first:
+        return reader
+    if _layout(graph, reader) == _layout(graph, first):
+        return reader
+    return Reader(reader.slot, "linear", reader.place)
+
+
+def _layout(graph: Graph, reader: Reader) -> Any:
+    """Which entry of the unit stands where in the matrix; equal for equal views of it."""
+    slot, matrix = graph.slots[reader.slot], reader.matrix
+    assert matrix is not None
+    key = matrix.axes, matrix.shape
+    if slot.route.direct:
+        return key, None
+    source = slot.route.sources[0]
+
+    def numbers() -> Any:
+        shape = graph.program.shape(source)
+        index = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+        return matrix.of(slot.route([index], {}))
+
+    return key, np.asarray(_compat.run_once(numbers)).tobytes()
+
+
+def operand_at(rule: LayerSum, place: int) -> tuple[Product | Addend, Side]:
+    """The term of a layer that has its slot number `place`, and on which side."""
+    count = 0
+    for term in rule.terms:
+        if isinstance(term, Addend):
+            if count == place:
+                return term, "left"
+            count += 1
+            continue
+        sides: Sequence[tuple[Side, bool]] = (("left", term.left), ("right", term.right))
+        for side, free in sides:
+            if free:
+                if count == place:
+                    return term, side
+                count += 1
+    raise IndexError(place)
+
+
+__all__ = ["Matrix", "Reader", "Unit", "Units", "find_units", "matrix_of", "operand_at"]
