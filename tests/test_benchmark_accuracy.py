@@ -16,7 +16,7 @@ from benchmarks import accuracy, accuracy_tasks
 from benchmarks.accuracy_methods import ADAM, METHODS, Method, descend
 from benchmarks.accuracy_tasks import Bound, Row, Task
 
-TINY = Row("tiny", Task("digits", hidden=(8,), epochs=1, batch_size=256), Bound("error"))
+TINY = Row("tiny", Task("digits", hidden=(8,), epochs=1, batch_size=256), (Bound("error"),))
 #: Adam again, as a method to compare.
 TWIN = descend("twin", "optax", jax.value_and_grad)
 
@@ -60,10 +60,10 @@ def test_runs_are_kept_found_again_and_made_anew_if_damaged(tmp_path: Path) -> N
 
 def test_methods_are_paired_with_adam_and_judged(tmp_path: Path) -> None:
     (alone,), _ = _compare(tmp_path, TWIN)
-    assert (alone.seeds, alone.holds) == (2, None)  # Adam is not in the cache
+    assert (alone.seeds, alone.holds) == (2, (None,))  # Adam is not in the cache
     assert math.isnan(alone.difference)
     (adam, twin), _ = _compare(tmp_path, ADAM, TWIN)
-    assert (adam.holds, twin.holds, twin.difference) == (None, True, 0.0)
+    assert (adam.holds, twin.holds, twin.difference) == ((), (True,), 0.0)
     assert twin.settings == adam.settings
     table = accuracy.markdown([adam, twin])
     assert "| tiny | twin | rate" in table
@@ -71,7 +71,7 @@ def test_methods_are_paired_with_adam_and_judged(tmp_path: Path) -> None:
 
 
 def test_a_pure_method_keeps_its_settings_and_sees_the_progress(tmp_path: Path) -> None:
-    row = Row("tiny", TINY.task, pure=Bound("at least", 0.0), reflecting_only=True)
+    row = Row("tiny", TINY.task, pure=(Bound("at least", 0.0),), reflecting_only=True)
 
     def step(loss_fn, params, state, x, y, progress, settings):
         assert x.shape == (256, 64)
@@ -84,7 +84,7 @@ def test_a_pure_method_keeps_its_settings_and_sees_the_progress(tmp_path: Path) 
     assert _compare(tmp_path, pure, row=row) == ([], 0)
     pure = Method(**{**vars(pure), "reflecting": True})
     (summary,), trained = _compare(tmp_path, ADAM, pure, row=row)
-    assert (trained, summary.settings, summary.holds) == (2, {"factor": 0.5}, True)
+    assert (trained, summary.settings, summary.holds) == (2, {"factor": 0.5}, (True,))
     pure = Method(**{**vars(pure), "description": "other"})
     assert _compare(tmp_path, pure, row=row)[1] == 2
 
@@ -135,7 +135,7 @@ def test_networks_and_scores() -> None:
 
 
 def test_rates_and_the_command(capsys, tmp_path: Path) -> None:
-    rates = [accuracy.settings_of(number, 0)["rate"] for number in accuracy.FIRST_RATES]
+    rates = [accuracy.rate_of(number) for number in accuracy.FIRST_RATES]
     assert rates == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     assert accuracy.main(["--list"]) == 0
     assert "mnist-1x128-97" in capsys.readouterr().out
