@@ -120,13 +120,15 @@ def descend(
 def matrices(params: Params) -> Any:
     """For Muon: which axes of each array are the rows and the columns of a matrix; none: Adam's.
 
-    A convolution's kernel is the matrix that it applies to a patch. Tables that are read by row
-    (embeddings, positions) are no matrices, nor are biases and the scales of norms.
+    A convolution's kernel is the matrix that it applies to a patch. To Adam go, as Muon's author
+    advises, biases, scales of norms, tables that are read by row, and layers of outputs.
     """
+    last = params["w"][-1] if "w" in params else None  # of perceptrons and convolutions
 
     def axes(path: tuple[Any, ...], leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or "embedding" in name or "position" in name:
+        named = any(part in name for part in ("embedding", "position", "head"))
+        if leaf.ndim < 2 or named or leaf is last:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
 
@@ -134,7 +136,7 @@ def matrices(params: Params) -> Any:
 
 
 def scale_by_muon_and_adam() -> optax.GradientTransformation:
-    """Muon on matrices, Adam on the rest.
+    """Muon on matrices, Adam on the rest; to be multiplied by minus the rate.
 
     A matrix moves as far as Adam would move it (Liu et al., arXiv:2502.16982), so that one rate
     serves both.
@@ -195,7 +197,7 @@ register(
         "gradient",
         jax.value_and_grad,
         scale=scale_by_muon_and_adam,
-        description="steps as long as Adam's, embeddings by Adam",
+        description="consistent RMS 0.2, head and tables by Adam",
     )
 )
 register(_schedule_free())

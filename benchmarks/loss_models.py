@@ -73,14 +73,15 @@ class Autoencoder:
         return data.load("digits", data_dir)
 
     def init(self, key: Array) -> Params:
-        up, down = (64, *self.hidden), (self.latent, *reversed(self.hidden), 64)
-        keys = iter(jax.random.split(key, len(up) + len(down)))
+        up, down = (64, *self.hidden), (self.latent, *reversed(self.hidden))
+        keys = iter(jax.random.split(key, len(up) + len(down) + 1))
         return {
             **_dense("encoder", up, keys),
             # Small: the first latents are all but noise with the deviation 1.
             **_dense("mean", (up[-1], self.latent), keys, scale=0.1),
             **_dense("log_variance", (up[-1], self.latent), keys, scale=0.1),
             **_dense("decoder", down, keys),
+            **_dense("head", (down[-1], 64), keys),
         }
 
     def batch(self, x: Array, y: Any, key: Array) -> Batch:
@@ -97,7 +98,7 @@ class Autoencoder:
         y = mean + jnp.exp(0.5 * log_variance) * noise
         for layer in range(len(self.hidden)):
             y = jax.nn.relu(_apply(params, f"decoder{layer}", y))
-        y = _apply(params, f"decoder{len(self.hidden)}", y)
+        y = _apply(params, "head0", y)
         error = jnp.sum((x - y) ** 2, axis=-1) / (2 * self.variance)
         divergence = 0.5 * jnp.sum(jnp.exp(log_variance) + mean**2 - 1 - log_variance, axis=-1)
         return jnp.mean(error + divergence)
@@ -129,8 +130,8 @@ class ActorCritic:
         return {
             **_dense("trunk", widths, keys),
             # Small: the first policy prefers no action.
-            **_dense("policy", (widths[-1], ACTIONS), keys, scale=0.01),
-            **_dense("value", (widths[-1], 1), keys),
+            **_dense("policy_head", (widths[-1], ACTIONS), keys, scale=0.01),
+            **_dense("value_head", (widths[-1], 1), keys),
         }
 
     def batch(self, x: Array, y: Any, key: Array) -> Batch:
@@ -140,8 +141,8 @@ class ActorCritic:
         x, rollout = batch
         for layer in range(len(self.hidden)):
             x = jnp.tanh(_apply(params, f"trunk{layer}", x))
-        logs = jax.nn.log_softmax(_apply(params, "policy0", x))
-        value = _apply(params, "value0", x)[:, 0]
+        logs = jax.nn.log_softmax(_apply(params, "policy_head0", x))
+        value = _apply(params, "value_head0", x)[:, 0]
         taken = jnp.take_along_axis(logs, rollout["action"][:, None], axis=-1)[:, 0]
         ratio = jnp.exp(taken - rollout["log_probability"])
         advantage = rollout["advantage"]
@@ -194,11 +195,12 @@ class Poisson:
         return _points()
 
     def init(self, key: Array) -> Params:
-        widths = (1, *self.hidden, 1)
-        keys = jax.random.split(key, len(widths))
-        params = _dense("layer", widths, iter(keys[1:]))
+        widths = (1, *self.hidden)
+        first, *rest = jax.random.split(key, len(widths) + 1)
+        keys = iter(rest)
+        params = _dense("layer", widths, keys) | _dense("head", (widths[-1], 1), keys)
         # Layer 0 has one input: without biases all its functions would be odd.
-        params["layer0_bias"] = jax.random.normal(keys[0], (widths[1],))
+        params["layer0_bias"] = jax.random.normal(first, (widths[1],))
         return params
 
     def solution(self, params: Params, x: Float[Array, ""]) -> Float[Array, ""]:
@@ -206,7 +208,7 @@ class Poisson:
         y = jnp.reshape(x, (1,))
         for layer in range(len(self.hidden)):
             y = jnp.tanh(_apply(params, f"layer{layer}", y))
-        return _apply(params, f"layer{len(self.hidden)}", y)[0]
+        return _apply(params, "head0", y)[0]
 
     def batch(self, x: Array, y: Any, key: Array) -> Batch:
         return x[:, 0], y
