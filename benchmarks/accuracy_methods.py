@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 import pjax
 from benchmarks.accuracy_tasks import Batch, Kind, Loss, Params
+from pjax.lab import baselines
 
 #: Numbers by name; they are traced, so one compiled program serves all of a grid.
 Settings = Mapping[str, Any]
@@ -118,34 +119,17 @@ def descend(
 
 
 def matrices(params: Params) -> Any:
-    """For Muon: which axes of each array are the rows and the columns of a matrix; none: Adam's.
+    """What is Muon's, see `baselines.matrix_axes`.
 
-    A convolution's kernel is the matrix that it applies to a patch. To Adam go, as Muon's author
-    advises, biases, scales of norms, tables that are read by row, and layers of outputs.
+    To Adam go, as Muon's author advises, biases, scales of norms, tables that are read by row, and
+    layers of outputs.
     """
     last = params["w"][-1] if "w" in params else None  # of perceptrons and convolutions
 
-    def axes(path: tuple[Any, ...], leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path)
-        named = any(part in name for part in ("embedding", "position", "head"))
-        if leaf.ndim < 2 or named or leaf is last:
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+    def skip(name: str, leaf: Any) -> bool:
+        return leaf is last or any(part in name for part in ("embedding", "position", "head"))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def scale_by_muon_and_adam() -> optax.GradientTransformation:
-    """Muon on matrices, Adam on the rest; to be multiplied by minus the rate.
-
-    A matrix moves as far as Adam would move it (Liu et al., arXiv:2502.16982), so that one rate
-    serves both.
-    """
-    # `muon` moves against the gradient; what stands in Adam's place must not yet.
-    return optax.chain(
-        optax.contrib.muon(1.0, consistent_rms=0.2, muon_weight_dimension_numbers=matrices),
-        optax.scale(-1.0),
-    )
+    return baselines.matrix_axes(params, skip)
 
 
 def _schedule_free() -> Method:
@@ -196,7 +180,7 @@ register(
         "muon",
         "gradient",
         jax.value_and_grad,
-        scale=scale_by_muon_and_adam,
+        scale=lambda: baselines.scale_by_muon(matrices),
         description="consistent RMS 0.2, head and tables by Adam",
     )
 )
