@@ -132,16 +132,14 @@ def test_stopping_early_keeps_what_is_there(digits: Dataset, model: MLP) -> None
     assert run.steps == 3
 
 
-def muon(schedule):
+def muon(schedule: Any) -> optax.GradientTransformation:
     """Muon on the first layer only: all else is a vector, or the layer of the outputs."""
-    return optax.contrib.muon(
-        schedule,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: {
-            name: optax.contrib.MuonDimensionNumbers() if name == "dense.0.weight" else None
-            for name in params
-        },
-    )
+
+    def axes(params: Any) -> Any:
+        matrix = optax.contrib.MuonDimensionNumbers()
+        return {name: matrix if name == "dense.0.weight" else None for name in params}
+
+    return optax.contrib.muon(schedule, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
 
 
 @pytest.mark.parametrize(
