@@ -5,8 +5,8 @@
 
 A seed decides the initial parameters and the order of the batches; Adam, Muon, schedule-free
 AdamW and every other method that needs a learning rate get theirs on each row anew, by validation
-with a seed of its own. Every run
-is kept as one file in the cache, so a command that was killed goes on where it was.
+with a seed of its own. Every run is kept as one file in the cache, so a command that was killed
+goes on where it was.
 """
 
 from __future__ import annotations

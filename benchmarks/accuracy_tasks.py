@@ -520,7 +520,7 @@ def _loss_rows() -> list[Row]:
             "loss of validation points",
         ),
     ):
-        row = Row(name, task, (_ADAM,), (_ADAM,), smaller=True, part="validation", note=note)
+        row = Row(name, task, (_ERROR,), (_ADAM,), smaller=True, part="validation", note=note)
         rows.append(row)
     return rows
 
