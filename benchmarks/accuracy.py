@@ -1,11 +1,12 @@
-"""Accuracies of methods beside tuned Adam, paired by seed, on the rows of `accuracy_tasks`.
+"""Scores of methods beside tuned baselines, paired by seed, on the rows of `accuracy_tasks`.
 
     python -m benchmarks.accuracy --data-dir DIR [--rows NAME ...] [--methods NAME ...]
         [--seeds 5] [--cache runs/accuracy] [--markdown FILE] [--cached] [--list]
 
-A seed decides the initial parameters and the order of the batches; Adam and every method that
-needs a learning rate get theirs on each row anew, by validation with a seed of its own. Every run
-is kept as one file in the cache, so a command that was killed goes on where it was.
+A seed decides the initial parameters and the order of the batches; Adam, Muon, schedule-free
+AdamW and every other method that needs a learning rate get theirs on each row anew, by validation
+with a seed of its own. Every run is kept as one file in the cache, so a command that was killed
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import accuracy_tasks
 from benchmarks.accuracy_methods import ADAM, METHODS, Method, Settings
-from benchmarks.accuracy_tasks import ROWS, Row, Task
+from benchmarks.accuracy_tasks import ROWS, Batch, Bound, Row, Task
 from pjax.lab import terminal
 from pjax.lab.data import DataError, batch_rows
 from pjax.lab.runs import mean_and_error
@@ -73,7 +73,7 @@ class Run:
         return next((point for point in self.validation if point.score >= score), None)
 
     def result(self, row: Row) -> float:
-        """What the row reports; infinity for a score that was not reached."""
+        """What the row reports; infinity for a score that was not reached, or a loss not finite."""
         if not row.reach:
             return self.test if row.part == "test" else self.validation[-1].score
         point = self.reached(row.reach)
@@ -83,7 +83,7 @@ class Run:
         """What tuning maximises, on validation only."""
         end = self.validation[-1]
         if not row.reach:
-            return end.score, -end.loss
+            return row.sign * end.score, -end.loss
         point = self.reached(row.reach)
         return (-point.batch, point.score) if point else (-math.inf, end.score)
 
@@ -93,9 +93,8 @@ class Trainer:
 
     def __init__(self, data_dir: str | None) -> None:
         self._data_dir = data_dir
-        self._arrays: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._arrays: dict[tuple[str, str, int], tuple[Any, Any]] = {}
         self._programs: dict[tuple[Task, str, int], Any] = {}
-        self._networks: dict[Task, Callable[..., Any]] = {}
 
     def train(
         self,
@@ -107,9 +106,9 @@ class Trainer:
     ) -> Run:
         """One run; `on_chunk` hears of the batches done and their total."""
         dataset = task.load(self._data_dir)
-        of_rows = task.dataset, dataset.num_features
+        of_rows = type(task).__name__, task.dataset, dataset.num_features
         if of_rows not in self._arrays:
-            self._arrays[of_rows] = jnp.asarray(dataset.train.x), jnp.asarray(dataset.train.y)
+            self._arrays[of_rows] = jax.tree.map(jnp.asarray, (dataset.train.x, dataset.train.y))
         train_x, train_y = self._arrays[of_rows]
         size = min(task.batch_size, len(train_x))
         per_epoch = len(train_x) // size
@@ -117,15 +116,20 @@ class Trainer:
         rows = np.stack(list(itertools.islice(batch_rows(len(train_x), size, seed), total)))
         params = task.init(dataset.num_features, dataset.num_classes, seed)
         loss = task.loss(method.kind)
-        first = task.inputs(train_x[rows[0]])
-        labels = jax.nn.one_hot(train_y[rows[0]], dataset.num_classes)
-        state = jax.tree.map(jnp.asarray, method.init(loss, params, (first, labels)))
+
+        def batch_of(x: Any, y: Any, chosen: Any, number: Any) -> Batch:
+            x, y = jax.tree.map(lambda leaf: leaf[chosen], (x, y))
+            key = jax.random.fold_in(jax.random.key(0), jnp.uint32(number))
+            return task.batch(x, y, dataset.num_classes, key)
+
+        first = batch_of(train_x, train_y, rows[0], 0)
+        state = jax.tree.map(jnp.asarray, method.init(loss, params, first))
         traced = {name: jnp.float32(value) for name, value in settings.items()}
 
         def advance(params: Any, state: Any, settings: Any, x: Any, y: Any, rows: Any, at: Any):
             def body(carry: Any, item: Any) -> Any:
                 (params, state), (number, chosen) = carry, item
-                batch = task.inputs(x[chosen]), jax.nn.one_hot(y[chosen], dataset.num_classes)
+                batch = batch_of(x, y, chosen, number)
                 progress = number / total
                 return method.step(loss, params, state, *batch, progress, settings), None
 
@@ -151,19 +155,11 @@ class Trainer:
                 begin = time.perf_counter()
                 params, state = jax.block_until_ready(self._programs[key](*given))
                 seconds += time.perf_counter() - begin
-            logits = self._logits(task, params, dataset.validation.x)
-            validation = accuracy_tasks.score(task, logits, dataset.validation.y)
-            entropy = accuracy_tasks.cross_entropy(logits, dataset.validation.y)
-            points.append(Point(done, seconds, validation, entropy))
+            read = method.read(params, state)
+            points.append(Point(done, seconds, *task.evaluate(read, dataset.validation)))
             on_chunk(done, total)
-        logits = self._logits(task, params, dataset.test.x)
-        test = accuracy_tasks.score(task, logits, dataset.test.y)
+        test, _ = task.evaluate(method.read(params, state), dataset.test)
         return Run(tuple(points), test, compile_seconds)
-
-    def _logits(self, task: Task, params: Any, x: np.ndarray) -> np.ndarray:
-        if task not in self._networks:
-            self._networks[task] = jax.jit(lambda params, x: task.logits(params, task.inputs(x)))
-        return np.asarray(self._networks[task](params, x))
 
 
 class Cache:
@@ -186,10 +182,10 @@ class Cache:
             if content["key"] != _key(task, method, settings, seed):
                 return None
             points = tuple(
-                Point(int(batch), float(seconds), float(score), _or_infinite(loss))
+                Point(int(batch), float(seconds), _or_infinite(score), _or_infinite(loss))
                 for batch, seconds, score, loss in content["validation"]
             )
-            run = Run(points, float(content["test"]), float(content["compile_seconds"]))
+            run = Run(points, _or_infinite(content["test"]), float(content["compile_seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return run if points else None
@@ -200,10 +196,9 @@ class Cache:
         content = {
             "key": _key(task, method, settings, seed),
             "validation": [
-                [*point[:3], point.loss if math.isfinite(point.loss) else None]
-                for point in run.validation
+                [*point[:2], *map(_or_none, (point.score, point.loss))] for point in run.validation
             ],
-            "test": run.test,
+            "test": _or_none(run.test),
             "compile_seconds": run.compile_seconds,
             "made_with": f"jax {jax.__version__} on {jax.devices()[0].device_kind}",
         }
@@ -215,7 +210,7 @@ class Cache:
 
 def _key(task: Task, method: Method, settings: Settings, seed: int) -> dict[str, Any]:
     made = {
-        "task": dataclasses.asdict(task),
+        "task": task.key(),
         "method": [method.name, method.kind, method.description],
         "settings": {name: float(value) for name, value in settings.items()},
         "seed": seed,
@@ -223,8 +218,12 @@ def _key(task: Task, method: Method, settings: Settings, seed: int) -> dict[str,
     return json.loads(json.dumps(made))  # tuples become lists, as in the file
 
 
-def _or_infinite(loss: float | None) -> float:
-    return math.inf if loss is None else float(loss)
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else float(value)
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity
 
 
 @dataclasses.dataclass
@@ -280,22 +279,27 @@ class Comparison:
         if (row.name, method.name) in self._chosen:
             return self._chosen[row.name, method.name]
         numbers = list(FIRST_RATES)
-        preferences: dict[tuple[int, int], tuple[float, float]] = {}
+        names = list(method.choices)
+        preferences: dict[tuple[float, ...], tuple[float, float]] = {}
+
+        def settings(number: float, *values: float) -> Settings:
+            return {"rate": rate_of(int(number)), **dict(zip(names, values, strict=True))}
+
         while True:
-            for number, cosine in itertools.product(numbers, (0, 1)):
-                if (number, cosine) not in preferences:
-                    run = self.run(row, method, settings_of(number, cosine), TUNING_SEED)
+            for key in itertools.product(numbers, *method.choices.values()):
+                if key not in preferences:
+                    run = self.run(row, method, settings(*key), TUNING_SEED)
                     if run is None:
                         return None
-                    preferences[number, cosine] = run.preference(row)
-            best, cosine = max(sorted(preferences), key=lambda key: preferences[key])
+                    preferences[key] = run.preference(row)
+            best, *values = max(sorted(preferences), key=lambda key: preferences[key])
             if best == numbers[0] and best > LEAST_RATE:
-                numbers.insert(0, best - 1)
+                numbers.insert(0, int(best) - 1)
             elif best == numbers[-1] and best < LARGEST_RATE:
-                numbers.append(best + 1)
+                numbers.append(int(best) + 1)
             else:
                 break
-        return self._chosen.setdefault((row.name, method.name), settings_of(best, cosine))
+        return self._chosen.setdefault((row.name, method.name), settings(best, *values))
 
     def runs(self, row: Row, method: Method, seeds: Sequence[int]) -> dict[int, Run]:
         """The reported runs that there are, by seed."""
@@ -306,16 +310,19 @@ class Comparison:
         return {seed: run for seed, run in found.items() if run is not None}
 
 
-def settings_of(number: int, cosine: int) -> Settings:
-    """The settings with rate number `number`, see `FIRST_RATES`."""
-    return {"rate": float(f"{(1, 3)[number % 2]}e{number // 2}"), "cosine": float(cosine)}
+def rate_of(number: int) -> float:
+    """The rate with this number, see `FIRST_RATES`."""
+    return float(f"{(1, 3)[number % 2]}e{number // 2}")
 
 
 def describe(method: Method, settings: Settings) -> str:
     """Settings in a few words."""
     if method.tuned:
-        text = f"rate {settings['rate']:g}, {'cosine' if settings['cosine'] else 'constant'}"
-        return text + (f", window {settings['window']:g}" if "window" in settings else "")
+        words = [f"rate {settings['rate']:g}"]
+        if "cosine" in settings:
+            words.append("cosine" if settings["cosine"] else "constant")
+        further = settings.keys() - {"rate", "cosine"}
+        return ", ".join([*words, *(f"{name} {settings[name]:g}" for name in sorted(further))])
     words = [f"{name} {value:g}" for name, value in settings.items()]
     return ", ".join([*words, method.description] if method.description else words) or "fixed"
 
@@ -332,8 +339,8 @@ class Summary:
     """A line of the table: means over seeds, with their standard errors.
 
     `difference` is the method's mean minus Adam's over the seeds that both have, `holds` whether
-    the bound does (`None` where nothing is asked or runs are missing), `seconds` the mean training
-    time, until the score is reached where a row asks for that.
+    each of the row's bounds does (`None` where runs are missing), `seconds` the mean training time,
+    until the score is reached where a row asks for that.
     """
 
     row: Row
@@ -346,27 +353,35 @@ class Summary:
     difference_error: float
     seconds: float
     missed: int
-    holds: bool | None
+    holds: tuple[bool | None, ...]
 
 
 def summarise(
     comparison: Comparison, row: Row, method: Method, baseline: Comparison, seeds: Sequence[int]
 ) -> Summary:
-    """The line of a method on a row; `baseline` knows Adam's runs."""
+    """The line of a method on a row; `baseline` knows the runs of Adam and of other baselines."""
     runs = comparison.runs(row, method, seeds)
     results = {seed: run.result(row) for seed, run in runs.items()}
     mean, error = mean_and_error(list(results.values()))
-    base: dict[int, float] = {}
-    if method.name != ADAM.name and not row.reflecting_only:
-        base = {seed: run.result(row) for seed, run in baseline.runs(row, ADAM, seeds).items()}
+
+    def results_of(name: str) -> dict[int, float]:
+        if name == method.name or row.reflecting_only:
+            return {}
+        return {
+            seed: run.result(row) for seed, run in baseline.runs(row, METHODS[name], seeds).items()
+        }
+
+    def holds(bound: Bound) -> bool | None:
+        base = results_of(bound.beside) if bound.paired else {}
+        if len(results) < len(seeds) or (bound.paired and len(base) < len(seeds)):
+            return None
+        better = [row.sign * (results[seed] - base[seed]) for seed in sorted(base)]
+        beside = statistics.fmean(base.values()) if base else math.nan
+        return bound.holds(mean, beside, *mean_and_error(better))
+
+    base = results_of(ADAM.name)
     common = sorted(results.keys() & base.keys())
     difference, difference_error = mean_and_error([results[seed] - base[seed] for seed in common])
-    bound = row.bound(method.kind)
-    complete = len(results) == len(seeds) and (row.reflecting_only or len(common) == len(seeds))
-    holds = None
-    if bound is not None and complete:
-        beside = statistics.fmean(base.values()) if base else math.nan
-        holds = bound.holds(mean, beside, difference, difference_error)
     ends = [run.reached(row.reach) if row.reach else run.validation[-1] for run in runs.values()]
     seconds = [end.seconds if end else math.inf for end in ends]
     return Summary(
@@ -380,7 +395,7 @@ def summarise(
         difference_error,
         statistics.fmean(seconds) if seconds else math.nan,
         sum(math.isinf(result) for result in results.values()),
-        holds,
+        tuple(holds(bound) for bound in row.bounds(method.kind)),
     )
 
 
@@ -395,8 +410,9 @@ def compare(
 ) -> tuple[list[Summary], int]:
     """The lines of the table, and how many runs were trained for them.
 
-    All rows get their first seed before any gets its second. Adam is the baseline of every row;
-    unless it is one of `methods`, its runs are taken from the cache if they are there.
+    All rows get their first seed before any gets its second. Adam is the baseline of every row, and
+    bounds name others; unless they are among `methods`, their runs are taken from the cache if they
+    are there.
     """
     progress = Progress(
         TextColumn("{task.description}"),
@@ -427,7 +443,7 @@ COLUMNS = ("row", "method", "setting", "seeds", "result", "− Adam", "train s",
 def cells(summary: Summary) -> list[str]:
     """The texts of a line, one for each column."""
     row, method = summary.row, summary.method
-    percent = not row.reach and not row.task.uses_auc
+    percent = not row.reach and not row.task.uses_auc and not row.smaller
     unit = 100 if percent else 1
     digits = 2 if percent else 0 if row.reach else 4
 
@@ -445,8 +461,9 @@ def cells(summary: Summary) -> list[str]:
     elif row.reach and summary.seeds and not summary.missed:
         result += " batches"
     if summary.missed:
-        result = f"not reached by {summary.missed} of {summary.seeds}"
-    bound = row.bound(method.kind)
+        what = "not reached by" if row.reach else "not finite for"
+        result = f"{what} {summary.missed} of {summary.seeds}"
+    asked = [bound.describe(percent, row.smaller) for bound in row.bounds(method.kind)]
     return [
         row.name,
         method.name,
@@ -455,8 +472,10 @@ def cells(summary: Summary) -> list[str]:
         result,
         number(summary.difference, summary.difference_error, "+"),
         "–" if not math.isfinite(summary.seconds) else f"{summary.seconds:.1f}",
-        bound.describe(percent) if bound else "",
-        {None: "", True: "yes", False: "no"}[summary.holds],
+        "; ".join(asked),
+        "; ".join({None: "?", True: "yes", False: "no"}[held] for held in summary.holds)
+        if any(held is not None for held in summary.holds)
+        else "",
     ]
 
 
@@ -465,7 +484,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     rows = {summary.row.name: summary.row for summary in summaries}
     lines = [f"{row.name}: {row.note}." for row in rows.values() if row.note]
     return [
-        "Means over seeds ± standard errors; − Adam: paired, in points, AUC or batches.",
+        "Means over seeds ± standard errors; − Adam: paired, in points, AUC, batches or loss.",
         "Train s: mean training time, without compiling and measuring, on this machine.",
         *lines,
     ]
@@ -514,7 +533,7 @@ def table_parser(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 0, 1 after an error, 130 after Ctrl-C."""
-    parser = table_parser("accuracy", "Accuracies beside tuned Adam's.", ROWS, METHODS, seeds=5)
+    parser = table_parser("accuracy", "Scores beside tuned baselines'.", ROWS, METHODS, seeds=5)
     options = parser.parse_args(arguments)
     console = terminal.console(160)
     if options.list:

@@ -12,12 +12,17 @@ import optax
 from jaxtyping import Array
 
 import pjax
-from benchmarks.accuracy_tasks import Kind, Loss, Params
+from benchmarks.accuracy_tasks import Batch, Kind, Loss, Params
+from pjax.lab import baselines
 
 #: Numbers by name; they are traced, so one compiled program serves all of a grid.
 Settings = Mapping[str, Any]
-Init = Callable[[Loss, Params, tuple[Array, Array]], Any]
-Step = Callable[[Loss, Params, Any, Array, Array, Array, Settings], tuple[Params, Any]]
+Init = Callable[[Loss, Params, Batch], Any]
+Step = Callable[[Loss, Params, Any, Any, Any, Array, Settings], tuple[Params, Any]]
+#: The parameters that are evaluated, of those that train and the state.
+Read = Callable[[Params, Any], Params]
+#: Beside its rate a tuned method tries both of these, unless it names others.
+SCHEDULES: Mapping[str, tuple[float, ...]] = {"cosine": (0.0, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +32,18 @@ class Method:
     **Arguments:**
 
     - `name`: for the table and the cache.
-    - `kind`: `"gradient"` and `"optax"` methods read the settings `rate` and `cosine` and are tuned
-      on every row; a `"pure"` one has the same `settings` on every row. It also says which loss
-      they get, see `Task.loss`.
-    - `init`: `init(loss_fn, params, (x, one_hot))`, what is carried from batch to batch, a pytree
+    - `kind`: `"gradient"` and `"optax"` methods read the setting `rate` and those of `choices`, and
+      are tuned on every row; a `"pure"` one has the same `settings` on every row. It also says
+      which loss they get, see `Task.loss`.
+    - `init`: `init(loss_fn, params, (x, targets))`, what is carried from batch to batch, a pytree
       of arrays; the batch is the first.
-    - `step`: `step(loss_fn, params, state, x, one_hot, progress, settings)`, the new parameters and
+    - `step`: `step(loss_fn, params, state, x, targets, progress, settings)`, the new parameters and
       state; `progress` goes from 0 to (just below) 1 over the run. Compiled.
+    - `read`: `read(params, state)`, the parameters that are evaluated; by default those that train.
     - `description`: all that is fixed in `step`. Cached runs are found by name, description and
       settings, so a change of any of them trains anew.
     - `settings`: of a pure method.
+    - `choices`: the values that tuning tries of each further setting, all with every rate.
     - `reflecting`: it takes part in the rows for methods that reflect.
     - `requires`: a name that `pjax` must have; without it the method is left out.
     - `rows`: names of rows; empty: all.
@@ -48,6 +55,10 @@ class Method:
     step: Step
     description: str = ""
     settings: Settings = dataclasses.field(default_factory=dict)
+    choices: Mapping[str, tuple[float, ...]] = dataclasses.field(
+        default_factory=lambda: dict(SCHEDULES)
+    )
+    read: Read = lambda params, state: params
     reflecting: bool = False
     requires: str = ""
     rows: tuple[str, ...] = ()
@@ -82,7 +93,7 @@ def rate_at(progress: Array, settings: Settings) -> Array:
 def descend(
     name: str,
     kind: Kind,
-    direction: Callable[[Loss], Callable[[Params, tuple[Array, Array]], tuple[Array, Params]]],
+    direction: Callable[[Loss], Callable[[Params, Batch], tuple[Array, Params]]],
     *,
     scale: Callable[[], optax.GradientTransformation] = optax.scale_by_adam,
     description: str = "",
@@ -95,7 +106,7 @@ def descend(
     `(params, batch)` to the loss and what takes the gradient's place.
     """
 
-    def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
+    def init(loss_fn: Loss, params: Params, batch: Batch) -> Any:
         return scale().init(params)  # pyright: ignore[reportArgumentType]
 
     def step(loss_fn, params, state, x, y, progress, settings):
@@ -105,6 +116,49 @@ def descend(
         return jax.tree.map(lambda leaf, move: leaf - rate * move, params, updates), state
 
     return Method(name, kind, init, step, description=description, requires=requires, rows=rows)
+
+
+def matrices(params: Params) -> Any:
+    """What is Muon's, see `baselines.matrix_axes`.
+
+    To Adam go, as Muon's author advises, biases, scales of norms, tables that are read by row, and
+    layers of outputs.
+    """
+    last = params["w"][-1] if "w" in params else None  # of perceptrons and convolutions
+
+    def skip(name: str, leaf: Any) -> bool:
+        return leaf is last or any(part in name for part in ("embedding", "position", "head"))
+
+    return baselines.matrix_axes(params, skip)
+
+
+def _schedule_free() -> Method:
+    """Adam without a schedule (Defazio et al., arXiv:2405.15682); averages are evaluated.
+
+    The rate grows from a tenth over the share `warmup` of the run.
+    """
+
+    def transformation(rate: Any) -> optax.GradientTransformation:
+        return optax.contrib.schedule_free_adamw(rate)
+
+    def init(loss_fn: Loss, params: Params, batch: Batch) -> Any:
+        return transformation(1.0).init(params)  # the rate is no part of the state
+
+    def step(loss_fn, params, state, x, y, progress, settings):
+        grown = jnp.minimum(1.0, 0.1 + 0.9 * progress / settings["warmup"])
+        found = jax.grad(loss_fn)(params, (x, y))
+        updates, state = transformation(settings["rate"] * grown).update(found, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Method(
+        "schedule-free",
+        "gradient",
+        init,
+        step,
+        description="AdamW without decay, b1 0.9",
+        choices={"warmup": (0.02, 0.1)},
+        read=lambda params, state: optax.contrib.schedule_free_eval_params(state, params),
+    )
 
 
 def displacement(name: str, **options: Any) -> Method:
@@ -121,6 +175,16 @@ def displacement(name: str, **options: Any) -> Method:
 
 
 ADAM = register(descend("adam", "gradient", jax.value_and_grad))
+register(
+    descend(
+        "muon",
+        "gradient",
+        jax.value_and_grad,
+        scale=lambda: baselines.scale_by_muon(matrices),
+        description="consistent RMS 0.2, head and tables by Adam",
+    )
+)
+register(_schedule_free())
 register(displacement("displacement-adam"))
 
 
@@ -134,7 +198,7 @@ def projection(
     optimizer = getattr(pjax.optim, solver)(splitting="layer", check=False, **options)
     text = ", ".join(f"{key}={value!r}" for key, value in options.items())
 
-    def init(loss_fn: Loss, params: Params, batch: tuple[Array, Array]) -> Any:
+    def init(loss_fn: Loss, params: Params, batch: Batch) -> Any:
         return optimizer.init(lambda params: loss_fn(params, batch), params)
 
     def step(loss_fn, params, state, x, y, progress, settings):

@@ -6,8 +6,9 @@ Adam's.
 
 The networks are Flax NNX modules with a 3x3 stem, with batch norm or without a norm (then the last
 convolution of each block begins at zero). `sizes` traces a training step and counts; `train`
-trains narrow networks on CIFAR-10 with Adam on gradients and on displacements, rates tuned by a
-seed of their own, and prints the mean loss of each quarter. How long a step takes to compile:
+trains narrow networks on CIFAR-10 with Adam and Muon on gradients and with Adam on displacements,
+rates tuned by a seed of their own, and prints the mean loss of each quarter and of the last 20
+batches. How long a step takes to compile:
 `benchmarks.compile_time`.
 """
 
@@ -29,12 +30,21 @@ from flax import nnx
 from jaxtyping import Array
 
 import pjax
-from pjax.lab import data
+from benchmarks.accuracy_methods import matrices
+from pjax.lab import baselines, data
 from pjax.problem import sizes
 from pjax.solvers.base import layout_for
 from pjax.trace import trace
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+#: What is multiplied by minus the rate, for each method.
+SCALES: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": optax.scale_by_adam,
+    "muon": lambda: baselines.scale_by_muon(matrices),
+    "displacement-adam": optax.scale_by_adam,
+}
+#: The batches at the end of which the mean loss is printed.
+LAST = 20
 TUNING_SEED = 1000
 #: Blocks in each of the four stages, and whether they are bottlenecks.
 NETWORKS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
@@ -160,22 +170,26 @@ def train(options: argparse.Namespace) -> None:
     images = found.train.x.reshape(-1, *found.shape)
     print(
         f"ResNet-18, width {options.width}, batches of {options.batch_size}: mean training loss of "
-        f"each quarter of {options.batches} batches, {options.seeds} seeds ± standard deviations"
+        f"each quarter of {options.batches} batches and of the last {LAST}, {options.seeds} seeds "
+        "± standard deviations"
     )
     for norm in options.norms:
-        quarters: dict[str, np.ndarray] = {}
-        for kind in ("adam", "displacement-adam"):
+        means: dict[str, np.ndarray] = {}
+        for kind in options.methods:
             step = _step(kind, options, norm == "batch")
             curve = functools.partial(_curve, step, kind, options, norm, images, found.train.y)
             tuned = {rate: float(np.mean(curve(rate, TUNING_SEED)[-50:])) for rate in RATES}
             best = min(tuned, key=lambda rate: tuned[rate] if np.isfinite(tuned[rate]) else np.inf)
             curves = [curve(best, seed) for seed in range(options.seeds)]
-            quarters[kind] = np.array([[q.mean() for q in np.array_split(c, 4)] for c in curves])
-            _print_quarters(f"{norm:8s}{kind:20s}rate {best:<8g}", quarters[kind])
-        _print_quarters(f"{norm:8s}{'difference, paired':33s}", quarters[kind] - quarters["adam"])
+            means[kind] = np.array(
+                [[part.mean() for part in (*np.array_split(c, 4), c[-LAST:])] for c in curves]
+            )
+            _print_means(f"{norm:8s}{kind:20s}rate {best:<8g}", means[kind])
+        for kind in [name for name in means if name != "adam" and "adam" in means]:
+            _print_means(f"{norm:8s}{f'{kind} − adam':33s}", means[kind] - means["adam"])
 
 
-def _print_quarters(label: str, rows: np.ndarray) -> None:
+def _print_means(label: str, rows: np.ndarray) -> None:
     spread = rows.std(0, ddof=1) if len(rows) > 1 else np.full(rows.shape[1], np.nan)
     cells = (f"{mean:8.3f} ± {s:.3f}" for mean, s in zip(rows.mean(0), spread, strict=True))
     print(label + "".join(cells), flush=True)
@@ -183,14 +197,14 @@ def _print_quarters(label: str, rows: np.ndarray) -> None:
 
 def _step(kind: str, options: argparse.Namespace, norm: bool) -> Callable[..., Any]:
     _, _, loss = make("resnet18", options.width, norm, 0)
-    of = jax.value_and_grad if kind == "adam" else pjax.value_and_displacement
+    of = pjax.value_and_displacement if kind == "displacement-adam" else jax.value_and_grad
     direction = of(loss, has_aux=True)
 
     @jax.jit
     def step(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
         params, state, moments = carry
         (value, state), moved = direction(params, state, x, labels)
-        updates, moments = optax.scale_by_adam().update(moved, moments, params)
+        updates, moments = SCALES[kind]().update(moved, moments, params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         return (params, state, moments), value
 
@@ -212,7 +226,7 @@ def _curve(
     if file.exists():
         return np.load(file, allow_pickle=False)
     params, state, _ = make("resnet18", options.width, norm == "batch", seed)
-    carry = params, state, optax.scale_by_adam().init(params)
+    carry = params, state, SCALES[kind]().init(params)
     order = np.random.default_rng(seed).permutation(len(images))
     values = []
     for number in range(options.batches):
@@ -234,6 +248,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(SCALES), choices=list(SCALES))
     parser.add_argument("--norms", nargs="+", default=["batch", "none"], choices=["batch", "none"])
     parser.add_argument("--cache", type=Path, default=Path("runs/resnet"))
     parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))

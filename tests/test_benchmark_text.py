@@ -18,7 +18,11 @@ from pjax.lab.data import Text
 from tests.selection import mostly_slow
 
 SYMBOLS, CONTEXT = 5, 6
-MODELS = [Recurrent(SYMBOLS, CONTEXT, width=8), Transformer(SYMBOLS, CONTEXT, width=8, heads=2)]
+MODELS = [
+    Recurrent(SYMBOLS, CONTEXT, width=8),
+    Transformer(SYMBOLS, CONTEXT, width=8, heads=2),
+    Transformer(SYMBOLS, CONTEXT, width=8, heads=2, blocks=2),
+]
 
 
 def made(model, seed=0):
@@ -31,9 +35,7 @@ def made(model, seed=0):
     }
 
 
-@pytest.mark.parametrize(
-    "model", mostly_slow(MODELS, MODELS[:1]), ids=lambda model: type(model).__name__
-)
+@pytest.mark.parametrize("model", mostly_slow(MODELS, MODELS[:1]), ids=str)
 def test_a_character_changes_its_own_and_later_predictions_only(model):
     params = made(model)
     tokens = np.random.default_rng(1).integers(0, SYMBOLS, (3, CONTEXT))
@@ -51,6 +53,15 @@ def test_a_character_changes_its_own_and_later_predictions_only(model):
         other[:, place] = (other[:, place] + 1) % SYMBOLS
         changed = np.any(predict(other)[0] != before, axis=(0, 2))
         np.testing.assert_array_equal(changed, np.arange(CONTEXT) >= place)
+
+
+def test_the_first_block_has_the_parameters_of_a_single_one():
+    one, two = (model.init(jax.random.key(3)) for model in MODELS[1:])
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, two[name])
+    further = {name.removesuffix("_2"): leaf for name, leaf in two.items() if name.endswith("_2")}
+    assert len(further) == len(two) - len(one) == 10
+    assert np.any(further["qkv"] != two["qkv"])
 
 
 def test_the_recurrent_network_by_hand():

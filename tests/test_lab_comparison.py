@@ -131,6 +131,30 @@ def test_cells_hold_the_best_setting_and_what_training_alone_gives(tmp_path: Pat
     assert rates[0] < best[0] < rates[-1]
 
 
+def test_muon_and_schedule_free_are_tuned_as_others(tmp_path: Path, capsys, trained_cells) -> None:
+    both = ("--methods", "muon", "schedule-free", "--seeds", "0")
+    assert cli.main(arguments(tmp_path, *both, "--steps", "20")) == 0
+    assert trained_cells == [
+        ("muon rates", (1000,)),
+        ("muon", (0,)),
+        ("schedule-free rates", (1000,)),
+        ("schedule-free", (0,)),
+    ]
+    folder = tmp_path / "c"
+    found = {
+        name: json.loads((folder / "cells" / f"{name}.tuning.json").read_text())["candidates"]
+        for name in ("muon", "schedule-free")
+    }
+    assert {decay for _, decay, _ in found["muon"]} == {0, 20}
+    assert {decay for _, decay, _ in found["schedule-free"]} == {0}
+    muon, free = json.loads((folder / "results.json").read_text())["methods"]
+    rate, decay, _ = max(found["muon"], key=lambda one: one[2])
+    assert muon["description"] == f"rate {rate:g}, {'cosine' if decay else 'constant'}"
+    rate, _, _ = max(found["schedule-free"], key=lambda one: one[2])
+    assert free["description"] == f"rate {rate:g}, warm-up 2"
+    assert min(muon["test_accuracy"], free["test_accuracy"]) > 0.3
+
+
 @pytest.mark.parametrize(("best", "tried"), [(0.1, 6), (3.0, 8), (1e-2, 7)])
 def test_a_search_goes_on_beyond_an_end_that_is_best(best, tried, monkeypatch) -> None:
     raced = []

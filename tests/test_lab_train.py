@@ -132,11 +132,28 @@ def test_stopping_early_keeps_what_is_there(digits: Dataset, model: MLP) -> None
     assert run.steps == 3
 
 
-@pytest.mark.parametrize(("name", "decay"), [("adam", 0), ("adam", 6), ("sgd", 6)])
+def muon(schedule: Any) -> optax.GradientTransformation:
+    """Muon on the first layer only: all else is a vector, or the layer of the outputs."""
+
+    def axes(params: Any) -> Any:
+        matrix = optax.contrib.MuonDimensionNumbers()
+        return {name: matrix if name == "dense.0.weight" else None for name in params}
+
+    return optax.contrib.muon(schedule, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("adam", 0), ("adam", 6), ("sgd", 6), ("muon", 6), ("schedule-free", 0)]
+)
 def test_gradient_steps_are_those_of_optax(digits: Dataset, model: MLP, name, decay) -> None:
     method = baselines.Descent(name, 0.01, decay, 10)
     schedule = optax.cosine_decay_schedule(0.01, decay) if decay else 0.01
-    transformation = {"adam": optax.adam, "sgd": optax.sgd}[name](schedule)
+    transformation = {
+        "adam": optax.adam,
+        "sgd": optax.sgd,
+        "muon": muon,
+        "schedule-free": optax.contrib.schedule_free_adamw,
+    }[name](schedule)
     params = model.init(jax.random.key(0))
     expected: Any = params
     x, y = jnp.asarray(digits.train.x[:64]), jnp.asarray(digits.train.y[:64])
@@ -149,10 +166,49 @@ def test_gradient_steps_are_those_of_optax(digits: Dataset, model: MLP, name, de
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
         params, state, _ = method.step(model, params, state, x, y)
-        updates, optax_state = transformation.update(jax.grad(loss)(expected), optax_state)
+        found = jax.grad(loss)(expected)
+        updates, optax_state = transformation.update(found, optax_state, expected)
         expected = optax.apply_updates(expected, updates)
+    if name == "schedule-free":
+        expected = optax.contrib.schedule_free_eval_params(optax_state, expected)
     for key, value in expected.items():
         np.testing.assert_allclose(params[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_without_a_schedule_grows_at_first(digits: Dataset, model: MLP) -> None:
+    params = model.init(jax.random.key(0))
+    x, y = jnp.asarray(digits.train.x[:64]), jnp.asarray(digits.train.y[:64])
+
+    def moved(warmup_steps):
+        method = baselines.Descent("schedule-free", 0.01, 0, 10, warmup_steps=warmup_steps)
+        state = method.init(model, params, x, y)
+        new, _, _ = method.step(model, params, state, x, y)
+        return new["dense.0.weight"] - params["dense.0.weight"]
+
+    np.testing.assert_allclose(4 * moved(4), moved(0), rtol=1e-3, atol=1e-5)
+
+
+def test_muon_takes_the_matrices_of_hidden_layers() -> None:
+    params = {
+        "kernel.0": jnp.ones((3, 3, 2, 4)),
+        "relu.0.bias": jnp.ones(4),
+        "embedding.weight": jnp.ones((5, 4)),
+        "cell.output.weight": jnp.ones((4, 4)),
+        "output.weight": jnp.ones((4, 5)),
+    }
+    rng = np.random.default_rng(0)
+    gradient: Any = {
+        name: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for name, leaf in params.items()
+    }
+    transformation = baselines.scale_by_muon()
+    updates: Any = transformation.update(gradient, transformation.init(params), params)[0]
+    for name in ("relu.0.bias", "embedding.weight", "output.weight"):
+        assert np.ptp(np.abs(updates[name])) < 1e-3  # Adam's first step: signs
+    for name in ("kernel.0", "cell.output.weight"):
+        matrix = updates[name].reshape(-1, 4)
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert np.all(values < 2 * values[-1])
+        assert jnp.vdot(updates[name], gradient[name]) > 0
 
 
 def test_tuning_finds_the_rate_that_training_shows_to_be_best(digits: Dataset, model: MLP) -> None:

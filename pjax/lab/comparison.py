@@ -276,7 +276,7 @@ def _choose(
             return None
         fields = 4 if name in baselines.WINDOWS else 3
         write_json(path, {"method": name, "candidates": [list(one[:fields]) for one in found]})
-    return baselines.best_of(name, found, dataset.num_classes)
+    return baselines.best_of(name, found, dataset.num_classes, settings.steps)
 
 
 def _train(

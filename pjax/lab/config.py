@@ -17,14 +17,25 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 
 from pjax import nn, optim
-from pjax.lab.baselines import WINDOWS, Descent
+from pjax.lab.baselines import WINDOWS, Descent, warmup
 from pjax.lab.data import Dataset, DatasetName, load, load_text
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, QUANTIZED, RNN, ActivationName
 from pjax.lab.train import Method, Projection, Training
 
 MethodName = Literal[
-    "ap", "cp", "dr", "cdr", "dm", "ar", "displacement-adam", "adam", "sgd", "straight-through"
+    "ap",
+    "cp",
+    "dr",
+    "cdr",
+    "dm",
+    "ar",
+    "displacement-adam",
+    "adam",
+    "sgd",
+    "muon",
+    "schedule-free",
+    "straight-through",
 ]
 TaskName = Literal[DatasetName, "tinyshakespeare"]
 #: Those that are texts, and the characters in a row of one.
@@ -39,7 +50,14 @@ OPTIMIZERS = {
     "ar": optim.AlternatingReflections,
 }
 #: The learning rate where none is given.
-DEFAULT_RATES = {"adam": 3e-3, "sgd": 0.1, "displacement-adam": 3e-3, "straight-through": 3e-3}
+DEFAULT_RATES = {
+    "adam": 3e-3,
+    "sgd": 0.1,
+    "muon": 3e-3,
+    "schedule-free": 1e-2,
+    "displacement-adam": 3e-3,
+    "straight-through": 3e-3,
+}
 #: Counts beyond this are mistakes.
 _LARGEST = 10**9
 _LARGEST_FILE = 100_000
@@ -146,7 +164,7 @@ class TrainConfig(Task):
     method: MethodName = "cp"
     """Pure projection (ap, cp, dr, cdr, dm, ar), Adam on displacements, or a gradient method."""
     rate: float | None = None
-    """Learning rate of methods that have one (default: 0.003, and 0.1 for sgd)."""
+    """Learning rate of methods that have one (default: 0.003; sgd 0.1, schedule-free 0.01)."""
     window: float | None = None
     """Half of the width over which straight-through lets gradients pass (default: 1)."""
     checkpoint_every: int | None = None
@@ -322,7 +340,10 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
         )
     rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
     name: Any = config.method
-    return Descent(name, rate, decay_steps, num_classes, config.window or 1.0)
+    if name == "schedule-free":
+        decay_steps = 0
+    warmup_steps = warmup(name, config.steps)
+    return Descent(name, rate, decay_steps, num_classes, config.window or 1.0, warmup_steps)
 
 
 def make_training(

@@ -25,6 +25,8 @@ COLOURS = {
     "displacement-adam": "#CC79A7",
     "adam": "#D55E00",
     "sgd": "#E69F00",
+    "muon": "#332288",
+    "schedule-free": "#117733",
     "straight-through": "#882255",
 }
 _MARKERS = {
@@ -37,6 +39,8 @@ _MARKERS = {
     "displacement-adam": "*",
     "adam": "D",
     "sgd": "v",
+    "muon": "h",
+    "schedule-free": ">",
     "straight-through": "p",
 }
 #: Where several lines are of one method: these colours and markers, those that are dark first.
