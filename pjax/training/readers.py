@@ -237,13 +237,12 @@ def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:
     node = graph.nodes[slot.node]
     place = node.slots.index(slot.index)
     rule = node.rule
-    if not isinstance(rule, LayerSum) or slot.kind != "weight":
+    if not isinstance(rule, LayerSum) or slot.producers != (producer,) or not slot.route.even:
         return Reader(slot.index, "entries", place)
     term, side = operand_at(rule, place)
     if isinstance(term, Product):
         matrix = matrix_of(term.operation, side)
-        whole = slot.producers == (producer,) and slot.route.even
-        if matrix is not None and whole and _size(graph, slot) == math.prod(slot.shape):
+        if matrix is not None and _size(graph, slot) == math.prod(slot.shape):
             return Reader(slot.index, "product", place, matrix)
     return Reader(slot.index, "linear", place)
 

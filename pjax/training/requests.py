@@ -14,6 +14,7 @@ For each unit (see `pjax.training.readers`):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Requests:
     - `memory`: μ, of requests.
     - `rows_memory`: β, of input rows, for each batch.
     - `every`: the rows are taken in every so many batches, and in each of the first ones.
-    - `damping`: ρ, as a share of the largest eigenvalue.
+    - `damping`: κ, of the noise of the requests, see `_damping`.
     - `rank`: how many directions of the inputs are told apart.
     - `output_rank`: and of the outputs.
     - `equalise`: δ, how far outputs are equalised: the smaller the more.
@@ -51,7 +52,7 @@ class Requests:
     memory: float = 0.8
     rows_memory: float = 0.9
     every: int = 4
-    damping: float = 0.02
+    damping: float = 0.2
     rank: int = 32
     output_rank: int = 16
     equalise: float = 0.1
@@ -67,18 +68,22 @@ class UnitMemory(NamedTuple):
     - `inputs`: `C`: a spectrum for each block of its matrix, or a diagonal in the unit's shape.
     - `outputs`: of the forces, a spectrum for each block; None where nothing is equalised.
     - `force`: the largest mean force on its readers so far.
+    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
     """
 
     asked: Array
     inputs: Spectrum | Array
     outputs: Spectrum | None
     force: Array
+    noise: Array
 
 
 Memory = tuple[UnitMemory, ...]
 
 #: Products of the inputs in the first batch.
 _FIRST_ITERATIONS = 3
+#: Of the noise, from batch to batch.
+_NOISE_MEMORY = 0.9
 
 
 class _Reading(NamedTuple):
@@ -107,7 +112,8 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
                 outputs = spectrum.empty(
                     value.shape[-1], settings.output_rank, dtype, (1,)
                 )
-        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, jnp.zeros((), dtype)))
+        zero = jnp.zeros((), dtype)
+        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, zero, zero))
     return tuple(found)
 
 
@@ -165,28 +171,52 @@ def moves(
         share = settings.size / math.sqrt(units.layers)
         scale = share * size * spectrum.inverse(largest)
         rows = jnp.maximum(sum(jnp.sum(reading.asked) for reading in found), 1)
-        asked = scale * unit_forces[unit.node] / rows
+        asked = (scale * unit_forces[unit.node] / rows).astype(kept.asked.dtype)
+        request = scale**2 * force / rows
         inputs, outputs = jax.lax.cond(
             refresh,
-            lambda k, u=unit, f=found, n=rows: _renew(problem, u, f, k, n, count, settings),
+            functools.partial(
+                _renew, problem, unit, found, unit_forces[unit.node], rows, count, settings
+            ),
             lambda k: (k.inputs, k.outputs),
             kept,
         )
-        mean, ahead = _remember(kept.asked, asked.astype(kept.asked.dtype), count, settings.memory)
-        kept = UnitMemory(mean, inputs, outputs, largest.astype(kept.force.dtype))
-        moved[unit.node] = _solve(problem, unit, ahead, kept, settings)
+        mean, ahead, noise = _remember(kept, asked, request, count, settings)
+        kept = UnitMemory(mean, inputs, outputs, largest.astype(kept.force.dtype), noise)
+        moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
         new.append(kept)
     return moved, tuple(new)
 
 
-def _remember(before: Array, new: Array, count: Array, keep: float) -> tuple[Array, Array]:
-    """The memory, and what it will be if the next batch asks for the same (Nesterov's look ahead),
-    both as means.
+def _remember(
+    kept: UnitMemory, asked: Array, request: Array, count: Array, settings: Requests
+) -> tuple[Array, Array, Array]:
+    """The memory of requests with one more; what it will be if the next batch asks for the same
+    (Nesterov's look ahead), as a mean; and the noise.
     """
-    mean = keep * before + (1 - keep) * new
-    power = jnp.asarray(keep, jnp.float32) ** (count + 1)
-    ahead = keep * mean / (1 - keep * power) + (1 - keep) * new / (1 - power)
-    return mean, ahead.astype(before.dtype)
+    dtype, keep = asked.dtype, settings.memory
+    done = jnp.asarray(keep, dtype) ** count
+    expected = kept.asked * spectrum.inverse(1 - done)
+    mean = keep * kept.asked + (1 - keep) * asked
+    ahead = keep * mean / (1 - keep**2 * done) + (1 - keep) * asked / (1 - keep * done)
+    surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(request)
+    noise = jnp.where(
+        count == 0, surprise, _NOISE_MEMORY * kept.noise + (1 - _NOISE_MEMORY) * surprise
+    )
+    return mean, ahead.astype(dtype), noise.astype(dtype)
+
+
+def _damping(
+    memory: UnitMemory, length: int, trace: Array, largest: Array, count: Array, settings: Requests
+) -> Array:
+    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent.
+
+    If the requests of a batch of `N` independent rows were noise, `|m − M|²` would be their mean
+    square times `tr C/N`: that is how `N` is measured. Rows that are there twice count once.
+    """
+    rows_kept = (1 - settings.rows_memory ** (count + 1)) / (1 - settings.rows_memory)
+    share = memory.noise * spectrum.inverse(trace) * length / rows_kept
+    return settings.damping * jnp.minimum(share, length) * largest
 
 
 def _reading(
@@ -213,10 +243,11 @@ def _renew(
     problem: Problem,
     unit: Unit,
     readings: Sequence[_Reading],
-    kept: UnitMemory,
+    unit_force: Array,
     rows: Array,
     count: Array,
     settings: Requests,
+    kept: UnitMemory,
 ) -> tuple[Any, Any]:
     """The second moments of inputs and outputs, with this batch taken in."""
     # A mean over the first times; from then on the memory fades.
@@ -257,7 +288,10 @@ def _renew(
         )
     outputs = kept.outputs
     if outputs is not None:
-        parts = [_by_column(unit, reader, reading) for reader, reading in pairs]
+        # Where there is no matrix, the forces on the entries are its rows.
+        parts = [reading.force for reader, reading in pairs if reader.kind == "product"]
+        if unit.matrix is None:
+            parts = [unit_force.reshape(1, -1, unit_force.shape[-1])]
 
         def pull(directions: Array) -> Array:
             return sum(jnp.swapaxes(g, 1, 2) @ (g @ directions) for g in parts) / rows
@@ -289,22 +323,22 @@ def _diagonal(problem: Problem, unit: Unit, reader: Reader, reading: _Reading) -
     return problem.pull(slot, unit.node, entries)
 
 
-def _by_column(unit: Unit, reader: Reader, reading: _Reading) -> Array:
-    """The forces as rows of the unit's columns, `[blocks, places, columns]`."""
-    if reader.kind == "product":
-        return reading.force
-    force = reading.force
-    return force.reshape(1, -1, force.shape[-1])
-
-
 def _solve(
-    problem: Problem, unit: Unit, asked: Array, memory: UnitMemory, settings: Requests
+    problem: Problem,
+    unit: Unit,
+    asked: Array,
+    memory: UnitMemory,
+    count: Array,
+    settings: Requests,
 ) -> Array:
     """`(C + ρ)⁻¹ M`, its columns equalised."""
     if unit.matrix is None:
         assert isinstance(memory.inputs, jax.Array)
-        damped = memory.inputs + settings.damping * jnp.max(memory.inputs)
-        move = asked * spectrum.inverse(damped)
+        columns = asked.shape[-1] if asked.ndim else 1
+        trace = jnp.sum(memory.inputs) / columns
+        largest = jnp.max(memory.inputs)
+        damping = _damping(memory, asked.size // columns, trace, largest, count, settings)
+        move = asked * spectrum.inverse(memory.inputs + damping)
         if memory.outputs is not None:
             flat = move.reshape(1, -1, move.shape[-1])
             move = spectrum.equalise(memory.outputs, flat, settings.equalise).reshape(move.shape)
@@ -314,7 +348,11 @@ def _solve(
     entries = asked if slot.route.direct else slot.route([asked], problem.values)
     matrix = unit.matrix.of(entries)
 
-    matrix = spectrum.solve(memory.inputs, matrix, settings.damping * memory.inputs.largest)
+    trace = jnp.sum(memory.inputs.trace)
+    damping = _damping(
+        memory, unit.matrix.shape[1], trace, memory.inputs.largest, count, settings
+    )
+    matrix = spectrum.solve(memory.inputs, matrix, damping)
     assert memory.outputs is not None
     move = unit.matrix.back(spectrum.equalise(memory.outputs, matrix, settings.equalise))
     if slot.route.direct:
