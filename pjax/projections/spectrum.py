@@ -10,7 +10,7 @@ products of `X` with a few columns.
 >>> from pjax.projections import spectrum
 >>> x = jnp.array([[3.0, 0.0], [0.0, 1.0]])
 >>> memory = spectrum.empty(2, 1, jnp.float32)
->>> for _ in range(8):
+>>> for _ in range(4):
 ...     memory = spectrum.renew(memory, lambda u: x.T @ (x @ u), jnp.sum(x**2), keep=0.0)
 >>> [round(float(value), 3) for value in (memory.values[0], memory.rest)]
 [9.0, 1.0]
@@ -83,34 +83,39 @@ def renew(
 ) -> Spectrum:
     """The spectrum of `keep · before + (1 − keep) · C`.
 
-    By subspace iteration: `Q R = (keep U Λ + (1 − keep) C U)` has the new vectors in `Q`, and on the
-    diagonal of `R` what they were stretched by. With the same `C` again and again it converges to
-    the largest eigenvectors.
+    By subspace iteration, then exact within the subspace (Rayleigh-Ritz): where the rank is the size,
+    the result is exact; else it converges to the largest eigenvectors with every product.
 
     **Arguments:**
 
     - `times`: `U ↦ C U`.
     - `trace`: `tr C`.
     - `keep`: in [0, 1).
-    - `iterations`: how many products with `C`, at least 1; a number, also a traced one.
+    - `iterations`: how often the subspace is multiplied, at least 1; a number, also a traced one.
     """
     size, rank = before.vectors.shape[-2:]
 
-    def step(_: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        vectors, _ = found
+    def product(vectors: Array) -> Array:
         kept = _function(before, vectors, lambda value: value)
-        vectors, triangle = jnp.linalg.qr(keep * kept + (1 - keep) * times(vectors))
-        return vectors, jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+        return keep * kept + (1 - keep) * times(vectors)
 
-    found = step(0, (before.vectors, before.values))
-    if not (isinstance(iterations, int) and iterations == 1):
-        found = jax.lax.fori_loop(1, iterations, step, found)
-    vectors, values = found
+    vectors = before.vectors
+    if rank < size:
+
+        def step(_: Any, vectors: Array) -> Array:
+            return jnp.linalg.qr(product(vectors))[0]
+
+        vectors = step(0, vectors)
+        if not (isinstance(iterations, int) and iterations == 1):
+            vectors = jax.lax.fori_loop(1, iterations, step, vectors)
+    inside = jnp.swapaxes(vectors, -1, -2) @ product(vectors)
+    values, turn = jnp.linalg.eigh((inside + jnp.swapaxes(inside, -1, -2)) / 2)
+    values = jnp.maximum(values, 0)
     rest = jnp.zeros_like(before.rest)
     if rank < size:
         total = keep * before.trace + (1 - keep) * trace
         rest = (jnp.maximum(total - jnp.sum(values, axis=-1), 0) / (size - rank)).astype(rest.dtype)
-    return Spectrum(vectors, values, rest)
+    return Spectrum(vectors @ turn, values, rest)
 
 
 def solve(

@@ -38,6 +38,8 @@ class Requests:
     **Attributes:**
 
     - `size`: of a request: all layers together are asked to move by this share of their outputs.
+        The output is measured as the geometric mean of its size now and in the first batch, so that
+        growth does not feed itself.
     - `memory`: μ, of requests.
     - `rows_memory`: β, of input rows, for each batch.
     - `every`: the rows are taken in every so many batches, and in each of the first ones.
@@ -48,9 +50,9 @@ class Requests:
     - `forget`: of the largest force so far, kept from batch to batch.
     """
 
-    size: float = 1.0
+    size: float = 1.2
     memory: float = 0.8
-    rows_memory: float = 0.9
+    rows_memory: float = 0.95
     every: int = 4
     damping: float = 0.2
     rank: int = 32
@@ -68,6 +70,7 @@ class UnitMemory(NamedTuple):
     - `inputs`: `C`: a spectrum for each block of its matrix, or a diagonal in the unit's shape.
     - `outputs`: of the forces, a spectrum for each block; None where nothing is equalised.
     - `force`: the largest mean force on its readers so far.
+    - `output`: how large its readers' outputs were in the first batch.
     - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
     """
 
@@ -75,6 +78,7 @@ class UnitMemory(NamedTuple):
     inputs: Spectrum | Array
     outputs: Spectrum | None
     force: Array
+    output: Array
     noise: Array
 
 
@@ -82,6 +86,8 @@ Memory = tuple[UnitMemory, ...]
 
 #: Products of the inputs in the first batch.
 _FIRST_ITERATIONS = 3
+#: An output below this share of the input is one that begins at zero.
+_NOTHING = 1e-3
 #: Of the noise, from batch to batch.
 _NOISE_MEMORY = 0.9
 
@@ -113,7 +119,7 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
                     value.shape[-1], settings.output_rank, dtype, (1,)
                 )
         zero = jnp.zeros((), dtype)
-        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, zero, zero))
+        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, zero, zero, zero))
     return tuple(found)
 
 
@@ -160,29 +166,47 @@ def moves(
                     jnp.sum(jnp.square(reading.force)),
                     jnp.sum(places) * (reading.output.size / places.size),
                 )
-    moved: dict[int, Array] = {}
-    new = []
     refresh = (count < settings.every) | (count % settings.every == 0)
-    for unit, found, kept in zip(units.units, readings, memory, strict=True):
-        output, force, entries = (sum(parts) for parts in zip(*squares[unit.layer].values(), strict=True))
-        entries = jnp.maximum(entries, 1)
-        size, loudness = jnp.sqrt(output / entries), jnp.sqrt(force / entries)
-        largest = jnp.maximum(settings.forget * kept.force, loudness)
-        share = settings.size / math.sqrt(units.layers)
-        scale = share * size * spectrum.inverse(largest)
-        rows = jnp.maximum(sum(jnp.sum(reading.asked) for reading in found), 1)
-        asked = (scale * unit_forces[unit.node] / rows).astype(kept.asked.dtype)
-        request = scale**2 * force / rows
-        inputs, outputs = jax.lax.cond(
+    rows = [jnp.maximum(sum(jnp.sum(r.asked) for r in found), 1) for found in readings]
+    moments = [
+        jax.lax.cond(
             refresh,
             functools.partial(
-                _renew, problem, unit, found, unit_forces[unit.node], rows, count, settings
+                _renew, problem, unit, found, unit_forces[unit.node], number, count, settings
             ),
             lambda k: (k.inputs, k.outputs),
             kept,
         )
+        for unit, found, number, kept in zip(units.units, readings, rows, memory, strict=True)
+    ]
+    input_sizes: dict[int, Array] = {}
+    for unit, (inputs, _) in zip(units.units, moments, strict=True):
+        if unit.matrix is not None:
+            blocks, length, _ = unit.matrix.shape
+            input_sizes[unit.layer] = jnp.sqrt(jnp.sum(inputs.trace) / (blocks * length))
+    moved: dict[int, Array] = {}
+    new = []
+    for unit, number, (inputs, outputs), kept in zip(
+        units.units, rows, moments, memory, strict=True
+    ):
+        output, force, entries = (
+            sum(parts) for parts in zip(*squares[unit.layer].values(), strict=True)
+        )
+        entries = jnp.maximum(entries, 1)
+        size, loudness = jnp.sqrt(output / entries), jnp.sqrt(force / entries)
+        largest = jnp.maximum(settings.forget * kept.force, loudness)
+        # What begins at zero has no size of its own: that of its input has to do.
+        stand_in = input_sizes.get(unit.layer, jnp.ones(()))
+        begins = jnp.where(size > _NOTHING * stand_in, size, stand_in)
+        first = jnp.where(count == 0, begins, kept.output)
+        size = jnp.where(size > _NOTHING * first, size, first)
+        share = settings.size / math.sqrt(units.layers)
+        scale = share * jnp.sqrt(first * size) * spectrum.inverse(largest)
+        asked = (scale * unit_forces[unit.node] / number).astype(kept.asked.dtype)
+        request = scale**2 * force / number
         mean, ahead, noise = _remember(kept, asked, request, count, settings)
-        kept = UnitMemory(mean, inputs, outputs, largest.astype(kept.force.dtype), noise)
+        numbers = (x.astype(asked.dtype) for x in (largest, first, noise))
+        kept = UnitMemory(mean, inputs, outputs, *numbers)
         moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
         new.append(kept)
     return moved, tuple(new)
@@ -198,7 +222,7 @@ def _remember(
     done = jnp.asarray(keep, dtype) ** count
     expected = kept.asked * spectrum.inverse(1 - done)
     mean = keep * kept.asked + (1 - keep) * asked
-    ahead = keep * mean / (1 - keep**2 * done) + (1 - keep) * asked / (1 - keep * done)
+    ahead = (keep * mean + (1 - keep) * asked) / (1 - keep**2 * done)
     surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(request)
     noise = jnp.where(
         count == 0, surprise, _NOISE_MEMORY * kept.noise + (1 - _NOISE_MEMORY) * surprise
