@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -486,19 +487,23 @@ def _both_sides(point: Array) -> tuple[Array, Array]:
 class _Moves(NamedTuple):
     """What each pair of slices moves by, in the scaled slices `X = √ρx x` and `V = √ρw w`.
 
-    `X` moves by `left_scale·X + cross·V + near·(V + sign·X) + fill`, and `V` by
-    `right_scale·V + cross·X + near·(X + sign·V) + sign·fill`. Near a pole `V + sign·X` is small
-    and its coefficient large; kept apart, the small vector is rounded once, before it is scaled.
-    Without the slices at hand that cannot be done, and `near` is 0.
+    `X` moves by `scale·X + cross·V + near·(V + sign·X)`, and `V` by
+    `scale·V + cross·X + near·(X + sign·V)`. Near a pole `V + sign·X` is small and its coefficient
+    large; kept apart, the small vector is rounded once, before it is scaled. Without the slices at
+    hand that cannot be done, and `near` is 0.
+
+    Where the nearest point is not unique, `X` moves by `tilt·X + fill` and `V` by
+    `−tilt·V + sign·fill` on top.
     """
 
-    left_scale: Array
-    right_scale: Array
+    scale: Array
     cross: Array
     near: Array
     sign: Array
-    fill: Array
     output: Array
+    set_valued: Array
+    tilt: Callable[[], Array]
+    fill: Callable[[], Array]
 
 
 def _scalar_product_moves(
@@ -533,8 +538,17 @@ def _scalar_product_moves(
     vanishing = root.set_valued & (root.far <= tiny)
     along = root.set_valued & ~vanishing
     target_weight = jnp.where(root.set_valued, target_weight, 1)
-    length = jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
-    ratio = length / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
+
+    def length() -> Array:
+        return jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
+
+    def tilt() -> Array:
+        ratio = length() / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
+        return jnp.where(along, ratio, 0)
+
+    def fill() -> Array:
+        entries = 2 * np.maximum(slice_length, 1)
+        return jnp.where(vanishing, sigma * length(), 0) / jnp.sqrt(entries * target_weight)
 
     # The division comes last: compilers keep it out of the loop over the copies, and with it all
     # that leads to it. Ended by a choice instead, the lifted form took three times as long.
@@ -548,14 +562,14 @@ def _scalar_product_moves(
         scale = jnp.where(at_pole, -t, scale)
         cross, near_pole = jnp.where(at_pole, 0, cross), jnp.where(at_pole, cross, 0)
     return _Moves(
-        left_scale=jnp.where(along, ratio - 0.5, scale) / denominator,
-        right_scale=jnp.where(along, -ratio - 0.5, scale) / denominator,
+        scale=jnp.where(along, -0.5, scale) / denominator,
         cross=cross / denominator,
         near=near_pole / denominator,
         sign=sign,
-        fill=jnp.where(vanishing, sigma * length, 0)
-        / jnp.sqrt(2 * np.maximum(slice_length, 1) * target_weight),
         output=jnp.where(root.set_valued, residual - sign * sigma / target_weight, output),
+        set_valued=root.set_valued,
+        tilt=tilt,
+        fill=fill,
     )
 
 
@@ -660,55 +674,57 @@ def project_compact(
         slices_at_hand=False,
     )
 
-    def spread(weight, scale, cross, fill, own, other, total, move):
-        squared = scale**2 * own + cross**2 * other + 2 * scale * cross * product
-        squared = squared + op.slice_lengths * fill**2
-        return jnp.maximum(jnp.sum(weight * squared) - jnp.sum(total * move**2), 0)
+    own, other = left_weight * left_energy, right_weight * right_energy
+    mixed = 2 * moves.scale * moves.cross * (sigma * product)
+    scale2, cross2 = moves.scale**2, moves.cross**2
+    squared = _sum_all(scale2 * own + cross2 * other + mixed, scale2 * other + cross2 * own + mixed)
 
-    left_scale, left_fill = moves.left_scale, moves.fill / left_root
-    left_cross = moves.cross * (right_root / left_root)
+    def where_set_valued() -> tuple[Array, ...]:
+        tilt, fill = moves.tilt(), moves.fill()
+        filled = jnp.sum(op.slice_lengths * fill**2)
+        both = 2 * moves.scale * tilt
+        return (
+            op.left_sum(left_weight * tilt),
+            op.right_sum(-right_weight * tilt),
+            op.left_sum(left_root * fill),
+            op.right_sum(right_root * moves.sign * fill),
+            jnp.sum((tilt**2 + both) * own) + filled,
+            jnp.sum((tilt**2 - both) * other) + filled,
+        )
+
+    none = jax.tree_util.tree_map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(where_set_valued)
+    )
+    left_tilt, right_tilt, left_fill, right_fill, left_more, right_more = lax.cond(
+        jnp.any(moves.set_valued), where_set_valued, lambda: none
+    )
     left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
     left_move = (
-        left * op.left_sum(left_weight * left_scale)
-        + op.transpose_left(left_weight * left_cross, right)
-        + op.left_sum(left_weight * left_fill)
+        left * (op.left_sum(left_weight * moves.scale) + left_tilt)
+        + op.transpose_left(sigma * moves.cross, right)
+        + left_fill
     ) / left_total
-    left_spread = spread(
-        left_weight,
-        left_scale,
-        left_cross,
-        left_fill,
-        left_energy,
-        right_energy,
-        left_total,
-        left_move,
-    )
-
-    right_scale, right_fill = moves.right_scale, moves.sign * moves.fill / right_root
-    right_cross = moves.cross * (left_root / right_root)
     right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
     right_move = (
-        right * op.right_sum(right_weight * right_scale)
-        + op.transpose_right(right_weight * right_cross, left)
-        + op.right_sum(right_weight * right_fill)
+        right * (op.right_sum(right_weight * moves.scale) + right_tilt)
+        + op.transpose_right(sigma * moves.cross, left)
+        + right_fill
     ) / right_total
-    right_spread = spread(
-        right_weight,
-        right_scale,
-        right_cross,
-        right_fill,
-        right_energy,
-        left_energy,
-        right_total,
-        right_move,
-    )
     return CompactProjection(
         left_dev + left_move,
         right_dev + right_move,
         change + moves.output,
-        left_spread,
-        right_spread,
+        jnp.maximum(squared[0] + left_more - jnp.sum(left_total * left_move**2), 0),
+        jnp.maximum(squared[1] + right_more - jnp.sum(right_total * right_move**2), 0),
     )
+
+
+def _sum_all(*arrays: Array) -> Sequence[Array]:
+    """The sum of each array, of one shape, in one pass; along the first axis first, for vectors."""
+    if arrays[0].ndim == 0:
+        return arrays
+    zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
+    return tuple(map(jnp.sum, lax.reduce(arrays, zeros, _add_each, (0,))))
 
 
 def _project_single_entries(
@@ -844,9 +860,10 @@ def _lifted_moves(
         op.slice_lengths,
         slices_at_hand=True,
     )
+    tilt, fill = moves.tilt(), moves.fill()
     near, sign, cross = moves.near[..., None], moves.sign[..., None], moves.cross[..., None]
-    left_scale, right_scale = moves.left_scale[..., None], moves.right_scale[..., None]
-    left_fill, right_fill = moves.fill / left_root, moves.sign * moves.fill / right_root
+    left_scale, right_scale = (moves.scale + tilt)[..., None], (moves.scale - tilt)[..., None]
+    left_fill, right_fill = fill / left_root, moves.sign * fill / right_root
     left_move = near * (w + sign * x) + left_scale * x + cross * w
     right_move = near * (x + sign * w) + right_scale * w + cross * x
     return LiftedProjection(

@@ -237,13 +237,12 @@ class Solver(ABC):
             state, last_gap = carry
             new = self.step(problem, state)
             gap = problem.difference(new.after, new.before)
-            zero = problem.initial()
             distances = jnp.stack(new.distances())
             row = (
                 distances,
                 _length(distances) if new.residual is None else new.residual(),
                 problem.distance(new.state, state),
-                problem.distance(gap, zero),
+                problem.distance(new.after, new.before),
                 problem.distance(gap, last_gap),
             )
             return (new.state, gap), row
