@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -487,23 +486,19 @@ def _both_sides(point: Array) -> tuple[Array, Array]:
 class _Moves(NamedTuple):
     """What each pair of slices moves by, in the scaled slices `X = √ρx x` and `V = √ρw w`.
 
-    `X` moves by `scale·X + cross·V + near·(V + sign·X)`, and `V` by
-    `scale·V + cross·X + near·(X + sign·V)`. Near a pole `V + sign·X` is small and its coefficient
-    large; kept apart, the small vector is rounded once, before it is scaled. Without the slices at
-    hand that cannot be done, and `near` is 0.
-
-    Where the nearest point is not unique, `X` moves by `tilt·X + fill` and `V` by
-    `−tilt·V + sign·fill` on top.
+    `X` moves by `left_scale·X + cross·V + near·(V + sign·X) + fill`, and `V` by
+    `right_scale·V + cross·X + near·(X + sign·V) + sign·fill`. Near a pole `V + sign·X` is small
+    and its coefficient large; kept apart, the small vector is rounded once, before it is scaled.
+    Without the slices at hand that cannot be done, and `near` is 0.
     """
 
-    scale: Array
+    left_scale: Array
+    right_scale: Array
     cross: Array
     near: Array
     sign: Array
+    fill: Array
     output: Array
-    set_valued: Array
-    tilt: Callable[[], Array]
-    fill: Callable[[], Array]
 
 
 def _scalar_product_moves(
@@ -525,51 +520,52 @@ def _scalar_product_moves(
     root = solve_multiplier(
         target_weight * plus, target_weight * minus, target_weight * residual / sigma, negligible
     )
-    t = root.odds / (1 + root.odds)
-    positive = residual >= 0
-    sign = jnp.where(positive, 1, -1).astype(dtype)
-    near, far = jnp.where(positive, plus, minus), jnp.where(positive, minus, plus)
-    rise = near * (1 + root.odds) * (2 + root.odds) + far * (2 + t) / (1 + t) ** 2
-    output = sign * sigma * t / 2 * rise
 
-    # Set-valued: X and V lie along the far direction, and any point of a sphere (slices of one
-    # entry: of two points) is nearest. Take the one along X; where both vanish, along ones.
-    tiny = 1e-30 if jnp.finfo(dtype).bits <= 32 else 1e-200
-    vanishing = root.set_valued & (root.far <= tiny)
-    along = root.set_valued & ~vanishing
-    target_weight = jnp.where(root.set_valued, target_weight, 1)
+    def moves(set_valued: Array) -> _Moves:
+        t = root.odds / (1 + root.odds)
+        positive = residual >= 0
+        sign = jnp.where(positive, 1, -1).astype(dtype)
+        near, far = jnp.where(positive, plus, minus), jnp.where(positive, minus, plus)
+        rise = near * (1 + root.odds) * (2 + root.odds) + far * (2 + t) / (1 + t) ** 2
+        output = sign * sigma * t / 2 * rise
 
-    def length() -> Array:
-        return jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
+        # Set-valued: X and V lie along the far direction, and any point of a sphere (slices of one
+        # entry: of two points) is nearest. Take the one along X; where both vanish, along ones.
+        tiny = 1e-30 if jnp.finfo(dtype).bits <= 32 else 1e-200
+        vanishing = set_valued & (root.far <= tiny)
+        along = set_valued & ~vanishing
+        held = jnp.where(set_valued, target_weight, 1)
+        length = jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
+        ratio = length / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
 
-    def tilt() -> Array:
-        ratio = length() / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
-        return jnp.where(along, ratio, 0)
+        regular = ~set_valued
+        denominator = jnp.where(regular, 1 + t, 1)
+        scale = jnp.where(regular, t * root.odds, 0)
+        cross = jnp.where(regular, sign * root.odds, 0)
+        near_pole = jnp.zeros_like(cross)
+        if slices_at_hand:
+            at_pole = regular & (root.odds > 1)
+            scale = jnp.where(at_pole, -t, scale)
+            cross, near_pole = jnp.where(at_pole, 0, cross), jnp.where(at_pole, cross, 0)
+        return _Moves(
+            left_scale=jnp.where(along, ratio - 0.5, scale) / denominator,
+            right_scale=jnp.where(along, -ratio - 0.5, scale) / denominator,
+            cross=cross / denominator,
+            near=near_pole / denominator,
+            sign=sign,
+            fill=jnp.where(vanishing, sigma * length, 0)
+            / jnp.sqrt(2 * np.maximum(slice_length, 1) * held),
+            output=jnp.where(set_valued, residual - sign * sigma / held, output),
+        )
 
-    def fill() -> Array:
-        entries = 2 * np.maximum(slice_length, 1)
-        return jnp.where(vanishing, sigma * length(), 0) / jnp.sqrt(entries * target_weight)
-
-    # The division comes last: compilers keep it out of the loop over the copies, and with it all
-    # that leads to it. Ended by a choice instead, the lifted form took three times as long.
-    regular = ~root.set_valued
-    denominator = jnp.where(regular, 1 + t, 1)
-    scale = jnp.where(regular, t * root.odds, 0)
-    cross = jnp.where(regular, sign * root.odds, 0)
-    near_pole = jnp.zeros_like(cross)
-    if slices_at_hand:
-        at_pole = regular & (root.odds > 1)
-        scale = jnp.where(at_pole, -t, scale)
-        cross, near_pole = jnp.where(at_pole, 0, cross), jnp.where(at_pole, cross, 0)
-    return _Moves(
-        scale=jnp.where(along, -0.5, scale) / denominator,
-        cross=cross / denominator,
-        near=near_pole / denominator,
-        sign=sign,
-        output=jnp.where(root.set_valued, residual - sign * sigma / target_weight, output),
-        set_valued=root.set_valued,
-        tilt=tilt,
-        fill=fill,
+    if not slices_at_hand:
+        return moves(root.set_valued)
+    # What a conditional returns is stored, where compilers would find it again for each copy.
+    return lax.cond(
+        jnp.any(root.set_valued),
+        moves,
+        lambda _: moves(jnp.zeros((), bool)),
+        root.set_valued,
     )
 
 
@@ -674,53 +670,37 @@ def project_compact(
         slices_at_hand=False,
     )
 
+    # In the scaled slices no weights are left, and `ρ |copy − mean|²` is a difference of sums.
     own, other = left_weight * left_energy, right_weight * right_energy
-    mixed = 2 * moves.scale * moves.cross * (sigma * product)
-    scale2, cross2 = moves.scale**2, moves.cross**2
-    squared = _sum_all(scale2 * own + cross2 * other + mixed, scale2 * other + cross2 * own + mixed)
-
-    def where_set_valued() -> tuple[Array, ...]:
-        tilt, fill = moves.tilt(), moves.fill()
-        filled = jnp.sum(op.slice_lengths * fill**2)
-        both = 2 * moves.scale * tilt
-        return (
-            op.left_sum(left_weight * tilt),
-            op.right_sum(-right_weight * tilt),
-            op.left_sum(left_root * fill),
-            op.right_sum(right_root * moves.sign * fill),
-            jnp.sum((tilt**2 + both) * own) + filled,
-            jnp.sum((tilt**2 - both) * other) + filled,
-        )
-
-    none = jax.tree_util.tree_map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(where_set_valued)
-    )
-    left_tilt, right_tilt, left_fill, right_fill, left_more, right_more = lax.cond(
-        jnp.any(moves.set_valued), where_set_valued, lambda: none
+    cross, filled = moves.cross, op.slice_lengths * moves.fill**2
+    mixed = 2 * cross * sigma * product
+    left_squared, right_squared = _sum_all(
+        moves.left_scale * (moves.left_scale * own + mixed) + cross**2 * other + filled,
+        moves.right_scale * (moves.right_scale * other + mixed) + cross**2 * own + filled,
     )
     left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
     left_move = (
-        left * (op.left_sum(left_weight * moves.scale) + left_tilt)
-        + op.transpose_left(sigma * moves.cross, right)
-        + left_fill
+        left * op.left_sum(left_weight * moves.left_scale)
+        + op.transpose_left(sigma * cross, right)
+        + op.left_sum(left_root * moves.fill)
     ) / left_total
     right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
     right_move = (
-        right * (op.right_sum(right_weight * moves.scale) + right_tilt)
-        + op.transpose_right(sigma * moves.cross, left)
-        + right_fill
+        right * op.right_sum(right_weight * moves.right_scale)
+        + op.transpose_right(sigma * cross, left)
+        + op.right_sum(right_root * moves.sign * moves.fill)
     ) / right_total
     return CompactProjection(
         left_dev + left_move,
         right_dev + right_move,
         change + moves.output,
-        jnp.maximum(squared[0] + left_more - jnp.sum(left_total * left_move**2), 0),
-        jnp.maximum(squared[1] + right_more - jnp.sum(right_total * right_move**2), 0),
+        jnp.maximum(left_squared - jnp.sum(left_total * left_move**2), 0),
+        jnp.maximum(right_squared - jnp.sum(right_total * right_move**2), 0),
     )
 
 
 def _sum_all(*arrays: Array) -> Sequence[Array]:
-    """The sum of each array, of one shape, in one pass; along the first axis first, for vectors."""
+    """The sum of each array, in one pass: along the first axis first, which is one of vectors."""
     if arrays[0].ndim == 0:
         return arrays
     zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
@@ -824,9 +804,9 @@ def project_lifted(
         target_dev,
         target_weight,
     )
-    return LiftedProjection(
-        left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies, moves.output
-    )
+    left, right = left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies
+    # Stored once; XLA would find them again in each kernel that reads them.
+    return LiftedProjection(*lax.optimization_barrier((left, right)), moves.output)
 
 
 def _lifted_moves(
@@ -860,10 +840,9 @@ def _lifted_moves(
         op.slice_lengths,
         slices_at_hand=True,
     )
-    tilt, fill = moves.tilt(), moves.fill()
     near, sign, cross = moves.near[..., None], moves.sign[..., None], moves.cross[..., None]
-    left_scale, right_scale = (moves.scale + tilt)[..., None], (moves.scale - tilt)[..., None]
-    left_fill, right_fill = fill / left_root, moves.sign * fill / right_root
+    left_scale, right_scale = moves.left_scale[..., None], moves.right_scale[..., None]
+    left_fill, right_fill = moves.fill / left_root, moves.sign * moves.fill / right_root
     left_move = near * (w + sign * x) + left_scale * x + cross * w
     right_move = near * (x + sign * w) + right_scale * w + cross * x
     return LiftedProjection(
