@@ -79,13 +79,6 @@ def _weighted(weight: Any, entries: Array) -> Array:
     return weight * jnp.sum(entries)
 
 
-def _sum_in_place(copies: Array) -> Array:
-    """The sum of copies, of which XLA stores nothing of their size: slices first."""
-    if copies.ndim < 2:
-        return jnp.sum(copies)
-    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(copies, axis=-1)))
-
-
 @dataclass(frozen=True)
 class Dense(Storage):
     """One number per entry."""
@@ -193,7 +186,7 @@ class Lifted(Storage):
     def squared_distance(self, a, b, weight, other=None):
         if jnp.ndim(weight):  # constant over each slice: one weight per output
             weight = weight[..., None]
-        return _sum_in_place(weight * jnp.square(a - b))
+        return _weighted(weight, jnp.square(a - b))
 
     def squared_distance_to(self, state, value, mask, weight, other=None):
         return self.squared_distance(

@@ -700,11 +700,19 @@ def project_compact(
 
 
 def _sum_all(*arrays: Array) -> Sequence[Array]:
-    """The sum of each array, in one pass: along the first axis first, which is one of vectors."""
-    if arrays[0].ndim == 0:
-        return arrays
+    """The sum of each array; of large ones in one pass, along the first axis first.
+
+    XLA on a CPU shares such a pass among threads, and of small arrays waits for them longer than
+    two sums take.
+    """
+    if arrays[0].size < _LARGE:
+        return tuple(map(jnp.sum, arrays))
     zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
     return tuple(map(jnp.sum, lax.reduce(arrays, zeros, _add_each, (0,))))
+
+
+#: From how many entries on sums share a pass.
+_LARGE = 2**18
 
 
 def _project_single_entries(
@@ -806,7 +814,8 @@ def project_lifted(
     )
     left, right = left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies
     # Stored once; XLA would find them again in each kernel that reads them.
-    return LiftedProjection(*lax.optimization_barrier((left, right)), moves.output)
+    left, right = lax.optimization_barrier((left, right))
+    return LiftedProjection(left, right, moves.output)
 
 
 def _lifted_moves(
