@@ -508,10 +508,13 @@ def _scalar_product_moves(
     sigma: Array,
     target_weight: Array,
     slice_length: Copies,
+    then: Callable[[_Moves], Any],
     *,
     slices_at_hand: bool,
-) -> _Moves:
-    """Solve every scalar product, given `plus, minus = |X ± V|²/(2σ²)` and `z − x·w`."""
+) -> Any:
+    """`then` of the solution of every scalar product, given `plus, minus = |X ± V|²/(2σ²)` and
+    `z − x·w`.
+    """
     dtype = residual.dtype
     # Energies known as a difference of products are exact to ε only. Where they nearly cancel,
     # taking them for zero up to a share δ costs a relative √δ of the distance, and keeping them
@@ -558,15 +561,19 @@ def _scalar_product_moves(
             output=jnp.where(set_valued, residual - sign * sigma / held, output),
         )
 
-    if not slices_at_hand:
-        return moves(root.set_valued)
-    # What a conditional returns is stored, where compilers would find it again for each copy.
+    if not slices_at_hand and residual.size < _LARGE:
+        return then(moves(root.set_valued))
+    # Where nothing is set-valued less is to be done. And what a conditional returns is stored,
+    # where compilers would find it again for each copy.
     return lax.cond(
         jnp.any(root.set_valued),
-        moves,
-        lambda _: moves(jnp.zeros((), bool)),
-        root.set_valued,
+        lambda: then(moves(root.set_valued)),
+        lambda: then(moves(jnp.zeros((), bool))),
     )
+
+
+#: From how many scalar products on a second branch without copies is worth its compile time.
+_LARGE = 2**18
 
 
 def _copies_weight(
@@ -660,59 +667,48 @@ def project_compact(
     left_root, right_root = jnp.sqrt(left_weight), jnp.sqrt(right_weight)
     sigma = left_root * right_root
     half = (left_energy / right_weight + right_energy / left_weight) / 2
-    moves = _scalar_product_moves(
+
+    def consensus(moves: _Moves) -> CompactProjection:
+        # In the scaled slices no weights are left, and `ρ |copy − mean|²` is a difference of sums.
+        own, other = left_weight * left_energy, right_weight * right_energy
+        cross, filled = moves.cross, op.slice_lengths * moves.fill**2
+        mixed = 2 * cross * sigma * product
+        left_squared = jnp.sum(
+            moves.left_scale * (moves.left_scale * own + mixed) + cross**2 * other + filled
+        )
+        right_squared = jnp.sum(
+            moves.right_scale * (moves.right_scale * other + mixed) + cross**2 * own + filled
+        )
+        left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
+        left_move = (
+            left * op.left_sum(left_weight * moves.left_scale)
+            + op.transpose_left(sigma * cross, right)
+            + op.left_sum(left_root * moves.fill)
+        ) / left_total
+        right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
+        right_move = (
+            right * op.right_sum(right_weight * moves.right_scale)
+            + op.transpose_right(sigma * cross, left)
+            + op.right_sum(right_root * moves.sign * moves.fill)
+        ) / right_total
+        return CompactProjection(
+            left_dev + left_move,
+            right_dev + right_move,
+            change + moves.output,
+            jnp.maximum(left_squared - jnp.sum(left_total * left_move**2), 0),
+            jnp.maximum(right_squared - jnp.sum(right_total * right_move**2), 0),
+        )
+
+    return _scalar_product_moves(
         jnp.maximum(half + product / sigma, 0),
         jnp.maximum(half - product / sigma, 0),
         target_dev - change,
         sigma,
         _asked(op, target_weight, dtype),
         op.slice_lengths,
+        consensus,
         slices_at_hand=False,
     )
-
-    # In the scaled slices no weights are left, and `ρ |copy − mean|²` is a difference of sums.
-    own, other = left_weight * left_energy, right_weight * right_energy
-    cross, filled = moves.cross, op.slice_lengths * moves.fill**2
-    mixed = 2 * cross * sigma * product
-    left_squared, right_squared = _sum_all(
-        moves.left_scale * (moves.left_scale * own + mixed) + cross**2 * other + filled,
-        moves.right_scale * (moves.right_scale * other + mixed) + cross**2 * own + filled,
-    )
-    left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
-    left_move = (
-        left * op.left_sum(left_weight * moves.left_scale)
-        + op.transpose_left(sigma * cross, right)
-        + op.left_sum(left_root * moves.fill)
-    ) / left_total
-    right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
-    right_move = (
-        right * op.right_sum(right_weight * moves.right_scale)
-        + op.transpose_right(sigma * cross, left)
-        + op.right_sum(right_root * moves.sign * moves.fill)
-    ) / right_total
-    return CompactProjection(
-        left_dev + left_move,
-        right_dev + right_move,
-        change + moves.output,
-        jnp.maximum(left_squared - jnp.sum(left_total * left_move**2), 0),
-        jnp.maximum(right_squared - jnp.sum(right_total * right_move**2), 0),
-    )
-
-
-def _sum_all(*arrays: Array) -> Sequence[Array]:
-    """The sum of each array; of large ones in one pass, along the first axis first.
-
-    XLA on a CPU shares such a pass among threads, and of small arrays waits for them longer than
-    two sums take.
-    """
-    if arrays[0].size < _LARGE:
-        return tuple(map(jnp.sum, arrays))
-    zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
-    return tuple(map(jnp.sum, lax.reduce(arrays, zeros, _add_each, (0,))))
-
-
-#: From how many entries on sums share a pass.
-_LARGE = 2**18
 
 
 def _project_single_entries(
@@ -847,6 +843,7 @@ def _lifted_moves(
         left_root * right_root,
         _asked(op, target_weight, dtype),
         op.slice_lengths,
+        lambda moves: moves,
         slices_at_hand=True,
     )
     near, sign, cross = moves.near[..., None], moves.sign[..., None], moves.cross[..., None]
