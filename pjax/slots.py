@@ -51,13 +51,13 @@ class Storage(ABC):
     ) -> Float[Array, ""]:
         """`Σ ρ |copy − value|²` over all copies of the entries where `mask` is 1."""
         squared = jnp.square(self.mean(state, other) - value)
-        return self._over_copies(weight * mask * squared)
+        return self._over_copies(weight, mask * squared)
 
-    def _over_copies(self, entries: Array) -> Array:
+    def _over_copies(self, weight: Any, entries: Array) -> Array:
         """The sum of what each entry has, over all its copies."""
-        if isinstance(self.copies, int):  # behind the sum, where no array is made for it
-            return self.copies * jnp.sum(entries)
-        return jnp.sum(entries * self.copies)
+        if isinstance(self.copies, int):
+            return self.copies * _weighted(weight, entries)
+        return _weighted(weight, entries * self.copies)
 
     def difference(self, a: Any, b: Any) -> Any:
         """`a − b` as a state."""
@@ -72,6 +72,13 @@ class Storage(ABC):
         """How many numbers the state of a slot of this shape holds."""
 
 
+def _weighted(weight: Any, entries: Array) -> Array:
+    """`Σ weight · entries`; a scalar is behind the sum, where no array is made for it."""
+    if jnp.ndim(weight):
+        return jnp.sum(weight * entries)
+    return weight * jnp.sum(entries)
+
+
 @dataclass(frozen=True)
 class Dense(Storage):
     """One number per entry."""
@@ -83,7 +90,7 @@ class Dense(Storage):
         return state
 
     def squared_distance(self, a, b, weight, other=None):
-        return jnp.sum(weight * jnp.square(a - b))
+        return _weighted(weight, jnp.square(a - b))
 
     def numbers(self, shape):
         return math.prod(shape)
@@ -140,7 +147,7 @@ class Compact(Storage):
 
     def squared_distance(self, a, b, weight, other=None):
         (mean_a, spread_a), (mean_b, spread_b) = a, b
-        means = self._over_copies(weight * jnp.square(mean_a - mean_b))
+        means = self._over_copies(weight, jnp.square(mean_a - mean_b))
         return means + jnp.square(jnp.sqrt(spread_a) - jnp.sqrt(spread_b))
 
     def squared_distance_to(self, state, value, mask, weight, other=None):
@@ -179,7 +186,7 @@ class Lifted(Storage):
     def squared_distance(self, a, b, weight, other=None):
         if jnp.ndim(weight):  # constant over each slice: one weight per output
             weight = weight[..., None]
-        return jnp.sum(weight * jnp.square(a - b))
+        return _weighted(weight, jnp.square(a - b))
 
     def squared_distance_to(self, state, value, mask, weight, other=None):
         return self.squared_distance(

@@ -508,10 +508,13 @@ def _scalar_product_moves(
     sigma: Array,
     target_weight: Array,
     slice_length: Copies,
+    then: Callable[[_Moves], Any],
     *,
     slices_at_hand: bool,
-) -> _Moves:
-    """Solve every scalar product, given `plus, minus = |X ± V|²/(2σ²)` and `z − x·w`."""
+) -> Any:
+    """`then` of the solution of every scalar product, given `plus, minus = |X ± V|²/(2σ²)` and
+    `z − x·w`.
+    """
     dtype = residual.dtype
     # Energies known as a difference of products are exact to ε only. Where they nearly cancel,
     # taking them for zero up to a share δ costs a relative √δ of the distance, and keeping them
@@ -520,43 +523,57 @@ def _scalar_product_moves(
     root = solve_multiplier(
         target_weight * plus, target_weight * minus, target_weight * residual / sigma, negligible
     )
-    t = root.odds / (1 + root.odds)
-    positive = residual >= 0
-    sign = jnp.where(positive, 1, -1).astype(dtype)
-    near, far = jnp.where(positive, plus, minus), jnp.where(positive, minus, plus)
-    rise = near * (1 + root.odds) * (2 + root.odds) + far * (2 + t) / (1 + t) ** 2
-    output = sign * sigma * t / 2 * rise
 
-    # Set-valued: X and V lie along the far direction, and any point of a sphere (slices of one
-    # entry: of two points) is nearest. Take the one along X; where both vanish, along ones.
-    tiny = 1e-30 if jnp.finfo(dtype).bits <= 32 else 1e-200
-    vanishing = root.set_valued & (root.far <= tiny)
-    along = root.set_valued & ~vanishing
-    target_weight = jnp.where(root.set_valued, target_weight, 1)
-    length = jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
-    ratio = length / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
+    def moves(set_valued: Array) -> _Moves:
+        t = root.odds / (1 + root.odds)
+        positive = residual >= 0
+        sign = jnp.where(positive, 1, -1).astype(dtype)
+        near, far = jnp.where(positive, plus, minus), jnp.where(positive, minus, plus)
+        rise = near * (1 + root.odds) * (2 + root.odds) + far * (2 + t) / (1 + t) ** 2
+        output = sign * sigma * t / 2 * rise
 
-    # The division comes last: compilers keep it out of the loop over the copies, and with it all
-    # that leads to it. Ended by a choice instead, the lifted form took three times as long.
-    regular = ~root.set_valued
-    denominator = jnp.where(regular, 1 + t, 1)
-    scale = jnp.where(regular, t * root.odds, 0)
-    cross = jnp.where(regular, sign * root.odds, 0)
-    near_pole = jnp.zeros_like(cross)
-    if slices_at_hand:
-        at_pole = regular & (root.odds > 1)
-        scale = jnp.where(at_pole, -t, scale)
-        cross, near_pole = jnp.where(at_pole, 0, cross), jnp.where(at_pole, cross, 0)
-    return _Moves(
-        left_scale=jnp.where(along, ratio - 0.5, scale) / denominator,
-        right_scale=jnp.where(along, -ratio - 0.5, scale) / denominator,
-        cross=cross / denominator,
-        near=near_pole / denominator,
-        sign=sign,
-        fill=jnp.where(vanishing, sigma * length, 0)
-        / jnp.sqrt(2 * np.maximum(slice_length, 1) * target_weight),
-        output=jnp.where(root.set_valued, residual - sign * sigma / target_weight, output),
+        # Set-valued: X and V lie along the far direction, and any point of a sphere (slices of one
+        # entry: of two points) is nearest. Take the one along X; where both vanish, along ones.
+        tiny = 1e-30 if jnp.finfo(dtype).bits <= 32 else 1e-200
+        vanishing = set_valued & (root.far <= tiny)
+        along = set_valued & ~vanishing
+        held = jnp.where(set_valued, target_weight, 1)
+        length = jnp.sqrt(jnp.maximum(root.excess - 0.25 * root.near, 0))
+        ratio = length / jnp.sqrt(jnp.where(along, root.far - root.near, 1))
+
+        regular = ~set_valued
+        denominator = jnp.where(regular, 1 + t, 1)
+        scale = jnp.where(regular, t * root.odds, 0)
+        cross = jnp.where(regular, sign * root.odds, 0)
+        near_pole = jnp.zeros_like(cross)
+        if slices_at_hand:
+            at_pole = regular & (root.odds > 1)
+            scale = jnp.where(at_pole, -t, scale)
+            cross, near_pole = jnp.where(at_pole, 0, cross), jnp.where(at_pole, cross, 0)
+        return _Moves(
+            left_scale=jnp.where(along, ratio - 0.5, scale) / denominator,
+            right_scale=jnp.where(along, -ratio - 0.5, scale) / denominator,
+            cross=cross / denominator,
+            near=near_pole / denominator,
+            sign=sign,
+            fill=jnp.where(vanishing, sigma * length, 0)
+            / jnp.sqrt(2 * np.maximum(slice_length, 1) * held),
+            output=jnp.where(set_valued, residual - sign * sigma / held, output),
+        )
+
+    if not slices_at_hand and residual.size < _LARGE:
+        return then(moves(root.set_valued))
+    # Where nothing is set-valued less is to be done. And what a conditional returns is stored,
+    # where compilers would find it again for each copy.
+    return lax.cond(
+        jnp.any(root.set_valued),
+        lambda: then(moves(root.set_valued)),
+        lambda: then(moves(jnp.zeros((), bool))),
     )
+
+
+#: From how many scalar products on a second branch without copies is worth its compile time.
+_LARGE = 2**18
 
 
 def _copies_weight(
@@ -650,64 +667,47 @@ def project_compact(
     left_root, right_root = jnp.sqrt(left_weight), jnp.sqrt(right_weight)
     sigma = left_root * right_root
     half = (left_energy / right_weight + right_energy / left_weight) / 2
-    moves = _scalar_product_moves(
+
+    def consensus(moves: _Moves) -> CompactProjection:
+        # In the scaled slices no weights are left, and `ρ |copy − mean|²` is a difference of sums.
+        own, other = left_weight * left_energy, right_weight * right_energy
+        cross, filled = moves.cross, op.slice_lengths * moves.fill**2
+        mixed = 2 * cross * sigma * product
+        left_squared = jnp.sum(
+            moves.left_scale * (moves.left_scale * own + mixed) + cross**2 * other + filled
+        )
+        right_squared = jnp.sum(
+            moves.right_scale * (moves.right_scale * other + mixed) + cross**2 * own + filled
+        )
+        left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
+        left_move = (
+            left * op.left_sum(left_weight * moves.left_scale)
+            + op.transpose_left(sigma * cross, right)
+            + op.left_sum(left_root * moves.fill)
+        ) / left_total
+        right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
+        right_move = (
+            right * op.right_sum(right_weight * moves.right_scale)
+            + op.transpose_right(sigma * cross, left)
+            + op.right_sum(right_root * moves.sign * moves.fill)
+        ) / right_total
+        return CompactProjection(
+            left_dev + left_move,
+            right_dev + right_move,
+            change + moves.output,
+            jnp.maximum(left_squared - jnp.sum(left_total * left_move**2), 0),
+            jnp.maximum(right_squared - jnp.sum(right_total * right_move**2), 0),
+        )
+
+    return _scalar_product_moves(
         jnp.maximum(half + product / sigma, 0),
         jnp.maximum(half - product / sigma, 0),
         target_dev - change,
         sigma,
         _asked(op, target_weight, dtype),
         op.slice_lengths,
+        consensus,
         slices_at_hand=False,
-    )
-
-    def spread(weight, scale, cross, fill, own, other, total, move):
-        squared = scale**2 * own + cross**2 * other + 2 * scale * cross * product
-        squared = squared + op.slice_lengths * fill**2
-        return jnp.maximum(jnp.sum(weight * squared) - jnp.sum(total * move**2), 0)
-
-    left_scale, left_fill = moves.left_scale, moves.fill / left_root
-    left_cross = moves.cross * (right_root / left_root)
-    left_total = _copies_weight(left_weight, op.left_copies, op.left_sum, op.output_shape)
-    left_move = (
-        left * op.left_sum(left_weight * left_scale)
-        + op.transpose_left(left_weight * left_cross, right)
-        + op.left_sum(left_weight * left_fill)
-    ) / left_total
-    left_spread = spread(
-        left_weight,
-        left_scale,
-        left_cross,
-        left_fill,
-        left_energy,
-        right_energy,
-        left_total,
-        left_move,
-    )
-
-    right_scale, right_fill = moves.right_scale, moves.sign * moves.fill / right_root
-    right_cross = moves.cross * (left_root / right_root)
-    right_total = _copies_weight(right_weight, op.right_copies, op.right_sum, op.output_shape)
-    right_move = (
-        right * op.right_sum(right_weight * right_scale)
-        + op.transpose_right(right_weight * right_cross, left)
-        + op.right_sum(right_weight * right_fill)
-    ) / right_total
-    right_spread = spread(
-        right_weight,
-        right_scale,
-        right_cross,
-        right_fill,
-        right_energy,
-        left_energy,
-        right_total,
-        right_move,
-    )
-    return CompactProjection(
-        left_dev + left_move,
-        right_dev + right_move,
-        change + moves.output,
-        left_spread,
-        right_spread,
     )
 
 
@@ -808,9 +808,10 @@ def project_lifted(
         target_dev,
         target_weight,
     )
-    return LiftedProjection(
-        left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies, moves.output
-    )
+    left, right = left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies
+    # Stored once; XLA would find them again in each kernel that reads them.
+    left, right = lax.optimization_barrier((left, right))
+    return LiftedProjection(left, right, moves.output)
 
 
 def _lifted_moves(
@@ -842,6 +843,7 @@ def _lifted_moves(
         left_root * right_root,
         _asked(op, target_weight, dtype),
         op.slice_lengths,
+        lambda moves: moves,
         slices_at_hand=True,
     )
     near, sign, cross = moves.near[..., None], moves.sign[..., None], moves.cross[..., None]

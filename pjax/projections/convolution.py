@@ -249,44 +249,59 @@ class Convolution(Bilinear):
 
     # The copies for real.
 
+    # Slices are ordered by taps, then input channels: so the last thing that forms them gathers,
+    # and what broadcasts them to the copies reads them in order.
+
     def lift_left(self, left):
-        lifted = self._split_left(left)
-        count = len(self._axes)
-        for place, axis in enumerate(self._axes):
-            # The axes done before are two each: [out, tap].
-            lifted = jnp.take(lifted, axis.index, axis=3 + 2 * place)
-        outs = [3 + 2 * place for place in range(count)]
-        taps = [4 + 2 * place for place in range(count)]
-        return self._slices(jnp.transpose(lifted, (0, 1, *outs, 2, *taps))[:, :, None])
+        return self._broadcast(self._patches(left))
 
     def lift_right(self, right):
-        lifted = self._split_right(right)[:, None]
-        return self._slices(jnp.expand_dims(lifted, tuple(range(3, 3 + len(self._axes)))))
+        return self._broadcast(self._kernels(right))
 
-    def _slices(self, lifted: Array) -> Array:
-        """`[*output, slice]` of `[group, batch, output channel, *out, input channel, *taps]`."""
-        groups, batch, channels, inputs = self._sizes
-        shape = (groups, batch, channels, *self._spatial, inputs, *self._taps)
-        lifted = jnp.broadcast_to(lifted * self._mask(lifted.dtype), shape)
-        return self._join_output(lifted.reshape(*shape[: 3 + len(self._axes)], -1))
+    def _broadcast(self, shared: Array) -> Array:
+        return jnp.broadcast_to(shared, (*self.output_shape, shared.shape[-1]))
 
-    def _mask(self, dtype: Any) -> Array:
-        """`[*out, 1, *taps]`: 1 where a tap reads an entry."""
-        count = len(self._axes)
-        mask = np.ones((1,) * (2 * count + 1))
-        for place, axis in enumerate(self._axes):
-            shape = [1] * (2 * count + 1)
-            shape[place], shape[count + 1 + place] = axis.taps.shape
-            mask = mask * axis.taps.reshape(shape)
-        return jnp.asarray(mask, dtype)
+    def _patches(self, left: Array) -> Array:
+        """`[*output, slice]`, with one output channel for all of a group."""
+        # A row of input channels for each place, and one of zeros for the taps that read constants.
+        left = jnp.moveaxis(self._split_left(left), 2, -1)
+        left = left.reshape(math.prod(left.shape[:2]), -1, left.shape[-1])
+        left = jnp.pad(left, ((0, 0), (0, 1), (0, 0)))
+        # One index over examples too: XLA would put them behind the places.
+        rows = left.shape[1] * np.arange(left.shape[0], dtype=np.int32)
+        index = jnp.asarray(rows)[:, None] + self._places.reshape(1, -1).astype(np.int32)
+        patches = left.reshape(-1, left.shape[-1]).at[index].get(mode="promise_in_bounds")
+        groups, batch, _, channels = self._sizes
+        shape = (groups, batch, 1, *self._spatial, math.prod(self._taps) * channels)
+        return self._join_output(patches.reshape(shape))
+
+    def _kernels(self, right: Array) -> Array:
+        """`[*output, slice]`, with one example for all."""
+        right = jnp.moveaxis(self._split_right(right), 2, -1)[:, None]
+        right = jnp.expand_dims(right, tuple(range(3, 3 + len(self._axes))))
+        lifted = right * jnp.asarray(self._read, right.dtype)[..., None]
+        return self._join_output(lifted.reshape(*lifted.shape[: 3 + len(self._axes)], -1))
+
+    @property
+    def _read(self) -> np.ndarray:
+        """`[*out, *taps]`: 1 where a tap reads an entry."""
+        return _interleaved([axis.taps for axis in self._axes], np.multiply)
+
+    @property
+    def _places(self) -> np.ndarray:
+        """`[*out, *taps]`: the input that is read, of all in a row; behind them, where none is."""
+        sizes = [axis.inputs.shape[1] for axis in self._axes]
+        strides = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+        steps = [axis.index * stride for axis, stride in zip(self._axes, strides, strict=True)]
+        return np.where(self._read > 0, _interleaved(steps, np.add), math.prod(sizes))
 
     def mask_slices(self, copies):
-        if all(axis.taps.all() for axis in self._axes):
+        read = self._read
+        if read.all():
             return copies
-        lengths = (*self._spatial, self._sizes[3], *self._taps)
-        mask = jnp.broadcast_to(self._mask(copies.dtype), lengths)
-        mask = mask.reshape(1, 1, 1, *self._spatial, -1)
-        return copies * self._join_output(mask)
+        lengths = (*self._spatial, *self._taps, self._sizes[3])
+        mask = np.broadcast_to(read[..., None], lengths).reshape(1, 1, 1, *self._spatial, -1)
+        return copies * self._join_output(jnp.asarray(mask, copies.dtype))
 
     def lower_left(self, copies):
         operand = jax.ShapeDtypeStruct(self.left_shape, copies.dtype)
@@ -294,7 +309,14 @@ class Convolution(Bilinear):
 
     def lower_right(self, copies):
         operand = jax.ShapeDtypeStruct(self.right_shape, copies.dtype)
-        return jax.linear_transpose(self.lift_right, operand)(copies)[0]
+        if self._groups > 1:
+            return jax.linear_transpose(self.lift_right, operand)(copies)[0]
+        # As a product: a sum over examples, the first axis, took ten times as long.
+        batch = self.dimension_numbers[2][0]
+        ones = jnp.ones((1, self._sizes[1]), copies.dtype)
+        summed = jnp.tensordot(ones, copies, ((1,), (batch,)), precision="highest")
+        summed = jnp.moveaxis(summed, 0, batch)
+        return jax.linear_transpose(self._kernels, operand)(summed)[0]
 
     def with_one_row(self, side: str) -> Convolution:
         """The operation with one example (or one output channel) of a side in each group: all of
@@ -359,6 +381,16 @@ def _axis(size: int, taps: int, stride: int, padding: tuple[int, int], lhs: int,
     rows, columns = np.nonzero(valid)
     np.add.at(inputs, (rows, index[rows, columns]), 1)
     return _Axis(index, valid.astype(np.float64), inputs)
+
+
+def _interleaved(factors: Sequence[np.ndarray], join: Callable[..., np.ndarray]) -> np.ndarray:
+    """`[out, tap]` of each axis joined to `[*out, *taps]`."""
+    count, found = len(factors), np.asarray(join.identity)  # pyright: ignore
+    for place, factor in enumerate(factors):
+        shape = [1] * (2 * count)
+        shape[place], shape[count + place] = factor.shape
+        found = join(found, factor.reshape(shape))
+    return found
 
 
 def _outer(factors: Sequence[np.ndarray]) -> np.ndarray:

@@ -91,6 +91,7 @@ class Step(NamedTuple):
     - `residual`: gives what vanishes at a solution. By default `(Σ_sides distance²)^½`; a
         reflecting method, whose points need not approach the sets, has the distance between the
         projections onto the two sides.
+    - `size`: gives how far the state moved; by default that is measured.
     """
 
     state: State
@@ -98,6 +99,7 @@ class Step(NamedTuple):
     before: State
     after: State
     residual: Callable[[], Float[Array, ""]] | None = None
+    size: Callable[[], Float[Array, ""]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -237,13 +239,12 @@ class Solver(ABC):
             state, last_gap = carry
             new = self.step(problem, state)
             gap = problem.difference(new.after, new.before)
-            zero = problem.initial()
             distances = jnp.stack(new.distances())
             row = (
                 distances,
                 _length(distances) if new.residual is None else new.residual(),
-                problem.distance(new.state, state),
-                problem.distance(gap, zero),
+                problem.distance(new.state, state) if new.size is None else new.size(),
+                problem.distance(new.after, new.before),
                 problem.distance(gap, last_gap),
             )
             return (new.state, gap), row

@@ -46,6 +46,7 @@ class DifferenceMap(Solver):
             low,
             high,
             residual=lambda: problem.distance(high, low),
+            size=lambda: abs(beta) * problem.distance(high, low),
         )
 
     def solution(self, problem, state):

@@ -102,4 +102,5 @@ def reflect(problem: Sets, first: int, second: int, state: State, relaxation: fl
         shadow,
         moved,
         residual=lambda: problem.distance(moved, shadow),
+        size=lambda: relaxation * problem.distance(moved, shadow),
     )
