@@ -211,8 +211,25 @@ def projection(
     return Method(name, "pure", init, step, description=text, reflecting=reflecting, rows=rows)
 
 
+def pure(name: str, **options: Any) -> Method:
+    """`pjax.optim.Projection`: no optimiser, no rate. Moves are relaxed on a cosine from 1 to 0."""
+    optimizer = pjax.optim.Projection(check=False, **options)
+
+    def init(loss_fn: Loss, params: Params, batch: Batch) -> Any:
+        return optimizer.init(loss_fn, params, batch)
+
+    def step(loss_fn, params, state, x, y, progress, settings):
+        relaxation = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        params, state, _ = optimizer.update(
+            loss_fn, params, state, (x, y), relaxation=relaxation
+        )
+        return params, state
+
+    return Method(name, "pure", init, step, description=str(optimizer.requests))
+
+
 _REFLECTING = ("mnist-1x128-reflecting",)
-register(projection("projection", "CyclicProjections"))
+register(pure("projection"))
 register(projection("projection-dr", "DouglasRachford", reflecting=True, rows=_REFLECTING))
 register(projection("projection-dm", "DifferenceMap", reflecting=True, rows=_REFLECTING))
 register(
