@@ -111,13 +111,13 @@ def measured(case: Case, step: Step) -> Measured:
         return Measured(run, (params, adam.init(params), batch), direction)
     loss = case.task.loss("pure")
     if step == "projection":
-        pure = pjax.optim.CyclicProjections(splitting="layer", check=False)
+        pure = pjax.optim.Projection(check=False)
 
         def project(params: Any, state: Any, batch: Any) -> Any:
-            params, residual, state = pure.update(lambda p: loss(p, batch), params, state)
-            return residual, params, state
+            params, state, info = pure.update(loss, params, state, batch)
+            return info.loss, params, state
 
-        return Measured(project, (params, pure.init(lambda p: loss(p, batch), params), batch))
+        return Measured(project, (params, pure.init(loss, params, batch), batch))
 
     def solve(steps: int) -> Callable[..., Any]:
         optimizer = pjax.optim.AlternatingProjections(steps, splitting="layer", check=False)

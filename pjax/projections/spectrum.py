@@ -83,39 +83,39 @@ def renew(
 ) -> Spectrum:
     """The spectrum of `keep · before + (1 − keep) · C`.
 
-    By subspace iteration, then exact within the subspace (Rayleigh-Ritz): where the rank is the size,
-    the result is exact; else it converges to the largest eigenvectors with every product.
+    By subspace iteration, with the eigenvalues that `C` has within the subspace (Rayleigh-Ritz):
+    where the rank is the size the result is exact, else it converges with every product.
 
     **Arguments:**
 
     - `times`: `U ↦ C U`.
     - `trace`: `tr C`.
     - `keep`: in [0, 1).
-    - `iterations`: how often the subspace is multiplied, at least 1; a number, also a traced one.
+    - `iterations`: how many products, at least 1; a number, also a traced one.
     """
     size, rank = before.vectors.shape[-2:]
 
-    def product(vectors: Array) -> Array:
-        kept = _function(before, vectors, lambda value: value)
-        return keep * kept + (1 - keep) * times(vectors)
+    def step(_: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        vectors = found[0]
+        product = keep * _function(before, vectors, lambda value: value)
+        product = product + (1 - keep) * times(vectors)
+        inside = jnp.swapaxes(vectors, -1, -2) @ product
+        values, turn = jnp.linalg.eigh((inside + jnp.swapaxes(inside, -1, -2)) / 2)
+        # The largest first, which are then the ones that others are made orthogonal to.
+        values, turn = jnp.maximum(values[..., ::-1], 0), turn[..., ::-1]
+        if rank == size:
+            return vectors @ turn, values
+        return jnp.linalg.qr(product @ turn)[0], values
 
-    vectors = before.vectors
-    if rank < size:
-
-        def step(_: Any, vectors: Array) -> Array:
-            return jnp.linalg.qr(product(vectors))[0]
-
-        vectors = step(0, vectors)
-        if not (isinstance(iterations, int) and iterations == 1):
-            vectors = jax.lax.fori_loop(1, iterations, step, vectors)
-    inside = jnp.swapaxes(vectors, -1, -2) @ product(vectors)
-    values, turn = jnp.linalg.eigh((inside + jnp.swapaxes(inside, -1, -2)) / 2)
-    values = jnp.maximum(values, 0)
+    found = step(0, (before.vectors, before.values))
+    if not (isinstance(iterations, int) and iterations == 1):
+        found = jax.lax.fori_loop(1, iterations, step, found)
+    vectors, values = found
     rest = jnp.zeros_like(before.rest)
     if rank < size:
         total = keep * before.trace + (1 - keep) * trace
         rest = (jnp.maximum(total - jnp.sum(values, axis=-1), 0) / (size - rank)).astype(rest.dtype)
-    return Spectrum(vectors @ turn, values, rest)
+    return Spectrum(vectors, values, rest)
 
 
 def solve(
@@ -153,8 +153,13 @@ def equalise(
     left = jnp.sum(spectrum.values * root(spectrum.values) ** 2, axis=-1, keepdims=True)
     left = left + (size - rank) * rest * root(rest) ** 2
     norm = jnp.where(left > 0, jnp.sqrt(spectrum.trace[..., None] * inverse(left)), 1)
-    found = _function(spectrum, jnp.swapaxes(matrix, -1, -2), root)
-    return norm[..., None] * jnp.swapaxes(found, -1, -2)
+    values = root(spectrum.values)[..., None, :]
+    inside = matrix @ spectrum.vectors
+    back = jnp.swapaxes(spectrum.vectors, -1, -2)
+    if rank == size:
+        return ((norm[..., None] * values) * inside) @ back
+    other = root(rest)[..., None]
+    return norm[..., None] * (other * matrix + ((values - other) * inside) @ back)
 
 
 def _function(spectrum: Spectrum, matrix: Array, f: Callable[[Array], Array]) -> Array:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -38,24 +38,28 @@ Kind = Literal["product", "linear", "entries"]
 class Matrix:
     """One operand of a product as matrices: blocks × rows × columns.
 
-    Of `x @ w` the operand `w` is one block, its rows are contracted with `x`, and its columns are the
-    outputs. A batched product has a block for each batch index.
+    Of `x @ w` the rows of the operand `w` are contracted with `x`, and its columns are the outputs. A
+    batched product has such a matrix for each batch index, a block; else there is no such axis.
 
     **Attributes:**
 
     - `operation`, `side`: the product, and which operand it is.
     - `axes`: the operand's axes in the order blocks, rows, columns.
-    - `shape`: blocks, rows and columns.
+    - `blocks`: their number, or nothing.
+    - `rows`, `columns`: of each.
     """
 
     operation: Bilinear
     side: Side
     axes: tuple[int, ...]
-    shape: tuple[int, int, int]
+    blocks: tuple[int, ...]
+    rows: int
+    columns: int
 
     def of(self, operand: Array) -> Array:
-        """The operand, `[blocks, rows, columns]`."""
-        return jnp.transpose(operand, self.axes).reshape(self.shape)
+        """The operand, `[*blocks, rows, columns]`."""
+        ordered = jnp.transpose(operand, self.axes)
+        return ordered.reshape(*self.blocks, self.rows, self.columns)
 
     def back(self, matrix: Array) -> Array:
         """The operand that a matrix stands for."""
@@ -69,63 +73,55 @@ class Matrix:
         return op.left_shape if self.side == "left" else op.right_shape
 
     def outputs(self, output: Array) -> Array:
-        """The product's output, `[blocks, places, columns]`: a row for each that is asked."""
-        blocks, _, columns = self.shape
+        """The product's output, `[*blocks, places, columns]`: a row for each that is asked."""
         if isinstance(self.operation, Convolution):
-            channel = self.operation.dimension_numbers[2][1]
-            return jnp.moveaxis(output, channel, -1).reshape(1, -1, columns)
+            return self._channels_last(output).reshape(-1, self.columns)
         if self.side == "right":
-            return output.reshape(blocks, -1, columns)
-        return jnp.swapaxes(output.reshape(blocks, columns, -1), 1, 2)
+            return output.reshape(*self.blocks, -1, self.columns)
+        return jnp.swapaxes(output.reshape(*self.blocks, self.columns, -1), -1, -2)
+
+    def _channels_last(self, output: Array) -> Array:
+        assert isinstance(self.operation, Convolution)
+        return jnp.moveaxis(output, self.operation.dimension_numbers[2][1], -1)
 
     def inputs(self, other: Array) -> Array:
-        """The other operand of a `dot_general`, `[blocks, places, rows]`."""
+        """The other operand of a `dot_general`, `[*blocks, places, rows]`."""
         assert isinstance(self.operation, DotGeneral)
         (left, right), (batch_l, batch_r) = self.operation.dimension_numbers
         contracted, batch = (right, batch_r) if self.side == "left" else (left, batch_l)
         kept = [axis for axis in range(other.ndim) if axis not in (*contracted, *batch)]
         ordered = jnp.transpose(other, (*batch, *kept, *contracted))
-        return ordered.reshape(self.shape[0], -1, self.shape[1])
+        return ordered.reshape(*self.blocks, -1, self.rows)
 
     def moment(self, other: Array, asked: Array, directions: Array) -> Array:
-        """`XᵀX U` over the places that are asked, `[blocks, rows, k]`.
+        """`XᵀX U` over the places that are asked, `[*blocks, rows, k]`.
 
         **Arguments:**
 
         - `other`: the other operand.
-        - `asked`: `[blocks, places]`, 1 where a place counts.
-        - `directions`: `U`, `[blocks, rows, k]`.
+        - `asked`: `[*blocks, places, 1]`, 1 where a place counts.
+        - `directions`: `U`, `[*blocks, rows, k]`.
         """
-        if isinstance(self.operation, Convolution):
-            op = self.operation
-            spec = op.dimension_numbers[1]
-            shape = list(op.right_shape)
-            shape[spec[0]] = directions.shape[-1]
-            narrow = _with_kernel(op, tuple(shape))
-            ordered = directions[0].reshape([*(shape[axis] for axis in self.axes[:-1]), shape[spec[0]]])
-            response = narrow(other, jnp.transpose(ordered, inverse(self.axes)))
-            channel = op.dimension_numbers[2][1]
-            places = jnp.moveaxis(response, channel, -1)
-            places = places * asked.reshape(places.shape[:-1])[..., None]
-            back = narrow.transpose_right(jnp.moveaxis(places, -1, channel), other)
-            return jnp.transpose(back, self.axes).reshape(directions.shape)
-        rows = self.inputs(other)
-        return jnp.swapaxes(rows, 1, 2) @ (asked[..., None] * (rows @ directions))
+        if not isinstance(self.operation, Convolution):
+            rows = self.inputs(other)
+            return jnp.swapaxes(rows, -1, -2) @ (asked * (rows @ directions))
+        # A kernel whose output channels are the directions.
+        op, count = self.operation, directions.shape[-1]
+        spec, channel = op.dimension_numbers[1], op.dimension_numbers[2][1]
+        shape = tuple(count if a == spec[0] else n for a, n in enumerate(op.right_shape))
+        narrow = replace(op, right_shape=shape)
+        kernel = directions.reshape([shape[axis] for axis in self.axes])
+        places = jnp.moveaxis(narrow(other, jnp.transpose(kernel, inverse(self.axes))), channel, -1)
+        places = places * asked.reshape(*places.shape[:-1], 1)
+        back = narrow.transpose_right(jnp.moveaxis(places, -1, channel), other)
+        return jnp.transpose(back, self.axes).reshape(directions.shape)
 
     def trace(self, other: Array, asked: Array) -> Array:
-        """`tr XᵀX` over the places that are asked, `[blocks]`."""
+        """`tr XᵀX` over the places that are asked, for each block."""
         if isinstance(self.operation, Convolution):
-            squares = self.operation.left_energy(jnp.square(other))
-            channel = self.operation.dimension_numbers[2][1]
-            places = jnp.moveaxis(squares, channel, -1)[..., 0]
-            return jnp.sum(places.reshape(-1) * asked[0])[None]
-        return jnp.sum(jnp.square(self.inputs(other)) * asked[..., None], axis=(1, 2))
-
-
-def _with_kernel(operation: Convolution, shape: tuple[int, ...]) -> Convolution:
-    from dataclasses import replace
-
-    return replace(operation, right_shape=shape)
+            squares = self._channels_last(self.operation.left_energy(jnp.square(other)))
+            return jnp.sum(squares[..., 0].reshape(-1) * asked[..., 0])
+        return jnp.sum(jnp.square(self.inputs(other)) * asked, axis=(-1, -2))
 
 
 def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
@@ -139,15 +135,15 @@ def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
         )
         free = tuple(a for a in range(len(shape)) if a not in (*contracted, *batch))
         axes = (*batch, *contracted, *free)
-        sizes = [math.prod(shape[a] for a in part) for part in (batch, contracted, free)]
-        return Matrix(operation, side, axes, (sizes[0], sizes[1], sizes[2]))
+        blocks, *sizes = (math.prod(shape[a] for a in part) for part in (batch, contracted, free))
+        return Matrix(operation, side, axes, (blocks,) if batch else (), *sizes)
     if isinstance(operation, Convolution) and side == "right":
         if operation.feature_group_count * operation.batch_group_count > 1:
             return None
         channel, shape = operation.dimension_numbers[1][0], operation.right_shape
         axes = (*(a for a in range(len(shape)) if a != channel), channel)
         columns = shape[channel]
-        return Matrix(operation, side, axes, (1, math.prod(shape) // columns, columns))
+        return Matrix(operation, side, axes, (), math.prod(shape) // columns, columns)
     return None
 
 
@@ -180,7 +176,6 @@ class Unit:
     - `layer`: the number of its layer: a weight and its bias are one.
     - `matrix`: the form of its solve, of the first product that reads it; None: entry by entry.
     - `slot`: the slot of that product.
-    - `thresholds`: whether only thresholds read what it makes.
     """
 
     node: int
@@ -264,7 +259,7 @@ def _layout(graph: Graph, reader: Reader) -> Any:
     """Which entry of the unit stands where in the matrix; equal for equal views of it."""
     slot, matrix = graph.slots[reader.slot], reader.matrix
     assert matrix is not None
-    key = matrix.axes, matrix.shape
+    key = matrix.axes, matrix.blocks, matrix.rows, matrix.columns
     if slot.route.direct:
         return key, None
     source = slot.route.sources[0]

@@ -14,7 +14,6 @@ For each unit (see `pjax.training.readers`):
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Requests:
     size: float = 1.2
     memory: float = 0.8
     rows_memory: float = 0.95
-    every: int = 4
+    every: int = 8
     damping: float = 0.2
     rank: int = 32
     output_rank: int = 16
@@ -85,7 +84,7 @@ class UnitMemory(NamedTuple):
 Memory = tuple[UnitMemory, ...]
 
 #: Products of the inputs in the first batch.
-_FIRST_ITERATIONS = 3
+_FIRST_ITERATIONS = 4
 #: An output below this share of the input is one that begins at zero.
 _NOTHING = 1e-3
 #: Of the noise, from batch to batch.
@@ -93,11 +92,20 @@ _NOISE_MEMORY = 0.9
 
 
 class _Reading(NamedTuple):
-    """One reader in one batch: its output, the force on it, and which places are asked."""
+    """One reader in one batch.
 
-    output: Array
+    **Attributes:**
+
+    - `force`: on its output, as rows.
+    - `asked`: 1 for each row with a force, else 0: others take no part, as if they were not there.
+    - `squares`: of the rows of the output that are asked, and of all forces, summed.
+    - `entries`: how many entries these rows have.
+    """
+
     force: Array
     asked: Array
+    squares: tuple[Array, Array]
+    entries: Array
 
 
 def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
@@ -109,15 +117,12 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
         matrix = unit.matrix
         outputs = None
         if matrix is not None:
-            blocks, rows, columns = matrix.shape
-            inputs: Any = spectrum.empty(rows, settings.rank, dtype, (blocks,))
-            outputs = spectrum.empty(columns, settings.output_rank, dtype, (blocks,))
+            inputs: Any = spectrum.empty(matrix.rows, settings.rank, dtype, matrix.blocks)
+            outputs = spectrum.empty(matrix.columns, settings.output_rank, dtype, matrix.blocks)
         else:
             inputs = jnp.zeros(value.shape, dtype)
             if value.ndim > 1:
-                outputs = spectrum.empty(
-                    value.shape[-1], settings.output_rank, dtype, (1,)
-                )
+                outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
         zero = jnp.zeros((), dtype)
         found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, zero, zero, zero))
     return tuple(found)
@@ -153,81 +158,130 @@ def moves(
         for unit in units.units
     ]
     # Each reading of a layer once, though a weight and its bias both have it.
-    squares: dict[int, dict[Any, tuple[Array, Array, Array]]] = {}
+    layers: dict[int, dict[Any, tuple[Array, Array, Array]]] = {}
     for unit, found in zip(units.units, readings, strict=True):
-        layer = squares.setdefault(unit.layer, {})
+        layer = layers.setdefault(unit.layer, {})
         for reader, reading in zip(unit.readers, found, strict=True):
             node = problem.graph.slots[reader.slot].node
             key = (node,) if reader.kind != "entries" else (node, reader.slot, unit.node)
-            if key not in layer:
-                places = reading.asked
-                layer[key] = (
-                    jnp.sum(jnp.square(reading.output) * places),
-                    jnp.sum(jnp.square(reading.force)),
-                    jnp.sum(places) * (reading.output.size / places.size),
-                )
-    refresh = (count < settings.every) | (count % settings.every == 0)
-    rows = [jnp.maximum(sum(jnp.sum(r.asked) for r in found), 1) for found in readings]
-    moments = [
-        jax.lax.cond(
-            refresh,
-            functools.partial(
-                _renew, problem, unit, found, unit_forces[unit.node], number, count, settings
-            ),
-            lambda k: (k.inputs, k.outputs),
-            kept,
-        )
-        for unit, found, number, kept in zip(units.units, readings, rows, memory, strict=True)
+            layer.setdefault(key, (*reading.squares, reading.entries))
+    sizes = {
+        layer: tuple(sum(parts) for parts in zip(*found.values(), strict=True))
+        for layer, found in layers.items()
+    }
+    share = settings.size / math.sqrt(units.layers)
+    batches = [
+        _Batch.of(sizes[unit.layer], found, unit_forces[unit.node], kept, share, settings)
+        for unit, found, kept in zip(units.units, readings, memory, strict=True)
     ]
-    input_sizes: dict[int, Array] = {}
-    for unit, (inputs, _) in zip(units.units, moments, strict=True):
-        if unit.matrix is not None:
-            blocks, length, _ = unit.matrix.shape
-            input_sizes[unit.layer] = jnp.sqrt(jnp.sum(inputs.trace) / (blocks * length))
+
+    def renewed(memory: Memory) -> Memory:
+        inner = zip(units.units, readings, batches, memory, strict=True)
+        found = [_renew(problem, *parts, count, settings) for parts in inner]
+        begins = _first_sizes(units, batches, found)
+        return tuple(
+            _with_noise(
+                kept._replace(output=jnp.where(count == 0, first, kept.output)),
+                batch,
+                count,
+                settings,
+            )
+            for kept, batch, first in zip(found, batches, begins, strict=True)
+        )
+
+    refresh = (count < settings.every) | (count % settings.every == 0)
+    memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
     moved: dict[int, Array] = {}
     new = []
-    for unit, number, (inputs, outputs), kept in zip(
-        units.units, rows, moments, memory, strict=True
-    ):
-        output, force, entries = (
-            sum(parts) for parts in zip(*squares[unit.layer].values(), strict=True)
-        )
-        entries = jnp.maximum(entries, 1)
-        size, loudness = jnp.sqrt(output / entries), jnp.sqrt(force / entries)
-        largest = jnp.maximum(settings.forget * kept.force, loudness)
-        # What begins at zero has no size of its own: that of its input has to do.
-        stand_in = input_sizes.get(unit.layer, jnp.ones(()))
-        begins = jnp.where(size > _NOTHING * stand_in, size, stand_in)
-        first = jnp.where(count == 0, begins, kept.output)
-        size = jnp.where(size > _NOTHING * first, size, first)
-        share = settings.size / math.sqrt(units.layers)
-        scale = share * jnp.sqrt(first * size) * spectrum.inverse(largest)
-        asked = (scale * unit_forces[unit.node] / number).astype(kept.asked.dtype)
-        request = scale**2 * force / number
-        mean, ahead, noise = _remember(kept, asked, request, count, settings)
-        numbers = (x.astype(asked.dtype) for x in (largest, first, noise))
-        kept = UnitMemory(mean, inputs, outputs, *numbers)
+    for unit, batch, kept in zip(units.units, batches, memory, strict=True):
+        asked = batch.request(kept)
+        done, keep = jnp.asarray(settings.memory, asked.dtype) ** count, settings.memory
+        mean = keep * kept.asked + (1 - keep) * asked
+        # What it will be if the next batch asks for the same: Nesterov's look ahead.
+        ahead = (keep * mean + (1 - keep) * asked) * (1 / (1 - keep**2 * done))
+        kept = kept._replace(asked=mean, force=batch.largest)
         moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
         new.append(kept)
     return moved, tuple(new)
 
 
-def _remember(
-    kept: UnitMemory, asked: Array, request: Array, count: Array, settings: Requests
-) -> tuple[Array, Array, Array]:
-    """The memory of requests with one more; what it will be if the next batch asks for the same
-    (Nesterov's look ahead), as a mean; and the noise.
+class _Batch(NamedTuple):
+    """What one batch asks of one unit.
+
+    **Attributes:**
+
+    - `force`: the sum of the forces on it.
+    - `rows`: how many rows ask.
+    - `size`: of its layer's output, the mean of an entry.
+    - `largest`: the largest mean force so far.
+    - `square`: the sum of the squares of the forces on the rows.
+    - `share`: of its size that the output is asked to move.
     """
-    dtype, keep = asked.dtype, settings.memory
-    done = jnp.asarray(keep, dtype) ** count
+
+    force: Array
+    rows: Array
+    size: Array
+    largest: Array
+    square: Array
+    share: float
+
+    @classmethod
+    def of(
+        cls,
+        sizes: tuple[Any, ...],
+        readings: Sequence[_Reading],
+        force: Array,
+        kept: UnitMemory,
+        share: float,
+        settings: Requests,
+    ) -> _Batch:
+        output, square, entries = sizes
+        entries = jnp.maximum(entries, 1)
+        loudness = jnp.sqrt(square / entries).astype(kept.force.dtype)
+        rows = jnp.maximum(sum(jnp.sum(r.asked) for r in readings), 1)
+        largest = jnp.maximum(settings.forget * kept.force, loudness)
+        return cls(force, rows, jnp.sqrt(output / entries), largest, square, share)
+
+    def scale(self, kept: UnitMemory) -> Array:
+        """From a force to a request."""
+        # What begins at zero has no size of its own.
+        size = jnp.where(self.size > _NOTHING * kept.output, self.size, kept.output)
+        return self.share * jnp.sqrt(kept.output * size) * spectrum.inverse(self.largest)
+
+    def request(self, kept: UnitMemory) -> Array:
+        """`XᵀR/N`, in the shape of the unit."""
+        return ((self.scale(kept) / self.rows) * self.force).astype(kept.asked.dtype)
+
+
+def _first_sizes(
+    units: Units, batches: Sequence[_Batch], memory: Sequence[UnitMemory]
+) -> list[Array]:
+    """How large the output of each unit's layer begins: of one that begins at zero, its input."""
+    inputs = {
+        unit.layer: jnp.sqrt(jnp.mean(kept.inputs.trace) / unit.matrix.rows)
+        for unit, kept in zip(units.units, memory, strict=True)
+        if unit.matrix is not None and isinstance(kept.inputs, Spectrum)
+    }
+    found = []
+    for unit, batch, kept in zip(units.units, batches, memory, strict=True):
+        other = inputs.get(unit.layer, jnp.ones(()))
+        begins = jnp.where(batch.size > _NOTHING * other, batch.size, other)
+        found.append(begins.astype(kept.output.dtype))
+    return found
+
+
+def _with_noise(
+    kept: UnitMemory, batch: _Batch, count: Array, settings: Requests
+) -> UnitMemory:
+    """The memory with the noise of this batch taken in."""
+    asked = batch.request(kept)
+    done = jnp.asarray(settings.memory, asked.dtype) ** count
     expected = kept.asked * spectrum.inverse(1 - done)
-    mean = keep * kept.asked + (1 - keep) * asked
-    ahead = (keep * mean + (1 - keep) * asked) / (1 - keep**2 * done)
-    surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(request)
-    noise = jnp.where(
-        count == 0, surprise, _NOISE_MEMORY * kept.noise + (1 - _NOISE_MEMORY) * surprise
-    )
-    return mean, ahead.astype(dtype), noise.astype(dtype)
+    mean_square = batch.scale(kept) ** 2 * batch.square / batch.rows
+    surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(mean_square)
+    fades = jnp.where(count < settings.every, _NOISE_MEMORY, _NOISE_MEMORY**settings.every)
+    noise = jnp.where(count == 0, surprise, fades * kept.noise + (1 - fades) * surprise)
+    return kept._replace(noise=noise.astype(asked.dtype))
 
 
 def _damping(
@@ -257,23 +311,27 @@ def _reading(
             mask = problem.reads(slot, unit.node)
             output, force = output * mask, force * mask
     if reader.matrix is not None and reader.kind == "product":
-        force = reader.matrix.outputs(force)
-        output = reader.matrix.outputs(output)
-    asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
-    return _Reading(output, force, asked.astype(output.dtype))
+        force, output = reader.matrix.outputs(force), reader.matrix.outputs(output)
+    if not force.ndim:
+        force, output = force[None], output[None]
+    of_rows = jnp.sum(jnp.square(force), axis=-1, keepdims=True)
+    asked = (of_rows > 0).astype(output.dtype)
+    outputs = jnp.sum(jnp.square(output), axis=-1, keepdims=True) * asked
+    entries = jnp.sum(asked) * output.shape[-1]
+    return _Reading(force, asked, (jnp.sum(outputs), jnp.sum(of_rows)), entries)
 
 
 def _renew(
     problem: Problem,
     unit: Unit,
     readings: Sequence[_Reading],
-    unit_force: Array,
-    rows: Array,
+    batch: _Batch,
+    kept: UnitMemory,
     count: Array,
     settings: Requests,
-    kept: UnitMemory,
-) -> tuple[Any, Any]:
-    """The second moments of inputs and outputs, with this batch taken in."""
+) -> UnitMemory:
+    """The memory with the second moments of this batch's inputs and forces taken in."""
+    rows = batch.rows
     # A mean over the first times; from then on the memory fades.
     every = settings.every
     times_before = jnp.where(count < every, count, every - 1 + count // every)
@@ -288,7 +346,7 @@ def _renew(
         inputs = (keep * kept.inputs + (1 - keep) * diagonal / rows).astype(kept.asked.dtype)
     else:
         assert isinstance(kept.inputs, Spectrum)
-        size = unit.matrix.shape[1]
+        size = unit.matrix.rows
         products = [(r, reading) for r, reading in pairs if r.kind == "product"]
         # What has no rows counts as rows in all directions alike.
         others = sum(
@@ -300,11 +358,11 @@ def _renew(
             total = others * directions
             for (reader, reading), other in zip(products, operands, strict=True):
                 assert reader.matrix is not None
-                total = total + reader.matrix.moment(other, reading.asked[..., 0], directions)
+                total = total + reader.matrix.moment(other, reading.asked, directions)
             return total / rows
 
         trace = sum(
-            reader.matrix.trace(other, reading.asked[..., 0])  # pyright: ignore
+            reader.matrix.trace(other, reading.asked)  # pyright: ignore
             for (reader, reading), other in zip(products, operands, strict=True)
         )
         inputs = spectrum.renew(
@@ -315,14 +373,14 @@ def _renew(
         # Where there is no matrix, the forces on the entries are its rows.
         parts = [reading.force for reader, reading in pairs if reader.kind == "product"]
         if unit.matrix is None:
-            parts = [unit_force.reshape(1, -1, unit_force.shape[-1])]
+            parts = [batch.force.reshape(-1, batch.force.shape[-1])]
 
         def pull(directions: Array) -> Array:
-            return sum(jnp.swapaxes(g, 1, 2) @ (g @ directions) for g in parts) / rows
+            return sum(jnp.swapaxes(g, -1, -2) @ (g @ directions) for g in parts) / rows
 
-        trace = sum(jnp.sum(jnp.square(g), axis=(1, 2)) for g in parts) / rows
+        trace = sum(jnp.sum(jnp.square(g), axis=(-1, -2)) for g in parts) / rows
         outputs = spectrum.renew(outputs, pull, trace, keep, iterations)
-    return inputs, outputs
+    return kept._replace(inputs=inputs, outputs=outputs)
 
 
 def _other(problem: Problem, reader: Reader) -> Array:
@@ -337,13 +395,17 @@ def _other(problem: Problem, reader: Reader) -> Array:
 def _diagonal(problem: Problem, unit: Unit, reader: Reader, reading: _Reading) -> Array:
     """A bound on `JᵀJ`, in the shape of the unit."""
     slot = problem.graph.slots[reader.slot]
+    node = problem.graph.nodes[slot.node]
     if reader.kind == "entries":
-        entries = jnp.broadcast_to(reading.asked, reading.output.shape)
+        entries = jnp.broadcast_to(reading.asked, slot.shape)
     else:
-        rule = problem.graph.nodes[slot.node].rule
-        assert isinstance(rule, LayerSum)
-        asked = jnp.broadcast_to(reading.asked, reading.output.shape)
-        entries = rule.diagonal(reader.place, problem.reference(slot.node), asked)
+        assert isinstance(node.rule, LayerSum) and node.output is not None
+        asked = reading.asked
+        if reader.matrix is not None:
+            # The layout of a product's rows, in which this unit is not solved for.
+            asked = jnp.ones((), asked.dtype)
+        asked = jnp.broadcast_to(asked, problem.values[node.output].shape)
+        entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
     return problem.pull(slot, unit.node, entries)
 
 
@@ -364,7 +426,7 @@ def _solve(
         damping = _damping(memory, asked.size // columns, trace, largest, count, settings)
         move = asked * spectrum.inverse(memory.inputs + damping)
         if memory.outputs is not None:
-            flat = move.reshape(1, -1, move.shape[-1])
+            flat = move.reshape(-1, move.shape[-1])
             move = spectrum.equalise(memory.outputs, flat, settings.equalise).reshape(move.shape)
         return move
     assert unit.slot is not None and isinstance(memory.inputs, Spectrum)
@@ -374,7 +436,7 @@ def _solve(
 
     trace = jnp.sum(memory.inputs.trace)
     damping = _damping(
-        memory, unit.matrix.shape[1], trace, memory.inputs.largest, count, settings
+        memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings
     )
     matrix = spectrum.solve(memory.inputs, matrix, damping)
     assert memory.outputs is not None
