@@ -112,3 +112,26 @@ def test_alternating_projections_in_neuron_splitting(case):
     ]
     assert any(changed)
     assert float(loss(moved)) < float(loss(params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", catalogue.CASES, ids=str)
+def test_pure_projection(case):
+    """Every parameter that has a gradient moves, all of them together downhill, and again."""
+    params, _, loss = network(case)
+    optimizer = pjax.optim.Projection()
+    moved, state, _ = optimizer.update(loss, params, optimizer.init(loss, params))
+    gradient = jax.jit(jax.grad(loss))(params)
+    way = jax.tree.map(jnp.subtract, moved, params)
+    total = 0.0
+    for (path, move), force in zip(
+        jax.tree_util.tree_leaves_with_path(way), jax.tree.leaves(gradient), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert jnp.all(jnp.isfinite(move)), name
+        if jnp.max(jnp.abs(force)) > 1e-5:
+            assert jnp.any(move != 0), name
+        total += float(jnp.vdot(move, force))
+    assert total < 0
+    again, _, info = optimizer.update(loss, moved, state)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((again, info)))

@@ -1,4 +1,6 @@
-"""Recurrent cells and attention of Flax NNX and of Equinox learn a small task by displacements."""
+"""Recurrent cells and attention of Flax NNX and of Equinox learn a small task, by displacements into
+Adam and by pure projection.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ def slow(*values, id):
         slow(equinox_model, lambda k: EquinoxRecurrent(eqx.nn.GRUCell, k), id="equinox-GRUCell"),
     ],
 )
-def test_the_loss_on_new_sequences_falls(model, make):
+@pytest.mark.parametrize("method", ["displacement", "projection"])
+def test_the_loss_on_new_sequences_falls(model, make, method):
     params, forward = model(make)
 
     def batch(seed, rows=32):
@@ -100,13 +103,21 @@ def test_the_loss_on_new_sequences_falls(model, make):
         return jnp.mean(pjax.cross_entropy(forward(p, x), y))
 
     optimizer = optax.adam(2e-2)
-    state = optimizer.init(params)
     direction = pjax.value_and_displacement(loss)
+    pure = pjax.optim.Projection(check=False)
 
-    def step(params, state, x, y):
+    def descend(params, state, x, y):
         _, moved = direction(params, x, y)
         updates, state = optimizer.update(moved, state, params)
         return optax.apply_updates(params, updates), state
+
+    def project(params, state, x, y):
+        params, state, _ = pure.update(loss, params, state, x, y)
+        return params, state
+
+    step, state = project, pure.init(loss, params, *batch(0)) if method == "projection" else None
+    if state is None:
+        step, state = descend, optimizer.init(params)
 
     compiled = jax.jit(step).lower(params, state, *batch(0)).compile(QUICK)
     held_out = batch(1000, 256)

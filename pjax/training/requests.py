@@ -52,10 +52,10 @@ class Requests:
     size: float = 1.2
     memory: float = 0.8
     rows_memory: float = 0.95
-    every: int = 8
+    every: int = 16
     damping: float = 0.2
-    rank: int = 32
-    output_rank: int = 16
+    rank: int = 16
+    output_rank: int = 8
     equalise: float = 0.1
     forget: float = 0.999
 
