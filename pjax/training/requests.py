@@ -15,7 +15,7 @@ For each unit (see `pjax.training.readers`):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class UnitMemory(NamedTuple):
     - `inputs`: `C`: a spectrum for each block of its matrix, or a diagonal in the unit's shape.
     - `outputs`: of the forces, a spectrum for each block; None where nothing is equalised.
     - `force`: the largest mean force on its readers so far.
-    - `output`: how large its readers' outputs were in the first batch.
+    - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
     - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
     """
 
@@ -77,6 +77,7 @@ class UnitMemory(NamedTuple):
     inputs: Spectrum | Array
     outputs: Spectrum | None
     force: Array
+    first: Array
     output: Array
     noise: Array
 
@@ -96,16 +97,27 @@ class _Reading(NamedTuple):
 
     **Attributes:**
 
-    - `force`: on its output, as rows.
+    - `output`, `force`: of the reader and on it, as rows.
     - `asked`: 1 for each row with a force, else 0: others take no part, as if they were not there.
-    - `squares`: of the rows of the output that are asked, and of all forces, summed.
-    - `entries`: how many entries these rows have.
+    - `square`: the sum of the squares of the forces.
+    - `rows`: how many rows are asked.
     """
 
+    output: Array
     force: Array
     asked: Array
-    squares: tuple[Array, Array]
-    entries: Array
+    square: Array
+    rows: Array
+
+    @property
+    def entries(self) -> Array:
+        """How many entries the rows that are asked have."""
+        return self.rows * self.force.shape[-1]
+
+    @property
+    def output_square(self) -> Array:
+        """The sum of the squares of the outputs that are asked."""
+        return jnp.sum(jnp.square(self.output) * self.asked)
 
 
 def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
@@ -124,7 +136,7 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
             if value.ndim > 1:
                 outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
         zero = jnp.zeros((), dtype)
-        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, zero, zero, zero))
+        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, *[zero] * 4))
     return tuple(found)
 
 
@@ -158,35 +170,27 @@ def moves(
         for unit in units.units
     ]
     # Each reading of a layer once, though a weight and its bias both have it.
-    layers: dict[int, dict[Any, tuple[Array, Array, Array]]] = {}
+    layers: dict[int, dict[Any, _Reading]] = {}
     for unit, found in zip(units.units, readings, strict=True):
-        layer = layers.setdefault(unit.layer, {})
         for reader, reading in zip(unit.readers, found, strict=True):
             node = problem.graph.slots[reader.slot].node
             key = (node,) if reader.kind != "entries" else (node, reader.slot, unit.node)
-            layer.setdefault(key, (*reading.squares, reading.entries))
-    sizes = {
-        layer: tuple(sum(parts) for parts in zip(*found.values(), strict=True))
-        for layer, found in layers.items()
-    }
+            layers.setdefault(unit.layer, {}).setdefault(key, reading)
+    of_layer = {number: list(found.values()) for number, found in layers.items()}
     share = settings.size / math.sqrt(units.layers)
     batches = [
-        _Batch.of(sizes[unit.layer], found, unit_forces[unit.node], kept, share, settings)
+        _Batch.of(of_layer[unit.layer], found, unit_forces[unit.node], kept, share, settings)
         for unit, found, kept in zip(units.units, readings, memory, strict=True)
     ]
 
     def renewed(memory: Memory) -> Memory:
         inner = zip(units.units, readings, batches, memory, strict=True)
         found = [_renew(problem, *parts, count, settings) for parts in inner]
-        begins = _first_sizes(units, batches, found)
+        sizes = {number: _output_size(parts) for number, parts in of_layer.items()}
+        found = _with_sizes(units, found, sizes, count)
         return tuple(
-            _with_noise(
-                kept._replace(output=jnp.where(count == 0, first, kept.output)),
-                batch,
-                count,
-                settings,
-            )
-            for kept, batch, first in zip(found, batches, begins, strict=True)
+            _with_noise(kept, batch, count, settings)
+            for kept, batch in zip(found, batches, strict=True)
         )
 
     refresh = (count < settings.every) | (count % settings.every == 0)
@@ -212,7 +216,6 @@ class _Batch(NamedTuple):
 
     - `force`: the sum of the forces on it.
     - `rows`: how many rows ask.
-    - `size`: of its layer's output, the mean of an entry.
     - `largest`: the largest mean force so far.
     - `square`: the sum of the squares of the forces on the rows.
     - `share`: of its size that the output is asked to move.
@@ -220,7 +223,6 @@ class _Batch(NamedTuple):
 
     force: Array
     rows: Array
-    size: Array
     largest: Array
     square: Array
     share: float
@@ -228,45 +230,58 @@ class _Batch(NamedTuple):
     @classmethod
     def of(
         cls,
-        sizes: tuple[Any, ...],
+        layer: Sequence[_Reading],
         readings: Sequence[_Reading],
         force: Array,
         kept: UnitMemory,
         share: float,
         settings: Requests,
     ) -> _Batch:
-        output, square, entries = sizes
-        entries = jnp.maximum(entries, 1)
+        square = _total(reading.square for reading in layer)
+        entries = jnp.maximum(_total(reading.entries for reading in layer), 1)
         loudness = jnp.sqrt(square / entries).astype(kept.force.dtype)
-        rows = jnp.maximum(sum(jnp.sum(r.asked) for r in readings), 1)
-        largest = jnp.maximum(settings.forget * kept.force, loudness)
-        return cls(force, rows, jnp.sqrt(output / entries), largest, square, share)
+        rows = jnp.maximum(_total(reading.rows for reading in readings), 1)
+        return cls(force, rows, jnp.maximum(settings.forget * kept.force, loudness), square, share)
 
     def scale(self, kept: UnitMemory) -> Array:
         """From a force to a request."""
-        # What begins at zero has no size of its own.
-        size = jnp.where(self.size > _NOTHING * kept.output, self.size, kept.output)
-        return self.share * jnp.sqrt(kept.output * size) * spectrum.inverse(self.largest)
+        return self.share * kept.output * spectrum.inverse(self.largest)
 
     def request(self, kept: UnitMemory) -> Array:
         """`XᵀR/N`, in the shape of the unit."""
         return ((self.scale(kept) / self.rows) * self.force).astype(kept.asked.dtype)
 
 
-def _first_sizes(
-    units: Units, batches: Sequence[_Batch], memory: Sequence[UnitMemory]
-) -> list[Array]:
-    """How large the output of each unit's layer begins: of one that begins at zero, its input."""
+def _total(parts: Iterable[Any]) -> Any:
+    return sum(parts)
+
+
+def _output_size(readings: Sequence[_Reading]) -> Array:
+    """The root of the mean square of a layer's output."""
+    square = _total(reading.output_square for reading in readings)
+    return jnp.sqrt(square / jnp.maximum(_total(reading.entries for reading in readings), 1))
+
+
+def _with_sizes(
+    units: Units, memory: Sequence[UnitMemory], sizes: Mapping[int, Array], count: Array
+) -> list[UnitMemory]:
+    """The memory with the present sizes of outputs: geometric means with those in the first batch.
+
+    What begins at zero has no size of its own: that of its input has to do.
+    """
     inputs = {
         unit.layer: jnp.sqrt(jnp.mean(kept.inputs.trace) / unit.matrix.rows)
         for unit, kept in zip(units.units, memory, strict=True)
         if unit.matrix is not None and isinstance(kept.inputs, Spectrum)
     }
     found = []
-    for unit, batch, kept in zip(units.units, batches, memory, strict=True):
-        other = inputs.get(unit.layer, jnp.ones(()))
-        begins = jnp.where(batch.size > _NOTHING * other, batch.size, other)
-        found.append(begins.astype(kept.output.dtype))
+    for unit, kept in zip(units.units, memory, strict=True):
+        size, other = sizes[unit.layer], inputs.get(unit.layer, jnp.ones(()))
+        begins = jnp.where(size > _NOTHING * other, size, other)
+        first = jnp.where(count == 0, begins, kept.first)
+        size = jnp.where(size > _NOTHING * first, size, first)
+        now = jnp.sqrt(first * size).astype(kept.output.dtype)
+        found.append(kept._replace(first=first.astype(kept.first.dtype), output=now))
     return found
 
 
@@ -314,11 +329,10 @@ def _reading(
         force, output = reader.matrix.outputs(force), reader.matrix.outputs(output)
     if not force.ndim:
         force, output = force[None], output[None]
-    of_rows = jnp.sum(jnp.square(force), axis=-1, keepdims=True)
+    # A product with ones: XLA sums rows slowly on a CPU.
+    of_rows = jnp.square(force) @ jnp.ones((force.shape[-1], 1), force.dtype)
     asked = (of_rows > 0).astype(output.dtype)
-    outputs = jnp.sum(jnp.square(output), axis=-1, keepdims=True) * asked
-    entries = jnp.sum(asked) * output.shape[-1]
-    return _Reading(force, asked, (jnp.sum(outputs), jnp.sum(of_rows)), entries)
+    return _Reading(output, force, asked, jnp.sum(of_rows), jnp.sum(asked))
 
 
 def _renew(
