@@ -108,7 +108,7 @@ class LayerSum(Rule):
         request = target if value is None else target - value
         normal = self._normal(at, geometry)
         moves, change, forces = layer.solve(
-            parts, request, target_weight, geometry.iterations, normal
+            parts, request, target_weight, geometry.iterations, normal, reference.force
         )
         second, is_free = self._second_order(moves, geometry)
         if second is not None and not is_free:

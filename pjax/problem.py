@@ -715,12 +715,13 @@ class Problem:
         forces: dict[int, Array] = {}
         for group, members in enumerate(self.layout.groups):
             targets = self._targets(members, state)
-            state = self._project(group, state, targets)
             for index, target in targets.items():
-                rule = self.graph.nodes[index].rule
-                if isinstance(rule, LayerSum):
-                    geometry = self._references[index].geometry
-                    forces[index] = rule.force(geometry, target, self._rule_weights[index])
+                rule, reference = self.graph.nodes[index].rule, self._references.get(index)
+                if isinstance(rule, LayerSum) and reference is not None:
+                    weight = self._rule_weights[index]
+                    forces[index] = scaling.once(rule.force(reference.geometry, target, weight))
+                    self._references[index] = reference._replace(force=forces[index])
+            state = self._project(group, state, targets)
         return state, forces
 
     def _project(self, group: int, state: State, targets: dict[int, Array]) -> State:

@@ -62,6 +62,7 @@ class Reference(NamedTuple):
     - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
     - `entries`: for each slot an array that has the same entries, perhaps fewer times each: what it
         is broadcast from. Empty for the inputs themselves.
+    - `force`: of a layer, the multiplier of its projection, where that is known.
     """
 
     inputs: tuple[Array, ...]
@@ -70,6 +71,7 @@ class Reference(NamedTuple):
     inner: Any = None
     geometry: Geometry = Geometry()
     entries: tuple[Array, ...] = ()
+    force: Any = None
 
 
 class Force(NamedTuple):

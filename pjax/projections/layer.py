@@ -88,6 +88,7 @@ def solve(
     target_weight: Any,
     iterations: int,
     normal: Normal | None = None,
+    force: Array | None = None,
 ) -> Solution:
     """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
 
@@ -100,6 +101,7 @@ def solve(
         with fewer than the rank the result is a regularised one, and inexact.
     - `normal`: of the one curved part that is not repeated, where that is cheaper than `J Jᵀ`. It
         is of use where all outputs weigh the same.
+    - `force`: the multiplier of the diagonal parts, where it is known.
 
     **Returns:** a `Solution`.
     """
@@ -113,9 +115,10 @@ def solve(
         found, change = _solve_curved(curved, request, stiffness, iterations, normal)
     else:
         found, change = [], None
-    force = scaling.times(stiffness, request if change is None else request - change)
-    if len(parts) > 1:
-        force = scaling.once(force)
+    if force is None:
+        force = scaling.times(stiffness, request if change is None else request - change)
+        if len(parts) > 1:
+            force = scaling.once(force)
     inner = iter(found)
     moves, forces = [], []
     for part in parts:

@@ -165,10 +165,7 @@ def moves(
     - `memory`, `count`: of the batches before, and how many there were.
     """
     unit_forces = problem.node_forces([unit.node for unit in units.units], state)
-    readings = [
-        [_reading(problem, unit, reader, state, forces) for reader in unit.readers]
-        for unit in units.units
-    ]
+    readings = _readings(problem, units, state, forces)
     # Each reading of a layer once, though a weight and its bias both have it.
     layers: dict[int, dict[Any, _Reading]] = {}
     for unit, found in zip(units.units, readings, strict=True):
@@ -185,7 +182,7 @@ def moves(
 
     def renewed(memory: Memory) -> Memory:
         inner = zip(units.units, readings, batches, memory, strict=True)
-        found = [_renew(problem, *parts, count, settings) for parts in inner]
+        found = [_renew(problem, forces, *parts, count, settings) for parts in inner]
         sizes = {number: _output_size(parts) for number, parts in of_layer.items()}
         found = _with_sizes(units, found, sizes, count)
         return tuple(
@@ -312,21 +309,40 @@ def _damping(
     return settings.damping * jnp.minimum(share, length) * largest
 
 
-def _reading(
-    problem: Problem, unit: Unit, reader: Reader, state: State, forces: Mapping[int, Array]
-) -> _Reading:
-    slot = problem.graph.slots[reader.slot]
-    if reader.kind != "entries":
-        node = problem.graph.nodes[slot.node]
-        assert node.output is not None
-        output, force = problem.values[node.output], forces[node.index]
-    else:
-        output, force = problem.values[slot.variable], problem.slot_force(slot, state)
-        if len(slot.producers) > 1:
-            mask = problem.reads(slot, unit.node)
-            output, force = output * mask, force * mask
-    if reader.matrix is not None and reader.kind == "product":
-        force, output = reader.matrix.outputs(force), reader.matrix.outputs(output)
+def _readings(
+    problem: Problem, units: Units, state: State, forces: Mapping[int, Array]
+) -> list[list[_Reading]]:
+    """For each unit those of its readers; what reads a layer's operands shares one."""
+    of_layer: dict[int, _Reading] = {}
+    products = [r for unit in units.units for r in unit.readers if r.kind == "product"]
+    for reader in products:
+        node = problem.graph.nodes[problem.graph.slots[reader.slot].node]
+        if node.index not in of_layer:
+            assert reader.matrix is not None and node.output is not None
+            outputs = problem.values[node.output], forces[node.index]
+            of_layer[node.index] = _reading(*map(reader.matrix.outputs, outputs))
+    found = []
+    for unit in units.units:
+        parts = []
+        for reader in unit.readers:
+            slot = problem.graph.slots[reader.slot]
+            node = problem.graph.nodes[slot.node]
+            if reader.kind == "entries":
+                value, force = problem.values[slot.variable], problem.slot_force(slot, state)
+                if len(slot.producers) > 1:
+                    mask = problem.reads(slot, unit.node)
+                    value, force = value * mask, force * mask
+                parts.append(_reading(value, force))
+                continue
+            if node.index not in of_layer:
+                assert node.output is not None
+                of_layer[node.index] = _reading(problem.values[node.output], forces[node.index])
+            parts.append(of_layer[node.index])
+        found.append(parts)
+    return found
+
+
+def _reading(output: Array, force: Array) -> _Reading:
     if not force.ndim:
         force, output = force[None], output[None]
     # A product with ones: XLA sums rows slowly on a CPU.
@@ -337,6 +353,7 @@ def _reading(
 
 def _renew(
     problem: Problem,
+    forces: Mapping[int, Array],
     unit: Unit,
     readings: Sequence[_Reading],
     batch: _Batch,
@@ -356,7 +373,7 @@ def _renew(
     pairs = list(zip(unit.readers, readings, strict=True))
     inputs: Any
     if unit.matrix is None:
-        diagonal = sum(_diagonal(problem, unit, reader, reading) for reader, reading in pairs)
+        diagonal = sum(_diagonal(problem, unit, reader, reading, forces) for reader, reading in pairs)
         inputs = (keep * kept.inputs + (1 - keep) * diagonal / rows).astype(kept.asked.dtype)
     else:
         assert isinstance(kept.inputs, Spectrum)
@@ -364,7 +381,7 @@ def _renew(
         products = [(r, reading) for r, reading in pairs if r.kind == "product"]
         # What has no rows counts as rows in all directions alike.
         others = sum(
-            jnp.mean(_diagonal(problem, unit, r, reading)) for r, reading in pairs if r.kind != "product"
+            jnp.mean(_diagonal(problem, unit, r, reading, forces)) for r, reading in pairs if r.kind != "product"
         )
         operands = [_other(problem, reader) for reader, _ in products]
 
@@ -406,19 +423,23 @@ def _other(problem: Problem, reader: Reader) -> Array:
     return rule.operand_beside(reader.place, reference)
 
 
-def _diagonal(problem: Problem, unit: Unit, reader: Reader, reading: _Reading) -> Array:
+def _diagonal(
+    problem: Problem,
+    unit: Unit,
+    reader: Reader,
+    reading: _Reading,
+    forces: Mapping[int, Array],
+) -> Array:
     """A bound on `JᵀJ`, in the shape of the unit."""
     slot = problem.graph.slots[reader.slot]
     node = problem.graph.nodes[slot.node]
     if reader.kind == "entries":
         entries = jnp.broadcast_to(reading.asked, slot.shape)
     else:
-        assert isinstance(node.rule, LayerSum) and node.output is not None
-        asked = reading.asked
-        if reader.matrix is not None:
-            # The layout of a product's rows, in which this unit is not solved for.
-            asked = jnp.ones((), asked.dtype)
-        asked = jnp.broadcast_to(asked, problem.values[node.output].shape)
+        assert isinstance(node.rule, LayerSum)
+        force = forces[node.index]
+        asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
+        asked = jnp.broadcast_to(asked, force.shape).astype(force.dtype)
         entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
     return problem.pull(slot, unit.node, entries)
 
