@@ -107,10 +107,9 @@ def renew(
             return vectors @ turn, values
         return jnp.linalg.qr(product @ turn)[0], values
 
-    found = step(0, (before.vectors, before.values))
-    if not (isinstance(iterations, int) and iterations == 1):
-        found = jax.lax.fori_loop(1, iterations, step, found)
-    vectors, values = found
+    start = before.vectors, before.values
+    once = isinstance(iterations, int) and iterations == 1
+    vectors, values = step(0, start) if once else jax.lax.fori_loop(0, iterations, step, start)
     rest = jnp.zeros_like(before.rest)
     if rank < size:
         total = keep * before.trace + (1 - keep) * trace

@@ -41,7 +41,7 @@ class Requests:
         growth does not feed itself.
     - `memory`: μ, of requests.
     - `rows_memory`: β, of input rows, for each batch.
-    - `every`: the rows are taken in every so many batches, and in each of the first ones.
+    - `every`: the rows are taken in every so many batches, and more often among the first ones.
     - `damping`: κ, of the noise of the requests, see `_damping`.
     - `rank`: how many directions of the inputs are told apart.
     - `output_rank`: and of the outputs.
@@ -82,8 +82,22 @@ class UnitMemory(NamedTuple):
     noise: Array
 
 
-Memory = tuple[UnitMemory, ...]
+class Memory(NamedTuple):
+    """What is kept of the batches.
 
+    **Attributes:**
+
+    - `units`: for each unit.
+    - `renewals`, `renewed`: how often second moments were renewed, and in which batch the last time.
+    """
+
+    units: tuple[UnitMemory, ...]
+    renewals: Array
+    renewed: Array
+
+
+#: Moments are renewed in each of so many first batches, then so often until `every` is reached.
+_FIRST = 4
 #: Products of the inputs in the first batch.
 _FIRST_ITERATIONS = 4
 #: An output below this share of the input is one that begins at zero.
@@ -137,7 +151,8 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
                 outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
         zero = jnp.zeros((), dtype)
         found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, *[zero] * 4))
-    return tuple(found)
+    never = jnp.zeros((), jnp.int32)
+    return Memory(tuple(found), never, never)
 
 
 def _value(problem: Problem, unit: Unit) -> Array:
@@ -177,24 +192,27 @@ def moves(
     share = settings.size / math.sqrt(units.layers)
     batches = [
         _Batch.of(of_layer[unit.layer], found, unit_forces[unit.node], kept, share, settings)
-        for unit, found, kept in zip(units.units, readings, memory, strict=True)
+        for unit, found, kept in zip(units.units, readings, memory.units, strict=True)
     ]
 
     def renewed(memory: Memory) -> Memory:
-        inner = zip(units.units, readings, batches, memory, strict=True)
-        found = [_renew(problem, forces, *parts, count, settings) for parts in inner]
+        inner = zip(units.units, readings, batches, memory.units, strict=True)
+        age = _Age(count, memory.renewals, count - memory.renewed)
+        found = [_renew(problem, forces, *parts, age, settings) for parts in inner]
         sizes = {number: _output_size(parts) for number, parts in of_layer.items()}
         found = _with_sizes(units, found, sizes, count)
-        return tuple(
-            _with_noise(kept, batch, count, settings)
+        new = tuple(
+            _with_noise(kept, batch, age, settings)
             for kept, batch in zip(found, batches, strict=True)
         )
+        return Memory(new, memory.renewals + 1, count)
 
-    refresh = (count < settings.every) | (count % settings.every == 0)
+    soon = (count < _FIRST) | ((count < settings.every) & (count % _FIRST == 0))
+    refresh = soon | (count % settings.every == 0)
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
     moved: dict[int, Array] = {}
     new = []
-    for unit, batch, kept in zip(units.units, batches, memory, strict=True):
+    for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
         asked = batch.request(kept)
         done, keep = jnp.asarray(settings.memory, asked.dtype) ** count, settings.memory
         mean = keep * kept.asked + (1 - keep) * asked
@@ -203,7 +221,19 @@ def moves(
         kept = kept._replace(asked=mean, force=batch.largest)
         moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
         new.append(kept)
-    return moved, tuple(new)
+    return moved, memory._replace(units=tuple(new))
+
+
+class _Age(NamedTuple):
+    """How many batches there were, how often moments were renewed, and how many batches ago."""
+
+    count: Array
+    renewals: Array
+    gap: Array
+
+    def keep(self, memory: float) -> Array:
+        """The weight of what was before: a mean over the first times, then the memory fades."""
+        return jnp.minimum(memory**self.gap, self.renewals / (self.renewals + 1))
 
 
 class _Batch(NamedTuple):
@@ -282,17 +312,14 @@ def _with_sizes(
     return found
 
 
-def _with_noise(
-    kept: UnitMemory, batch: _Batch, count: Array, settings: Requests
-) -> UnitMemory:
+def _with_noise(kept: UnitMemory, batch: _Batch, age: _Age, settings: Requests) -> UnitMemory:
     """The memory with the noise of this batch taken in."""
     asked = batch.request(kept)
-    done = jnp.asarray(settings.memory, asked.dtype) ** count
-    expected = kept.asked * spectrum.inverse(1 - done)
+    expected = kept.asked * spectrum.inverse(1 - jnp.asarray(settings.memory, asked.dtype) ** age.count)
     mean_square = batch.scale(kept) ** 2 * batch.square / batch.rows
     surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(mean_square)
-    fades = jnp.where(count < settings.every, _NOISE_MEMORY, _NOISE_MEMORY**settings.every)
-    noise = jnp.where(count == 0, surprise, fades * kept.noise + (1 - fades) * surprise)
+    fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
+    noise = fades * kept.noise + (1 - fades) * surprise
     return kept._replace(noise=noise.astype(asked.dtype))
 
 
@@ -358,18 +385,14 @@ def _renew(
     readings: Sequence[_Reading],
     batch: _Batch,
     kept: UnitMemory,
-    count: Array,
+    age: _Age,
     settings: Requests,
 ) -> UnitMemory:
     """The memory with the second moments of this batch's inputs and forces taken in."""
     rows = batch.rows
-    # A mean over the first times; from then on the memory fades.
-    every = settings.every
-    times_before = jnp.where(count < every, count, every - 1 + count // every)
-    beta = jnp.where(count < every, settings.rows_memory, settings.rows_memory**every)
-    keep = jnp.minimum(beta, times_before / (times_before + 1)).astype(kept.asked.dtype)
+    keep = age.keep(settings.rows_memory).astype(kept.asked.dtype)
     # The first directions are not yet those of the inputs.
-    iterations = jnp.where(count == 0, _FIRST_ITERATIONS, 1)
+    iterations = jnp.where(age.count == 0, _FIRST_ITERATIONS, 1)
     pairs = list(zip(unit.readers, readings, strict=True))
     inputs: Any
     if unit.matrix is None:
