@@ -220,9 +220,7 @@ def pure(name: str, **options: Any) -> Method:
 
     def step(loss_fn, params, state, x, y, progress, settings):
         relaxation = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        params, state, _ = optimizer.update(
-            loss_fn, params, state, (x, y), relaxation=relaxation
-        )
+        params, state, _ = optimizer.update(loss_fn, params, state, (x, y), relaxation=relaxation)
         return params, state
 
     return Method(name, "pure", init, step, description=str(optimizer.requests))

@@ -14,12 +14,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from pjax import solvers
@@ -321,6 +319,9 @@ __all__ = [
     "CyclicProjections",
     "DifferenceMap",
     "DouglasRachford",
+    "Info",
     "NonFiniteError",
     "Optimizer",
+    "Projection",
+    "ProjectionState",
 ]

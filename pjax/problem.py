@@ -1085,7 +1085,7 @@ class Problem:
         return slot.route(ones, self.values)
 
     def pull(self, slot: Slot, node: int, entries: Array) -> Array:
-        """For each entry of a node's output the sum of `entries` over those of a slot that read it."""
+        """For each entry of a node's output the sum of the `entries` of a slot that read it."""
         parts = slot.route.pull(entries.astype(slot.dtype), self.values)
         return sum(
             part for part, producer in zip(parts, slot.producers, strict=True) if producer == node

@@ -1,5 +1,5 @@
-"""Recurrent cells and attention of Flax NNX and of Equinox learn a small task, by displacements into
-Adam and by pure projection.
+"""Recurrent cells and attention of Flax NNX and of Equinox learn a small task, by displacements
+into Adam and by pure projection.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 import pjax
+from pjax.trace import trace
 from pjax.training.readers import find_units
 from pjax.training.requests import Requests
-from pjax.trace import trace
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
 
 FULL = Requests(rank=10_000, output_rank=10_000, equalise=1e9, every=1)
@@ -239,6 +239,14 @@ def test_zero_weights_move():
         OPTIMIZER, lambda p: jnp.mean(pjax.cross_entropy(x @ p["w"] + p["b"], y)), params
     )
     assert float(jnp.max(jnp.abs(moves["w"]))) > 1e-5
+
+
+def test_a_state_of_other_shapes_is_an_error():
+    params, x, y = make_mlp(5, 2)
+    other, *_ = make_mlp(5, 2, width=9)
+    state = OPTIMIZER.init(mlp_loss, other, x, y)
+    with pytest.raises(ValueError, match="`init` with these parameters"):
+        OPTIMIZER.update(mlp_loss, params, state, x, y)
 
 
 # --- In use -------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Second moments by their largest eigenvectors: what a solve needs of `XᵀX`, at a small part of its
 cost.
 
-A matrix `C` of size `n` is kept as `U diag(λ) Uᵀ + μ (I − U Uᵀ)`: its largest eigenvalues with their
-eigenvectors, and the mean of the others. A memory of many batches never forms `XᵀX`: it is renewed by
-products of `X` with a few columns.
+A matrix `C` is kept as `U diag(λ) Uᵀ + μ (I − U Uᵀ)`: its largest eigenvalues with their
+eigenvectors, and the mean of the others. A memory of many batches never forms `XᵀX`: it is renewed
+by products of `X` with a few columns.
 
 ```python
 >>> import jax.numpy as jnp
@@ -134,8 +134,8 @@ def solve(
 def equalise(
     spectrum: Spectrum, matrix: Float[Array, "*blocks rows size"], damping: float
 ) -> Float[Array, "*blocks rows size"]:
-    """`M (C/c + δ)^-½` with `c` the mean eigenvalue, times a factor that keeps the size of rows whose
-    second moment is `C`.
+    """`M (C/c + δ)^-½` with `c` the mean eigenvalue, times a factor that keeps the size of rows
+    whose second moment is `C`.
 
     **Arguments:**
 

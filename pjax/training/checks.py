@@ -1,4 +1,4 @@
-"""What must hold of an update: finite parameters, data and loss; and errors that say what does not."""
+"""What must hold of an update: finite parameters, data and loss; errors say what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pure projection: parameters move by one solve for each, without an optimiser or a learning rate."""
+"""Pure projection: one solve for each parameter, without an optimiser or a learning rate."""
 
 from __future__ import annotations
 
@@ -130,15 +130,16 @@ def _start(
 class Projection:
     """Training by projection, without an optimiser and without a learning rate.
 
-    For each batch one sweep from the loss to the parameters finds the force on every layer's output.
-    Each parameter `W` is then solved for once, over all that reads it and a fading memory of
-    batches:
+    For each batch one sweep from the loss to the parameters finds the force on every layer's
+    output. Each parameter `W` is then solved for once, over all that reads it and a fading memory
+    of batches:
 
         argmin  Σ_batches β^age |X δW − R|² + ρ |δW|²
 
-    `X` are the input rows of all its readers and `R` their requests: the forces, in a size that is a
-    share of the layer's output. What batches do not agree on cancels. There is one setting for all
-    networks; the scale of the inputs, a sum or a mean, and the number of rows change nothing.
+    `X` are the input rows of all its readers and `R` their requests: the forces, in a size that is
+    a share of the layer's output. What batches do not agree on cancels. There is one setting for
+    all networks; the scale of the inputs, a sum or a mean, and rows that are there twice change
+    nothing.
 
     ```python
     optimizer = pjax.optim.Projection()
@@ -167,9 +168,7 @@ class Projection:
     fallback: Fallback | None = None
     requests: Requests = Requests()  # noqa: RUF009 - frozen
 
-    def init(
-        self, fn: Callable[..., Any], params: PyTree[Array], *args: Any
-    ) -> ProjectionState:
+    def init(self, fn: Callable[..., Any], params: PyTree[Array], *args: Any) -> ProjectionState:
         """The state before the first batch.
 
         **Arguments:**
@@ -204,14 +203,16 @@ class Projection:
 
         **Returns:** `(params, state, info)`, see [`Info`][].
 
-        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of other
-        shapes.
+        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of
+        other shapes.
         """
         moves, state, info = self._moves(fn, params, state, args)
         leaves, structure = jax.tree_util.tree_flatten(params)
         keep = 1 - relaxation * self.weight_decay
         moved = [
-            leaf if move is None else (keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
+            leaf
+            if move is None
+            else (keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
             for leaf, move in zip(leaves, moves, strict=True)
         ]
         if self.averaging is not None:
@@ -226,8 +227,8 @@ class Projection:
     def displacement(
         self, fn: Callable[..., Any], params: PyTree[Array], state: ProjectionState, *args: Any
     ) -> tuple[PyTree[Array], ProjectionState, Info]:
-        """The move with its sign changed, in the place of a gradient: for schedules, weight decay and
-        clipping of Optax.
+        """The move with its sign changed, in the place of a gradient: for schedules, weight decay
+        and clipping of Optax.
 
         ```python
         direction, state, info = optimizer.displacement(loss_fn, params, state, x, y)
@@ -260,8 +261,10 @@ class Projection:
         self, fn: Callable[..., Any], params: Any, state: ProjectionState, args: tuple[Any, ...]
     ) -> tuple[list[Array | None], ProjectionState, Info]:
         program, leaves, consts, aux_tree = trace(lambda p: fn(p, *args), params, self.has_aux)
+        layout = self._layout(program)
+        _check_state(layout, leaves, state)
         found = _solve(
-            self._layout(program),
+            layout,
             self.requests,
             self.check,
             leaves,
@@ -279,6 +282,20 @@ class Projection:
     def _layout(self, program: Any) -> Layout:
         solver = CyclicProjections(steps=1)
         return layout_for(solver, program, _METRIC, "exact", "layer", self.fallback)
+
+
+def _check_state(layout: Layout, leaves: Sequence[Any], state: ProjectionState) -> None:
+    """Raises `ValueError` for a state that was made for parameters of other shapes."""
+    units, kept = _units(layout).units, state.memory.units
+    program = layout.graph.program
+    outputs = [layout.graph.nodes[unit.node].output for unit in units]
+    shapes = [() if output is None else program.shape(output) for output in outputs]
+    found = [jnp.shape(memory.asked) for memory in kept]
+    if found != shapes:
+        raise ValueError(
+            "`state` belongs to another function or to parameters of other shapes: it has memories "
+            f"of {found}, and {shapes} are solved for. Make one by `init` with these parameters."
+        )
 
 
 __all__ = ["Info", "Projection", "ProjectionState"]

@@ -8,9 +8,10 @@ the same layer for a reader, with rows of ones. In a loop each step is a reader.
 A reader is one of three kinds:
 
 - *product*: a matrix or kernel in a product of a layer. `JᵀJ` is `XᵀX` for each column.
-- *linear*: any other operand of a layer: a bias, the scale of a norm. `JᵀJ` is bounded by a diagonal.
-- *entries*: what is read in any other way is asked for a move of its own entries, wherever they are
-  read: an embedding's rows, an operand of a function.
+- *linear*: any other operand of a layer: a bias, the scale of a norm. `JᵀJ` is bounded by a
+  diagonal.
+- *entries*: what is read in any other way is asked for a move of its own entries, wherever they
+  are read: an embedding's rows, an operand of a function.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ Kind = Literal["product", "linear", "entries"]
 class Matrix:
     """One operand of a product as matrices: blocks × rows × columns.
 
-    Of `x @ w` the rows of the operand `w` are contracted with `x`, and its columns are the outputs. A
-    batched product has such a matrix for each batch index, a block; else there is no such axis.
+    Of `x @ w` the rows of the operand `w` are contracted with `x`, and its columns are the outputs.
+    A batched product has such a matrix for each batch index, a block; else there is no such axis.
 
     **Attributes:**
 

@@ -27,7 +27,7 @@ from pjax.layer import LayerSum
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Spectrum
-from pjax.training.readers import Matrix, Reader, Unit, Units
+from pjax.training.readers import Reader, Unit, Units
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Memory(NamedTuple):
     **Attributes:**
 
     - `units`: for each unit.
-    - `renewals`, `renewed`: how often second moments were renewed, and in which batch the last time.
+    - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
     """
 
     units: tuple[UnitMemory, ...]
@@ -315,7 +315,9 @@ def _with_sizes(
 def _with_noise(kept: UnitMemory, batch: _Batch, age: _Age, settings: Requests) -> UnitMemory:
     """The memory with the noise of this batch taken in."""
     asked = batch.request(kept)
-    expected = kept.asked * spectrum.inverse(1 - jnp.asarray(settings.memory, asked.dtype) ** age.count)
+    expected = kept.asked * spectrum.inverse(
+        1 - jnp.asarray(settings.memory, asked.dtype) ** age.count
+    )
     mean_square = batch.scale(kept) ** 2 * batch.square / batch.rows
     surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(mean_square)
     fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
@@ -345,7 +347,8 @@ def _readings(
     for reader in products:
         node = problem.graph.nodes[problem.graph.slots[reader.slot].node]
         if node.index not in of_layer:
-            assert reader.matrix is not None and node.output is not None
+            assert reader.matrix is not None
+            assert node.output is not None
             outputs = problem.values[node.output], forces[node.index]
             of_layer[node.index] = _reading(*map(reader.matrix.outputs, outputs))
     found = []
@@ -396,7 +399,10 @@ def _renew(
     pairs = list(zip(unit.readers, readings, strict=True))
     inputs: Any
     if unit.matrix is None:
-        diagonal = sum(_diagonal(problem, unit, reader, reading, forces) for reader, reading in pairs)
+        assert isinstance(kept.inputs, jax.Array)
+        diagonal = sum(
+            _diagonal(problem, unit, reader, reading, forces) for reader, reading in pairs
+        )
         inputs = (keep * kept.inputs + (1 - keep) * diagonal / rows).astype(kept.asked.dtype)
     else:
         assert isinstance(kept.inputs, Spectrum)
@@ -404,7 +410,9 @@ def _renew(
         products = [(r, reading) for r, reading in pairs if r.kind == "product"]
         # What has no rows counts as rows in all directions alike.
         others = sum(
-            jnp.mean(_diagonal(problem, unit, r, reading, forces)) for r, reading in pairs if r.kind != "product"
+            jnp.mean(_diagonal(problem, unit, r, reading, forces))
+            for r, reading in pairs
+            if r.kind != "product"
         )
         operands = [_other(problem, reader) for reader, _ in products]
 
@@ -441,7 +449,8 @@ def _other(problem: Problem, reader: Reader) -> Array:
     """The value of the operand beside that which a product's reader reads."""
     slot = problem.graph.slots[reader.slot]
     rule = problem.graph.nodes[slot.node].rule
-    assert isinstance(rule, LayerSum) and reader.matrix is not None
+    assert isinstance(rule, LayerSum)
+    assert reader.matrix is not None
     reference = problem.reference(slot.node)
     return rule.operand_beside(reader.place, reference)
 
@@ -487,15 +496,14 @@ def _solve(
             flat = move.reshape(-1, move.shape[-1])
             move = spectrum.equalise(memory.outputs, flat, settings.equalise).reshape(move.shape)
         return move
-    assert unit.slot is not None and isinstance(memory.inputs, Spectrum)
+    assert unit.slot is not None
+    assert isinstance(memory.inputs, Spectrum)
     slot = problem.graph.slots[unit.slot]
     entries = asked if slot.route.direct else slot.route([asked], problem.values)
     matrix = unit.matrix.of(entries)
 
     trace = jnp.sum(memory.inputs.trace)
-    damping = _damping(
-        memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings
-    )
+    damping = _damping(memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings)
     matrix = spectrum.solve(memory.inputs, matrix, damping)
     assert memory.outputs is not None
     move = unit.matrix.back(spectrum.equalise(memory.outputs, matrix, settings.equalise))
