@@ -47,6 +47,7 @@ class Requests:
     - `output_rank`: and of the outputs.
     - `equalise`: δ, how far outputs are equalised: the smaller the more.
     - `forget`: of the largest force so far, kept from batch to batch.
+    - `pacing`: how quickly moves become shorter where batches undo them, see `_pace`.
     """
 
     size: float = 1.2
@@ -58,6 +59,7 @@ class Requests:
     output_rank: int = 8
     equalise: float = 0.1
     forget: float = 0.999
+    pacing: float = 0.1
 
 
 class UnitMemory(NamedTuple):
@@ -66,6 +68,7 @@ class UnitMemory(NamedTuple):
     **Attributes:**
 
     - `asked`: `M`, in the shape of the unit.
+    - `move`: the last one, in full length.
     - `inputs`: `C`: a spectrum for each block of its matrix, or a diagonal in the unit's shape.
     - `outputs`: of the forces, a spectrum for each block; None where nothing is equalised.
     - `force`: the largest mean force on its readers so far.
@@ -74,6 +77,7 @@ class UnitMemory(NamedTuple):
     """
 
     asked: Array
+    move: Array
     inputs: Spectrum | Array
     outputs: Spectrum | None
     force: Array
@@ -89,11 +93,13 @@ class Memory(NamedTuple):
 
     - `units`: for each unit.
     - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
+    - `pace`: the share of its length that a move is given, at most 1.
     """
 
     units: tuple[UnitMemory, ...]
     renewals: Array
     renewed: Array
+    pace: Array
 
 
 #: Moments are renewed in each of so many first batches, then so often until `every` is reached.
@@ -102,6 +108,8 @@ _FIRST = 4
 _FIRST_ITERATIONS = 4
 #: An output below this share of the input is one that begins at zero.
 _NOTHING = 1e-3
+#: The least pace.
+_SLOWEST = 1e-3
 #: Of the noise, from batch to batch.
 _NOISE_MEMORY = 0.9
 
@@ -150,9 +158,9 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
             if value.ndim > 1:
                 outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
         zero = jnp.zeros((), dtype)
-        found.append(UnitMemory(jnp.zeros(value.shape, dtype), inputs, outputs, *[zero] * 4))
+        found.append(UnitMemory(*[jnp.zeros(value.shape, dtype)] * 2, inputs, outputs, *[zero] * 4))
     never = jnp.zeros((), jnp.int32)
-    return Memory(tuple(found), never, never)
+    return Memory(tuple(found), never, never, jnp.ones(()))
 
 
 def _value(problem: Problem, unit: Unit) -> Array:
@@ -205,13 +213,14 @@ def moves(
             _with_noise(kept, batch, age, settings)
             for kept, batch in zip(found, batches, strict=True)
         )
-        return Memory(new, memory.renewals + 1, count)
+        return memory._replace(units=new, renewals=memory.renewals + 1, renewed=count)
 
     soon = (count < _FIRST) | ((count < settings.every) & (count % _FIRST == 0))
     refresh = soon | (count % settings.every == 0)
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
     moved: dict[int, Array] = {}
     new = []
+    pace = _pace(memory, batches, count, settings)
     for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
         asked = batch.request(kept)
         done, keep = jnp.asarray(settings.memory, asked.dtype) ** count, settings.memory
@@ -219,9 +228,29 @@ def moves(
         # What it will be if the next batch asks for the same: Nesterov's look ahead.
         ahead = (keep * mean + (1 - keep) * asked) * (1 / (1 - keep**2 * done))
         kept = kept._replace(asked=mean, force=batch.largest)
-        moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
-        new.append(kept)
-    return moved, memory._replace(units=tuple(new))
+        move = _solve(problem, unit, ahead, kept, count, settings)
+        moved[unit.node] = pace * move
+        new.append(kept._replace(move=move))
+    return moved, memory._replace(units=tuple(new), pace=pace)
+
+
+def _pace(memory: Memory, batches: Sequence[_Batch], count: Array, settings: Requests) -> Array:
+    """The share of their length that moves are given.
+
+    Along the last move this batch asks for more (a positive product of force and move) or for less.
+    Over what was expected, the product of the move and the remembered requests, that is 1 where
+    batches agree, 0 where they say nothing of each other or the move was as long as is of use, and
+    negative where it was too long: then the next ones are shorter.
+    """
+    done = 1 - jnp.asarray(settings.memory, memory.pace.dtype) ** count
+    met = expected = jnp.zeros((), memory.pace.dtype)
+    for batch, kept in zip(batches, memory.units, strict=True):
+        met = met + jnp.vdot(kept.move, batch.force)
+        force = spectrum.inverse(batch.scale(kept) * done) * batch.rows
+        expected = expected + force * jnp.vdot(kept.move, kept.asked)
+    agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
+    pace = memory.pace * jnp.exp(settings.pacing * agreement)
+    return jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype)
 
 
 class _Age(NamedTuple):
