@@ -709,13 +709,15 @@ class Problem:
     def sweep(self) -> tuple[State, dict[int, Array]]:
         """One cyclic sweep from the forward pass, and the force on the output of each layer.
 
-        For a metric whose parameters rest: then all forces on them are in the state.
+        For a metric whose parameters rest: then all forces on them are in the state. What makes
+        weights of parameters keeps the forces on it, for `leaf_moves`.
         """
         state = self.at_rest()
+        latent = latent_nodes(self.graph)
         forces: dict[int, Array] = {}
         for group, members in enumerate(self.layout.groups):
             targets = self._targets(members, state)
-            state = self._project(group, state, targets)
+            state = self._project(group, state, targets, latent)
             for index, target in targets.items():
                 rule = self.graph.nodes[index].rule
                 if isinstance(rule, LayerSum):
@@ -723,8 +725,15 @@ class Problem:
                     forces[index] = rule.force(geometry, target, self._rule_weights[index])
         return state, forces
 
-    def _project(self, group: int, state: State, targets: dict[int, Array]) -> State:
-        graph, members = self.graph, self.layout.groups[group]
+    def _project(
+        self,
+        group: int,
+        state: State,
+        targets: dict[int, Array],
+        without: Collection[int] = frozenset(),
+    ) -> State:
+        graph = self.graph
+        members = [index for index in self.layout.groups[group] if index not in without]
         new = list(state)
         outputs: dict[int, Array] = {}
         for index in members:
