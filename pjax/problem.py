@@ -30,7 +30,7 @@ from pjax.projections import scaling
 from pjax.projections.gains import PowerIteration, largest
 from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
-from pjax.thresholds import Threshold, latent_nodes
+from pjax.thresholds import feeds_thresholds, latent_nodes
 from pjax.trace import Program, TraceError, read, trace, widened
 from pjax.wiring import pull_together
 
@@ -739,7 +739,7 @@ class Problem:
         for index in members:
             node = graph.nodes[index]
             asked = index in self.layout.asked
-            if asked and isinstance(node.rule, LayerSum) and self._feeds_thresholds(node):
+            if asked and isinstance(node.rule, LayerSum) and feeds_thresholds(graph, index):
                 targets[index] = node.rule.steadied(targets[index], self.shapes(node))
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
@@ -800,16 +800,11 @@ class Problem:
             return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
         wanted = self.layout.metric.request
         # What only thresholds read has no size that the loss sees, and is asked for all of it.
-        if not self._feeds_thresholds(node):
+        if not feeds_thresholds(self.graph, node.index):
             wanted = wanted / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
         asked = wanted * size / jnp.where(found > 0, found, 1)
         return asked.astype(self._number_type(node.index))
-
-    def _feeds_thresholds(self, node: Node) -> bool:
-        """Whether only thresholds read the node."""
-        readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
-        return all(isinstance(reader.rule, Threshold) for reader in readers)
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""

@@ -29,7 +29,7 @@ from pjax.graph import Graph, Slot
 from pjax.layer import Addend, LayerSum, Product
 from pjax.projections.bilinear import Bilinear, DotGeneral, Side, inverse
 from pjax.projections.convolution import Convolution
-from pjax.thresholds import latent_nodes
+from pjax.thresholds import feeds_thresholds, latent_nodes
 
 Kind = Literal["product", "linear", "entries"]
 
@@ -188,6 +188,7 @@ class Unit:
     layer: int
     matrix: Matrix | None
     slot: int | None
+    thresholds: bool = False
 
 
 class Units(NamedTuple):
@@ -227,9 +228,9 @@ def find_units(graph: Graph) -> Units:
         layer = numbers.setdefault(root(("unit", node)), len(numbers))
         first = next((r for r in readers[node] if r.kind == "product"), None)
         kept = tuple(_consistent(graph, r, first) for r in readers[node])
-        units.append(
-            Unit(node, kept, layer, first and first.matrix, None if first is None else first.slot)
-        )
+        slot = None if first is None else first.slot
+        blind = all(feeds_thresholds(graph, graph.slots[r.slot].node) for r in kept)
+        units.append(Unit(node, kept, layer, first and first.matrix, slot, blind))
     return Units(tuple(units), len(numbers))
 
 

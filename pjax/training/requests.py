@@ -48,6 +48,9 @@ class Requests:
     - `output_rank`: and of the outputs.
     - `equalise`: δ, how far outputs are equalised: the smaller the more.
     - `forget`: of the largest force so far, kept from batch to batch.
+    - `threshold_size`: of what only thresholds read, in place of the share of `size`: the loss sees
+        which side of a threshold an output is on, and not its size.
+    - `threshold_memory`: of these requests, in place of `memory`.
     """
 
     size: float = 1.2
@@ -59,6 +62,8 @@ class Requests:
     output_rank: int = 16
     equalise: float = 0.1
     forget: float = 0.999
+    threshold_size: float = 3.0
+    threshold_memory: float = 0.9
 
 
 class UnitMemory(NamedTuple):
@@ -200,11 +205,13 @@ def moves(
         begins = jnp.where(size > _NOTHING * stand_in, size, stand_in)
         first = jnp.where(count == 0, begins, kept.output)
         size = jnp.where(size > _NOTHING * first, size, first)
-        share = settings.size / math.sqrt(units.layers)
+        share, keep = settings.size / math.sqrt(units.layers), settings.memory
+        if unit.thresholds:
+            share, keep = settings.threshold_size, settings.threshold_memory
         scale = share * jnp.sqrt(first * size) * spectrum.inverse(largest)
         asked = (scale * unit_forces[unit.node] / number).astype(kept.asked.dtype)
         request = scale**2 * force / number
-        mean, ahead, noise = _remember(kept, asked, request, count, settings)
+        mean, ahead, noise = _remember(kept, asked, request, count, keep)
         numbers = (x.astype(asked.dtype) for x in (largest, first, noise))
         kept = UnitMemory(mean, inputs, outputs, *numbers)
         moved[unit.node] = _solve(problem, unit, ahead, kept, count, settings)
@@ -213,12 +220,12 @@ def moves(
 
 
 def _remember(
-    kept: UnitMemory, asked: Array, request: Array, count: Array, settings: Requests
+    kept: UnitMemory, asked: Array, request: Array, count: Array, keep: float
 ) -> tuple[Array, Array, Array]:
     """The memory of requests with one more; what it will be if the next batch asks for the same
     (Nesterov's look ahead), as a mean; and the noise.
     """
-    dtype, keep = asked.dtype, settings.memory
+    dtype = asked.dtype
     done = jnp.asarray(keep, dtype) ** count
     expected = kept.asked * spectrum.inverse(1 - done)
     mean = keep * kept.asked + (1 - keep) * asked
