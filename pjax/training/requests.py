@@ -51,6 +51,8 @@ class Requests:
     - `threshold_size`: of what only thresholds read, in place of the share of `size`: the loss sees
         which side of a threshold an output is on, and not its size.
     - `threshold_memory`: of these requests, in place of `memory`.
+    - `threshold_rows`: of layers whose inputs thresholds make, in place of `damping` times the length
+        of a row: many signs say less than as many numbers.
     """
 
     size: float = 1.2
@@ -64,6 +66,7 @@ class Requests:
     forget: float = 0.999
     threshold_size: float = 3.0
     threshold_memory: float = 0.9
+    threshold_rows: float = 25.0
 
 
 class UnitMemory(NamedTuple):
@@ -238,16 +241,23 @@ def _remember(
 
 
 def _damping(
-    memory: UnitMemory, length: int, trace: Array, largest: Array, count: Array, settings: Requests
+    unit: Unit,
+    memory: UnitMemory,
+    length: int,
+    trace: Array,
+    largest: Array,
+    count: Array,
+    settings: Requests,
 ) -> Array:
     """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent.
 
     If the requests of a batch of `N` independent rows were noise, `|m − M|²` would be their mean
     square times `tr C/N`: that is how `N` is measured. Rows that are there twice count once.
     """
+    strength = settings.threshold_rows if unit.reads_thresholds else settings.damping * length
     rows_kept = (1 - settings.rows_memory ** (count + 1)) / (1 - settings.rows_memory)
-    share = memory.noise * spectrum.inverse(trace) * length / rows_kept
-    return settings.damping * jnp.minimum(share, length) * largest
+    share = memory.noise * spectrum.inverse(trace) / rows_kept
+    return strength * jnp.minimum(share, 1) * largest
 
 
 def _reading(
@@ -368,7 +378,7 @@ def _solve(
         columns = asked.shape[-1] if asked.ndim else 1
         trace = jnp.sum(memory.inputs) / columns
         largest = jnp.max(memory.inputs)
-        damping = _damping(memory, asked.size // columns, trace, largest, count, settings)
+        damping = _damping(unit, memory, asked.size // columns, trace, largest, count, settings)
         move = asked * spectrum.inverse(memory.inputs + damping)
         if memory.outputs is not None:
             flat = move.reshape(1, -1, move.shape[-1])
@@ -381,7 +391,7 @@ def _solve(
 
     trace = jnp.sum(memory.inputs.trace)
     damping = _damping(
-        memory, unit.matrix.shape[1], trace, memory.inputs.largest, count, settings
+        unit, memory, unit.matrix.shape[1], trace, memory.inputs.largest, count, settings
     )
     matrix = spectrum.solve(memory.inputs, matrix, damping)
     assert memory.outputs is not None
