@@ -51,8 +51,7 @@ class Requests:
     - `threshold_size`: of what only thresholds read, in place of the share of `size`: the loss sees
         which side of a threshold an output is on, and not its size.
     - `threshold_memory`: of these requests, in place of `memory`.
-    - `threshold_rows`: of layers whose inputs thresholds make, in place of `damping` times the length
-        of a row: many signs say less than as many numbers.
+    - `threshold_rows`: where thresholds make the inputs, in place of κ times the length of a row.
     """
 
     size: float = 1.2
@@ -249,7 +248,8 @@ def _damping(
     count: Array,
     settings: Requests,
 ) -> Array:
-    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent.
+    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent; with
+    `threshold_rows` for `κ d` where thresholds make the rows.
 
     If the requests of a batch of `N` independent rows were noise, `|m − M|²` would be their mean
     square times `tr C/N`: that is how `N` is measured. Rows that are there twice count once.
