@@ -30,7 +30,7 @@ from pjax.projections import scaling
 from pjax.projections.gains import PowerIteration, largest
 from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
-from pjax.thresholds import Threshold, latent_nodes
+from pjax.thresholds import feeds_thresholds, latent_nodes
 from pjax.trace import Program, TraceError, read, trace, widened
 from pjax.wiring import pull_together
 
@@ -709,9 +709,11 @@ class Problem:
     def sweep(self) -> tuple[State, dict[int, Array]]:
         """One cyclic sweep from the forward pass, and the force on the output of each layer.
 
-        For a metric whose parameters rest: then all forces on them are in the state.
+        For a metric whose parameters rest: then all forces on them are in the state. What makes
+        weights of parameters keeps the forces on it, for `leaf_moves`.
         """
         state = self.at_rest()
+        latent = latent_nodes(self.graph)
         forces: dict[int, Array] = {}
         for group, members in enumerate(self.layout.groups):
             targets = self._targets(members, state)
@@ -721,17 +723,24 @@ class Problem:
                     weight = self._rule_weights[index]
                     forces[index] = scaling.once(rule.force(reference.geometry, target, weight))
                     self._references[index] = reference._replace(force=forces[index])
-            state = self._project(group, state, targets)
+            state = self._project(group, state, targets, latent)
         return state, forces
 
-    def _project(self, group: int, state: State, targets: dict[int, Array]) -> State:
-        graph, members = self.graph, self.layout.groups[group]
+    def _project(
+        self,
+        group: int,
+        state: State,
+        targets: dict[int, Array],
+        without: Collection[int] = frozenset(),
+    ) -> State:
+        graph = self.graph
+        members = [index for index in self.layout.groups[group] if index not in without]
         new = list(state)
         outputs: dict[int, Array] = {}
         for index in members:
             node = graph.nodes[index]
             asked = index in self.layout.asked
-            if asked and isinstance(node.rule, LayerSum) and self._feeds_thresholds(node):
+            if asked and isinstance(node.rule, LayerSum) and feeds_thresholds(graph, index):
                 targets[index] = node.rule.steadied(targets[index], self.shapes(node))
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
@@ -792,16 +801,11 @@ class Problem:
             return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
         wanted = self.layout.metric.request
         # What only thresholds read has no size that the loss sees, and is asked for all of it.
-        if not self._feeds_thresholds(node):
+        if not feeds_thresholds(self.graph, node.index):
             wanted = wanted / len(self.layout.asked)
         size, found = _length(self.values[node.output]), _length(target)
         asked = wanted * size / jnp.where(found > 0, found, 1)
         return asked.astype(self._number_type(node.index))
-
-    def _feeds_thresholds(self, node: Node) -> bool:
-        """Whether only thresholds read the node."""
-        readers = (self.graph.nodes[self.graph.slots[i].node] for i in self._readers[node.index])
-        return all(isinstance(reader.rule, Threshold) for reader in readers)
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""

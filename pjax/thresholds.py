@@ -106,6 +106,12 @@ def as_threshold(rule: Rule, of_weights: bool = False) -> Rule:
     return rule
 
 
+def feeds_thresholds(graph: Graph, node: int) -> bool:
+    """Whether thresholds, and nothing else, read the output of a node."""
+    readers = [graph.nodes[graph.slots[i].node] for i in graph.readers()[node]]
+    return bool(readers) and all(isinstance(reader.rule, Threshold) for reader in readers)
+
+
 def latent_nodes(graph: Graph) -> frozenset[int]:
     """The nodes between parameters and the weights that layers read, where thresholds make these.
 
@@ -131,4 +137,4 @@ def latent_nodes(graph: Graph) -> frozenset[int]:
     return frozenset(latent)
 
 
-__all__ = ["Threshold", "as_threshold", "latent_nodes"]
+__all__ = ["Threshold", "as_threshold", "feeds_thresholds", "latent_nodes"]

@@ -73,6 +73,25 @@ def test_gathered_rows_are_entries():
     assert kinds == {"['embedding']": ["entries"], "['w']": ["product"]}
 
 
+def test_units_know_the_thresholds_beside_them():
+    params, x, y = make_mlp(0, 2)
+
+    def loss(p):
+        h = x
+        for w, b in zip(p["w"][:-1], p["b"][:-1], strict=True):
+            h = jnp.sign(h @ w + b)
+        return jnp.mean(pjax.cross_entropy(h @ jnp.sign(p["w"][-1]) + p["b"][-1], y))
+
+    _, units = units_of(loss, params)
+    by_layer = {unit.layer: unit for unit in units.units if unit.matrix is not None}
+    found = sorted((u.thresholds, u.reads_thresholds) for u in by_layer.values())
+    assert found == [(False, True), (True, False), (True, True)]
+    assert not any(
+        unit.thresholds or unit.reads_thresholds
+        for unit in units_of(lambda p: mlp_loss(p, x, y), params)[1].units
+    )
+
+
 # --- The solve ----------------------------------------------------------------------------------
 
 

@@ -272,6 +272,25 @@ def test_quantized_weights_learn(net, least):
     assert learned > least
 
 
+@pytest.mark.parametrize(("net", "least"), [(network, 0.92), (two_bit, 0.89), (one_bit, 0.84)])
+def test_one_solve_for_each_parameter_learns_thresholds(net, least):
+    digits = load("digits")
+    x, y = jnp.asarray(digits.train.x), jax.nn.one_hot(digits.train.y, 10)
+    optimizer = pjax.optim.Projection()
+    loss = lambda p, x, y: pjax.cross_entropy(net(p, x), y).mean()  # noqa: E731
+    params, steps = initial(1), 60
+    batches = np.random.default_rng(0).integers(0, len(x), (steps, 128))
+    state = optimizer.init(loss, params, x[batches[0]], y[batches[0]])
+    for number, rows in enumerate(batches):
+        relaxation = 0.5 * (1 + np.cos(np.pi * number / steps))
+        params, state, _ = optimizer.update(
+            loss, params, state, x[rows], y[rows], relaxation=relaxation
+        )
+    predicted = jnp.argmax(net(params, digits.validation.x), -1)
+    accuracy = float(jnp.mean(predicted == digits.validation.y))
+    assert accuracy > least
+
+
 def test_latent_nodes_are_those_between_parameters_and_quantized_weights():
     x, y = jnp.ones((4, 8)), jnp.eye(4)
     params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 4)), "u": jnp.ones((4, 4))}

@@ -30,7 +30,7 @@ from pjax.graph import Graph, Slot
 from pjax.layer import Addend, LayerSum, Product
 from pjax.projections.bilinear import Bilinear, DotGeneral, Side, inverse
 from pjax.projections.convolution import Convolution
-from pjax.thresholds import latent_nodes
+from pjax.thresholds import Threshold, feeds_thresholds, latent_nodes
 
 Kind = Literal["product", "linear", "entries"]
 
@@ -177,6 +177,8 @@ class Unit:
     - `layer`: the number of its layer: a weight and its bias are one.
     - `matrix`: the form of its solve, of the first product that reads it; None: entry by entry.
     - `slot`: the slot of that product.
+    - `thresholds`: whether only thresholds read what its readers make.
+    - `reads_thresholds`: whether thresholds make the input that it is multiplied with.
     """
 
     node: int
@@ -184,6 +186,8 @@ class Unit:
     layer: int
     matrix: Matrix | None
     slot: int | None
+    thresholds: bool = False
+    reads_thresholds: bool = False
 
 
 class Units(NamedTuple):
@@ -223,10 +227,21 @@ def find_units(graph: Graph) -> Units:
         layer = numbers.setdefault(root(("unit", node)), len(numbers))
         first = next((r for r in readers[node] if r.kind == "product"), None)
         kept = tuple(_consistent(graph, r, first) for r in readers[node])
-        units.append(
-            Unit(node, kept, layer, first and first.matrix, None if first is None else first.slot)
-        )
+        slot = None if first is None else first.slot
+        blind = all(feeds_thresholds(graph, graph.slots[r.slot].node) for r in kept)
+        reads = slot is not None and _multiplies_thresholds(graph, graph.slots[slot])
+        units.append(Unit(node, kept, layer, first and first.matrix, slot, blind, reads))
     return Units(tuple(units), len(numbers))
+
+
+def _multiplies_thresholds(graph: Graph, slot: Slot) -> bool:
+    """Whether an activation that thresholds make is an operand of the node beside a slot."""
+    return any(
+        other.kind == "activation"
+        and all(isinstance(graph.nodes[p].rule, Threshold) for p in other.producers)
+        for other in (graph.slots[i] for i in graph.nodes[slot.node].slots)
+        if other is not slot
+    )
 
 
 def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:

@@ -47,6 +47,10 @@ class Requests:
     - `output_rank`: and of the outputs.
     - `equalise`: δ, how far outputs are equalised: the smaller the more.
     - `forget`: of the largest force so far, kept from batch to batch.
+    - `threshold_size`: of what only thresholds read, in place of the share of `size`: the loss sees
+        which side of a threshold an output is on, and not its size.
+    - `threshold_memory`: of these requests, in place of `memory`.
+    - `threshold_rows`: where thresholds make the inputs, in place of κ times the length of a row.
     - `pacing`: how quickly moves become shorter where batches undo them, see `_pace`.
     """
 
@@ -59,6 +63,9 @@ class Requests:
     output_rank: int = 8
     equalise: float = 0.1
     forget: float = 0.999
+    threshold_size: float = 3.0
+    threshold_memory: float = 0.9
+    threshold_rows: float = 25.0
     pacing: float = 0.1
 
 
@@ -197,10 +204,10 @@ def moves(
             key = (node,) if reader.kind != "entries" else (node, reader.slot, unit.node)
             layers.setdefault(unit.layer, {}).setdefault(key, reading)
     of_layer = {number: list(found.values()) for number, found in layers.items()}
-    share = settings.size / math.sqrt(units.layers)
+    ways = [_Way.of(unit, units.layers, settings) for unit in units.units]
     batches = [
-        _Batch.of(of_layer[unit.layer], found, unit_forces[unit.node], kept, share, settings)
-        for unit, found, kept in zip(units.units, readings, memory.units, strict=True)
+        _Batch.of(of_layer[unit.layer], found, unit_forces[unit.node], kept, way, settings)
+        for unit, found, kept, way in zip(units.units, readings, memory.units, ways, strict=True)
     ]
 
     def renewed(memory: Memory) -> Memory:
@@ -223,7 +230,8 @@ def moves(
     pace = _pace(memory, batches, count, settings)
     for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
         asked = batch.request(kept)
-        done, keep = jnp.asarray(settings.memory, asked.dtype) ** count, settings.memory
+        keep = batch.way.memory
+        done = jnp.asarray(keep, asked.dtype) ** count
         mean = keep * kept.asked + (1 - keep) * asked
         # What it will be if the next batch asks for the same: Nesterov's look ahead.
         ahead = (keep * mean + (1 - keep) * asked) * (1 / (1 - keep**2 * done))
@@ -242,10 +250,10 @@ def _pace(memory: Memory, batches: Sequence[_Batch], count: Array, settings: Req
     batches agree, 0 where they say nothing of each other or the move was as long as is of use, and
     negative where it was too long: then the next ones are shorter.
     """
-    done = 1 - jnp.asarray(settings.memory, memory.pace.dtype) ** count
     met = expected = jnp.zeros((), memory.pace.dtype)
     for batch, kept in zip(batches, memory.units, strict=True):
         met = met + jnp.vdot(kept.move, batch.force)
+        done = 1 - jnp.asarray(batch.way.memory, memory.pace.dtype) ** count
         force = spectrum.inverse(batch.scale(kept) * done) * batch.rows
         expected = expected + force * jnp.vdot(kept.move, kept.asked)
     agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
@@ -265,6 +273,21 @@ class _Age(NamedTuple):
         return jnp.minimum(memory**self.gap, self.renewals / (self.renewals + 1))
 
 
+class _Way(NamedTuple):
+    """How a unit is asked: the share of its size that its output is to move, and for how long
+    requests are remembered.
+    """
+
+    share: float
+    memory: float
+
+    @classmethod
+    def of(cls, unit: Unit, layers: int, settings: Requests) -> _Way:
+        if unit.thresholds:
+            return cls(settings.threshold_size, settings.threshold_memory)
+        return cls(settings.size / math.sqrt(layers), settings.memory)
+
+
 class _Batch(NamedTuple):
     """What one batch asks of one unit.
 
@@ -274,14 +297,14 @@ class _Batch(NamedTuple):
     - `rows`: how many rows ask.
     - `largest`: the largest mean force so far.
     - `square`: the sum of the squares of the forces on the rows.
-    - `share`: of its size that the output is asked to move.
+    - `way`: how it is asked.
     """
 
     force: Array
     rows: Array
     largest: Array
     square: Array
-    share: float
+    way: _Way
 
     @classmethod
     def of(
@@ -290,18 +313,18 @@ class _Batch(NamedTuple):
         readings: Sequence[_Reading],
         force: Array,
         kept: UnitMemory,
-        share: float,
+        way: _Way,
         settings: Requests,
     ) -> _Batch:
         square = _total(reading.square for reading in layer)
         entries = jnp.maximum(_total(reading.entries for reading in layer), 1)
         loudness = jnp.sqrt(square / entries).astype(kept.force.dtype)
         rows = jnp.maximum(_total(reading.rows for reading in readings), 1)
-        return cls(force, rows, jnp.maximum(settings.forget * kept.force, loudness), square, share)
+        return cls(force, rows, jnp.maximum(settings.forget * kept.force, loudness), square, way)
 
     def scale(self, kept: UnitMemory) -> Array:
         """From a force to a request."""
-        return self.share * kept.output * spectrum.inverse(self.largest)
+        return self.way.share * kept.output * spectrum.inverse(self.largest)
 
     def request(self, kept: UnitMemory) -> Array:
         """`XᵀR/N`, in the shape of the unit."""
@@ -345,7 +368,7 @@ def _with_noise(kept: UnitMemory, batch: _Batch, age: _Age, settings: Requests) 
     """The memory with the noise of this batch taken in."""
     asked = batch.request(kept)
     expected = kept.asked * spectrum.inverse(
-        1 - jnp.asarray(settings.memory, asked.dtype) ** age.count
+        1 - jnp.asarray(batch.way.memory, asked.dtype) ** age.count
     )
     mean_square = batch.scale(kept) ** 2 * batch.square / batch.rows
     surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(mean_square)
@@ -355,16 +378,24 @@ def _with_noise(kept: UnitMemory, batch: _Batch, age: _Age, settings: Requests) 
 
 
 def _damping(
-    memory: UnitMemory, length: int, trace: Array, largest: Array, count: Array, settings: Requests
+    unit: Unit,
+    memory: UnitMemory,
+    length: int,
+    trace: Array,
+    largest: Array,
+    count: Array,
+    settings: Requests,
 ) -> Array:
-    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent.
+    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent; with
+    `threshold_rows` for `κ d` where thresholds make the rows.
 
     If the requests of a batch of `N` independent rows were noise, `|m − M|²` would be their mean
     square times `tr C/N`: that is how `N` is measured. Rows that are there twice count once.
     """
+    strength = settings.threshold_rows if unit.reads_thresholds else settings.damping * length
     rows_kept = (1 - settings.rows_memory ** (count + 1)) / (1 - settings.rows_memory)
-    share = memory.noise * spectrum.inverse(trace) * length / rows_kept
-    return settings.damping * jnp.minimum(share, length) * largest
+    share = memory.noise * spectrum.inverse(trace) / rows_kept
+    return strength * jnp.minimum(share, 1) * largest
 
 
 def _readings(
@@ -519,7 +550,7 @@ def _solve(
         columns = asked.shape[-1] if asked.ndim else 1
         trace = jnp.sum(memory.inputs) / columns
         largest = jnp.max(memory.inputs)
-        damping = _damping(memory, asked.size // columns, trace, largest, count, settings)
+        damping = _damping(unit, memory, asked.size // columns, trace, largest, count, settings)
         move = asked * spectrum.inverse(memory.inputs + damping)
         if memory.outputs is not None:
             flat = move.reshape(-1, move.shape[-1])
@@ -532,7 +563,9 @@ def _solve(
     matrix = unit.matrix.of(entries)
 
     trace = jnp.sum(memory.inputs.trace)
-    damping = _damping(memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings)
+    damping = _damping(
+        unit, memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings
+    )
     matrix = spectrum.solve(memory.inputs, matrix, damping)
     assert memory.outputs is not None
     move = unit.matrix.back(spectrum.equalise(memory.outputs, matrix, settings.equalise))
