@@ -211,9 +211,13 @@ def moves(
     ]
 
     def renewed(memory: Memory) -> Memory:
-        inner = zip(units.units, readings, batches, memory.units, strict=True)
         age = _Age(count, memory.renewals, count - memory.renewed)
-        found = [_renew(problem, forces, *parts, age, settings) for parts in inner]
+        found = [
+            _renew(problem, forces, unit, parts, batch, kept, age, settings)
+            for unit, parts, batch, kept in zip(
+                units.units, readings, batches, memory.units, strict=True
+            )
+        ]
         sizes = {number: _output_size(parts) for number, parts in of_layer.items()}
         found = _with_sizes(units, found, sizes, count)
         new = tuple(
