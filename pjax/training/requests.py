@@ -164,8 +164,8 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
             inputs = jnp.zeros(value.shape, dtype)
             if value.ndim > 1:
                 outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
-        zero = jnp.zeros((), dtype)
-        found.append(UnitMemory(*[jnp.zeros(value.shape, dtype)] * 2, inputs, outputs, *[zero] * 4))
+        zero, zeros = jnp.zeros((), dtype), jnp.zeros(value.shape, dtype)
+        found.append(UnitMemory(zeros, zeros, inputs, outputs, zero, zero, zero, zero))
     never = jnp.zeros((), jnp.int32)
     return Memory(tuple(found), never, never, jnp.ones(()))
 
