@@ -179,6 +179,7 @@ class Unit:
     - `slot`: the slot of that product.
     - `thresholds`: whether only thresholds read what its readers make.
     - `reads_thresholds`: whether thresholds make the input that it is multiplied with.
+    - `latent`: whether it is what a threshold makes of parameters.
     """
 
     node: int
@@ -188,6 +189,7 @@ class Unit:
     slot: int | None
     thresholds: bool = False
     reads_thresholds: bool = False
+    latent: bool = False
 
 
 class Units(NamedTuple):
@@ -230,7 +232,9 @@ def find_units(graph: Graph) -> Units:
         slot = None if first is None else first.slot
         blind = all(feeds_thresholds(graph, graph.slots[r.slot].node) for r in kept)
         reads = slot is not None and _multiplies_thresholds(graph, graph.slots[slot])
-        units.append(Unit(node, kept, layer, first and first.matrix, slot, blind, reads))
+        units.append(
+            Unit(node, kept, layer, first and first.matrix, slot, blind, reads, node in latent)
+        )
     return Units(tuple(units), len(numbers))
 
 

@@ -55,7 +55,7 @@ class Requests:
     """
 
     size: float = 1.2
-    memory: float = 0.8
+    memory: float = 0.9
     rows_memory: float = 0.95
     every: int = 16
     damping: float = 0.2
@@ -231,7 +231,7 @@ def moves(
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
     moved: dict[int, Array] = {}
     new = []
-    pace = _pace(memory, batches, count, settings)
+    pace = _pace(units, memory, batches, count, settings)
     for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
         asked = batch.request(kept)
         keep = batch.way.memory
@@ -241,21 +241,26 @@ def moves(
         ahead = (keep * mean + (1 - keep) * asked) * (1 / (1 - keep**2 * done))
         kept = kept._replace(asked=mean, force=batch.largest)
         move = _solve(problem, unit, ahead, kept, count, settings)
-        moved[unit.node] = pace * move
+        moved[unit.node] = move if unit.latent else pace * move
         new.append(kept._replace(move=move))
     return moved, memory._replace(units=tuple(new), pace=pace)
 
 
-def _pace(memory: Memory, batches: Sequence[_Batch], count: Array, settings: Requests) -> Array:
+def _pace(
+    units: Units, memory: Memory, batches: Sequence[_Batch], count: Array, settings: Requests
+) -> Array:
     """The share of their length that moves are given.
 
     Along the last move this batch asks for more (a positive product of force and move) or for less.
     Over what was expected, the product of the move and the remembered requests, that is 1 where
     batches agree, 0 where they say nothing of each other or the move was as long as is of use, and
-    negative where it was too long: then the next ones are shorter.
+    negative where it was too long: then the next ones are shorter. What a threshold makes of
+    parameters does not move as it is asked, and takes no part.
     """
     met = expected = jnp.zeros((), memory.pace.dtype)
-    for batch, kept in zip(batches, memory.units, strict=True):
+    for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
+        if unit.latent:
+            continue
         met = met + jnp.vdot(kept.move, batch.force)
         done = 1 - jnp.asarray(batch.way.memory, memory.pace.dtype) ** count
         force = spectrum.inverse(batch.scale(kept) * done) * batch.rows
