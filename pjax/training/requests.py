@@ -115,6 +115,9 @@ _FIRST = 4
 _FIRST_ITERATIONS = 4
 #: An output below this share of the input is one that begins at zero.
 _NOTHING = 1e-3
+#: The share of the last move that batches may undo before moves become shorter. With none, deep
+#: networks are 0.6 points behind (20x128 on MNIST); with twice as much, batches of 32 are 4.
+_TOLERATED = 0.05
 #: The least pace.
 _SLOWEST = 1e-3
 #: Of the noise, from batch to batch.
@@ -254,8 +257,9 @@ def _pace(
     Along the last move this batch asks for more (a positive product of force and move) or for less.
     Over what was expected, the product of the move and the remembered requests, that is 1 where
     batches agree, 0 where they say nothing of each other or the move was as long as is of use, and
-    negative where it was too long: then the next ones are shorter. What a threshold makes of
-    parameters does not move as it is asked, and takes no part.
+    negative where it was too long: the next ones are shorter where it is below a small share. What
+    a threshold makes of parameters does not move as it is asked, and takes no part; beside it
+    nothing is tolerated.
     """
     met = expected = jnp.zeros((), memory.pace.dtype)
     for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
@@ -266,7 +270,8 @@ def _pace(
         force = spectrum.inverse(batch.scale(kept) * done) * batch.rows
         expected = expected + force * jnp.vdot(kept.move, kept.asked)
     agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
-    pace = memory.pace * jnp.exp(settings.pacing * agreement)
+    tolerated = 0.0 if any(unit.latent for unit in units.units) else _TOLERATED
+    pace = memory.pace * jnp.exp(settings.pacing * (agreement + tolerated))
     return jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype)
 
 
