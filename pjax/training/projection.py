@@ -262,7 +262,7 @@ class Projection:
     ) -> tuple[list[Array | None], ProjectionState, Info]:
         program, leaves, consts, aux_tree = trace(lambda p: fn(p, *args), params, self.has_aux)
         layout = self._layout(program)
-        _check_state(layout, leaves, state)
+        _check_state(layout, state)
         found = _solve(
             layout,
             self.requests,
@@ -284,7 +284,7 @@ class Projection:
         return layout_for(solver, program, _METRIC, "exact", "layer", self.fallback)
 
 
-def _check_state(layout: Layout, leaves: Sequence[Any], state: ProjectionState) -> None:
+def _check_state(layout: Layout, state: ProjectionState) -> None:
     """Raises `ValueError` for a state that was made for parameters of other shapes."""
     units, kept = _units(layout).units, state.memory.units
     program = layout.graph.program
