@@ -704,7 +704,7 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
-        return self._project(group, state, self._targets(self.layout.groups[group], state))
+        return self._project(group, state, self._steadied(self.layout.groups[group], state))
 
     def sweep(self) -> tuple[State, dict[int, Array]]:
         """One cyclic sweep from the forward pass, and the force on the output of each layer.
@@ -716,7 +716,7 @@ class Problem:
         latent = latent_nodes(self.graph)
         forces: dict[int, Array] = {}
         for group, members in enumerate(self.layout.groups):
-            targets = self._targets(members, state)
+            targets = self._steadied(members, state)
             for index, target in targets.items():
                 rule, reference = self.graph.nodes[index].rule, self._references.get(index)
                 if isinstance(rule, LayerSum) and reference is not None:
@@ -725,6 +725,16 @@ class Problem:
                     self._references[index] = reference._replace(force=forces[index])
             state = self._project(group, state, targets, latent)
         return state, forces
+
+    def _steadied(self, members: Sequence[int], state: State) -> dict[int, Array]:
+        """The targets of nodes; of layers that feed thresholds with less for shared biases."""
+        targets = self._targets(members, state)
+        for index in self.layout.asked:
+            node = self.graph.nodes[index]
+            feeds = index in targets and feeds_thresholds(self.graph, index)
+            if feeds and isinstance(node.rule, LayerSum):
+                targets[index] = node.rule.steadied(targets[index], self.shapes(node))
+        return targets
 
     def _project(
         self,
@@ -740,8 +750,6 @@ class Problem:
         for index in members:
             node = graph.nodes[index]
             asked = index in self.layout.asked
-            if asked and isinstance(node.rule, LayerSum) and feeds_thresholds(graph, index):
-                targets[index] = node.rule.steadied(targets[index], self.shapes(node))
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
                 new[slot_index] = moved
