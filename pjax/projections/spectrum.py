@@ -5,14 +5,21 @@ A matrix `C` is kept as `U diag(λ) Uᵀ + μ (I − U Uᵀ)`: its largest eigen
 eigenvectors, and the mean of the others. A memory of many batches never forms `XᵀX`: it is renewed
 by products of `X` with a few columns.
 
+Matrices of one rank are a stack, whatever their sizes: all that has no size is computed for a whole
+stack at once, and of the rest the matrices of one size share their kernels. A network has many
+parameters, and most of the time that XLA takes to compile a step is that of different kernels.
+
 ```python
 >>> import jax.numpy as jnp
 >>> from pjax.projections import spectrum
 >>> x = jnp.array([[3.0, 0.0], [0.0, 1.0]])
->>> memory = spectrum.empty(2, 1, jnp.float32)
+>>> shape = spectrum.Shape(rank=1, sizes=(2,))
+>>> memory = spectrum.empty(shape, jnp.float32)
 >>> for _ in range(4):
-...     memory = spectrum.renew(memory, lambda u: x.T @ (x @ u), jnp.sum(x**2), keep=0.0)
->>> [round(float(value), 3) for value in (memory.values[0], memory.rest)]
+...     times = lambda vectors: [x.T @ (x @ u) for u in vectors]
+...     trace = jnp.sum(x**2)[None]
+...     memory = spectrum.renew(shape, memory, times, trace, keep=0.0, scale=jnp.ones(1))
+>>> [round(float(value), 3) for value in (memory.values[0, 0], memory.rest[0])]
 [9.0, 1.0]
 
 ```
@@ -20,7 +27,8 @@ by products of `X` with a few columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -28,148 +36,311 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pjax import _compat
 
-class Spectrum(NamedTuple):
-    """`C ≈ U diag(λ) Uᵀ + μ (I − U Uᵀ)`, or one such matrix for each block.
+#: A factor on the rounding error that orthonormal columns are found beside.
+_SHIFT = 4
+#: How often columns are made orthonormal: once leaves what is nearly parallel.
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a stack of spectra.
 
     **Attributes:**
 
-    - `vectors`: `U`, orthonormal columns.
+    - `rank`: how many eigenvectors each has.
+    - `sizes`: of the matrices. Either all are the rank, or all are larger.
+    - `blocks`: for each member whether it is a stack of so many matrices of its size; 0: one.
+    """
+
+    rank: int
+    sizes: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def full(self) -> bool:
+        """Whether eigenvectors span all."""
+        return self.rank == self.sizes[0]
+
+    def places(self, member: int) -> tuple[int, int]:
+        """Which spectra are those of a member: the first, and how many."""
+        counts = [self._count(i) for i in range(member + 1)]
+        return sum(counts[:-1]), counts[-1]
+
+    def _count(self, member: int) -> int:
+        return max(self.blocks[member], 1) if self.blocks else 1
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The member that each spectrum belongs to."""
+        return np.repeat(np.arange(len(self.sizes)), [*map(self._count, range(len(self.sizes)))])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The size of each spectrum's matrix."""
+        return np.asarray(self.sizes)[self.owners]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many spectra the member of each has."""
+        return np.bincount(self.owners)[self.owners]
+
+    def sums(self, numbers: Array) -> Array:
+        """For each spectrum the sum of the numbers of its member."""
+        if len(self.owners) == len(self.sizes):
+            return numbers
+        same = self.owners[:, None] == self.owners
+        return jnp.sum(jnp.where(same, numbers, 0), axis=-1)
+
+    def of(self, stack: Array, member: int) -> Array:
+        """A member's part of an array for all spectra; without an axis of blocks if it has none."""
+        first, count = self.places(member)
+        if self.blocks and self.blocks[member]:
+            return stack[first : first + count]
+        return pick(stack, first)
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """An array for all spectra from those of members."""
+        if not self.blocks or not any(self.blocks):
+            return jnp.stack(parts)
+        own = [part if blocks else part[None]
+               for part, blocks in zip(parts, self.blocks, strict=True)]  # fmt: skip
+        return jnp.concatenate(own)
+
+
+class Spectra(NamedTuple):
+    """`C ≈ U diag(λ) Uᵀ + μ (I − U Uᵀ)` for each matrix of a stack.
+
+    **Attributes:**
+
+    - `vectors`: for each member `U`, orthonormal columns: `[*blocks, size, rank]`.
     - `values`: `λ ≥ 0`, about the largest eigenvalues.
     - `rest`: `μ ≥ 0`, the mean of all others; 0 where there are none.
     """
 
-    vectors: Float[Array, "*blocks size rank"]
-    values: Float[Array, "*blocks rank"]
-    rest: Float[Array, "*blocks"]
+    vectors: tuple[Array, ...]
+    values: Float[Array, "spectra rank"]
+    rest: Float[Array, " spectra"]
 
-    @property
-    def trace(self) -> Float[Array, "*blocks"]:
+    def trace(self, shape: Shape) -> Float[Array, " spectra"]:
         """`tr C`."""
-        size, rank = self.vectors.shape[-2:]
-        return jnp.sum(self.values, axis=-1) + (size - rank) * self.rest
+        others = (shape.lengths - shape.rank).astype(self.rest.dtype)
+        return jnp.sum(self.values, axis=-1) + others * self.rest
 
     @property
-    def largest(self) -> Float[Array, "*blocks"]:
+    def largest(self) -> Float[Array, " spectra"]:
         """The largest eigenvalue."""
         return jnp.maximum(jnp.max(self.values, axis=-1), self.rest)
 
 
-def empty(size: int, rank: int, dtype: Any, blocks: tuple[int, ...] = ()) -> Spectrum:
-    """The spectrum of 0, with directions to begin with: fixed ones, that no input is likely to be
+def empty(shape: Shape, dtype: Any) -> Spectra:
+    """The spectra of 0, with directions to begin with: fixed ones, that no input is likely to be
     orthogonal to.
-
-    **Arguments:**
-
-    - `size`: of the matrix.
-    - `rank`: how many eigenvectors, at most `size`.
-    - `blocks`: the shape of a stack of such matrices.
     """
-    rank = min(rank, size)
-    start, _ = np.linalg.qr(np.random.default_rng(size).normal(size=(size, rank)))
-    return Spectrum(
-        jnp.broadcast_to(jnp.asarray(start, dtype), (*blocks, size, rank)),
-        jnp.zeros((*blocks, rank), dtype),
-        jnp.zeros(blocks, dtype),
-    )
+    vectors = []
+    for member, size in enumerate(shape.sizes):
+        start = np.random.default_rng(size).normal(size=(size, shape.rank))
+        start = jnp.asarray(np.linalg.qr(start)[0], dtype)
+        blocks = shape.blocks[member : member + 1] if shape.blocks else (0,)
+        vectors.append(jnp.broadcast_to(start, (*blocks, *start.shape)) if blocks[0] else start)
+    count = len(shape.owners)
+    return Spectra(tuple(vectors), jnp.zeros((count, shape.rank), dtype), jnp.zeros(count, dtype))
 
 
 def renew(
-    before: Spectrum,
-    times: Callable[[Array], Array],
-    trace: Array,
+    shape: Shape,
+    before: Spectra,
+    times: Callable[[Sequence[Array]], Sequence[Array]],
+    trace: Float[Array, " spectra"],
     keep: Any,
+    scale: Float[Array, " spectra"],
     iterations: Any = 1,
-) -> Spectrum:
-    """The spectrum of `keep · before + (1 − keep) · C`.
+) -> Spectra:
+    """The spectra of `keep · before + (1 − keep) · scale · C`.
 
     By subspace iteration, with the eigenvalues that `C` has within the subspace (Rayleigh-Ritz):
     where the rank is the size the result is exact, else it converges with every product.
 
     **Arguments:**
 
-    - `times`: `U ↦ C U`.
-    - `trace`: `tr C`.
+    - `times`: `U ↦ C U`, for all members at once.
+    - `trace`: `tr C` times the scale.
     - `keep`: in [0, 1).
-    - `iterations`: how many products, at least 1; a number, also a traced one.
+    - `scale`: a factor on each `C`.
+    - `iterations`: how many products, at least 1; a number, also a traced one. More than one are
+        for `keep = 0`.
     """
-    size, rank = before.vectors.shape[-2:]
+    dtype = before.values.dtype
+    total = keep * before.trace(shape) + (1 - keep) * trace
+    # Matrices of trace 1: their squares are within the range of numbers.
+    unit = jnp.where(total > 0, total, 1)
+    share = (1 - keep) * scale / unit
+    # What is nowhere in the rows keeps its direction.
+    tiny = jnp.asarray(jnp.finfo(dtype).eps, dtype)
+    kept = keep * before.values / unit[:, None] + tiny
 
-    def step(_: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(_: Any, found: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
         vectors = found[0]
-        product = keep * _function(before, vectors, lambda value: value)
-        product = product + (1 - keep) * times(vectors)
-        inside = jnp.swapaxes(vectors, -1, -2) @ product
+        products = [
+            (u * shape.of(kept, i)[..., None, :] + new * shape.of(share, i)[..., None, None])
+            for i, (u, new) in enumerate(zip(vectors, times(vectors), strict=True))
+        ]
+        products = [product.astype(dtype) for product in products]
+        inside = shape.join([_gram(u, p) for u, p in zip(vectors, products, strict=True)])
         values, turn = jnp.linalg.eigh((inside + jnp.swapaxes(inside, -1, -2)) / 2)
         # The largest first, which are then the ones that others are made orthogonal to.
-        values, turn = jnp.maximum(values[..., ::-1], 0), turn[..., ::-1]
-        if rank == size:
-            return vectors @ turn, values
-        return jnp.linalg.qr(product @ turn)[0], values
+        values, turn = jnp.maximum(values[..., ::-1] - tiny, 0), turn[..., ::-1]
+        if shape.full:
+            new = [u @ shape.of(turn, i) for i, u in enumerate(vectors)]
+        else:
+            new = orthonormal(shape, [p @ shape.of(turn, i) for i, p in enumerate(products)])
+        return tuple(new), values * jnp.where(total > 0, total, 0)[:, None]
 
     start = before.vectors, before.values
     once = isinstance(iterations, int) and iterations == 1
     vectors, values = step(0, start) if once else jax.lax.fori_loop(0, iterations, step, start)
     rest = jnp.zeros_like(before.rest)
-    if rank < size:
-        total = keep * before.trace + (1 - keep) * trace
-        rest = (jnp.maximum(total - jnp.sum(values, axis=-1), 0) / (size - rank)).astype(rest.dtype)
-    return Spectrum(vectors, values, rest)
+    if not shape.full:
+        others = (shape.lengths - shape.rank).astype(dtype)
+        rest = jnp.maximum(total - jnp.sum(values, axis=-1), 0) / others
+    return Spectra(vectors, values, rest.astype(before.rest.dtype))
 
 
-def solve(
-    spectrum: Spectrum, matrix: Float[Array, "*blocks size columns"], damping: Any
-) -> Float[Array, "*blocks size columns"]:
-    """`(C + ρ)⁻¹ M`; 0 in directions in which `C + ρ` is 0.
+def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
+    """Orthonormal columns, each of the span of those up to it: the Q of a QR decomposition.
+
+    By Cholesky factors of `QᵀQ`, which is of one size for a whole stack: shifted, so that there is
+    one, and more than once, so that what it leaves is rounding.
+
+    **Source:** Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa (2020), shifted Cholesky QR.
+    """
+    found = list(columns)
+    shift = _SHIFT * shape.rank * float(jnp.finfo(columns[0].dtype).eps)
+    ones = jnp.eye(shape.rank, dtype=columns[0].dtype)
+    for _ in range(_PASSES):
+        gram = shape.join([_gram(column, column) for column in found])
+        size = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+        gram = gram * size[..., None, :] * size[..., :, None] + shift * ones
+        factor = jax.lax.linalg.cholesky(gram * (1 / (1 + shift)), symmetrize_input=False)
+        turn = jax.lax.linalg.triangular_solve(
+            factor, jnp.broadcast_to(ones, factor.shape), left_side=True, lower=True
+        )
+        turn = jnp.swapaxes(turn * size[..., None, :], -1, -2)
+        found = [column @ shape.of(turn, i) for i, column in enumerate(found)]
+    return found
+
+
+def _gram(left: Array, right: Array) -> Array:
+    return jnp.swapaxes(left, -1, -2) @ right
+
+
+class Function(NamedTuple):
+    """`f(C) = U diag(inside) Uᵀ + outside` for each matrix of a stack.
+
+    **Attributes:**
+
+    - `inside`: what `f(λ)` is more than `f(μ)`.
+    - `outside`: `f(μ)`; 0 where there is nothing but the eigenvectors.
+    """
+
+    inside: Float[Array, "spectra rank"]
+    outside: Float[Array, " spectra"]
+
+
+def resolvent(shape: Shape, spectra: Spectra, damping: Float[Array, " spectra"]) -> Function:
+    """`(C + ρ)⁻¹`; 0 in directions in which `C + ρ` is 0.
 
     **Arguments:**
 
-    - `matrix`: `M`.
-    - `damping`: `ρ ≥ 0`, one for each block.
+    - `damping`: `ρ ≥ 0`.
     """
-    damping = jnp.asarray(damping)[..., None]
-    return _function(spectrum, matrix, lambda value: inverse(value + damping))
+    return _function(shape, spectra, lambda value: inverse(value + damping[:, None]))
 
 
-def equalise(
-    spectrum: Spectrum, matrix: Float[Array, "*blocks rows size"], damping: float
-) -> Float[Array, "*blocks rows size"]:
-    """`M (C/c + δ)^-½` with `c` the mean eigenvalue, times a factor that keeps the size of rows
-    whose second moment is `C`.
+def equaliser(shape: Shape, spectra: Spectra, damping: float) -> Function:
+    """`(C/c + δ)^-½` with `c` the mean eigenvalue, times a factor that keeps the size of rows whose
+    second moment is `C`: on the right of a matrix whose rows are to be equalised.
 
     **Arguments:**
 
-    - `matrix`: `M`; its rows are what is equalised.
-    - `damping`: `δ > 0`; as it grows, the result tends to `M`.
+    - `damping`: `δ > 0`; as it grows, the result tends to 1.
     """
-    size, rank = spectrum.vectors.shape[-2:]
-    scale = inverse(spectrum.trace / size)[..., None]
+    trace, others = spectra.trace(shape), (shape.lengths - shape.rank).astype(spectra.rest.dtype)
+    scale = inverse(trace / shape.lengths.astype(trace.dtype))[:, None]
 
     def root(value: Array) -> Array:
         return 1 / jnp.sqrt(value * scale + damping)
 
-    rest = spectrum.rest[..., None]
-    left = jnp.sum(spectrum.values * root(spectrum.values) ** 2, axis=-1, keepdims=True)
-    left = left + (size - rank) * rest * root(rest) ** 2
-    norm = jnp.where(left > 0, jnp.sqrt(spectrum.trace[..., None] * inverse(left)), 1)
-    values = root(spectrum.values)[..., None, :]
-    inside = matrix @ spectrum.vectors
-    back = jnp.swapaxes(spectrum.vectors, -1, -2)
-    if rank == size:
-        return ((norm[..., None] * values) * inside) @ back
-    other = root(rest)[..., None]
-    return norm[..., None] * (other * matrix + ((values - other) * inside) @ back)
+    rest = spectra.rest[:, None]
+    left = jnp.sum(spectra.values * root(spectra.values) ** 2, axis=-1)
+    left = left + others * (rest * root(rest) ** 2)[:, 0]
+    norm = jnp.where(left > 0, jnp.sqrt(trace * inverse(left)), 1)
+    return _function(shape, spectra, lambda value: norm[:, None] * root(value))
 
 
-def _function(spectrum: Spectrum, matrix: Array, f: Callable[[Array], Array]) -> Array:
-    """`f(C) M`."""
-    vectors, (size, rank) = spectrum.vectors, spectrum.vectors.shape[-2:]
-    inside = jnp.swapaxes(vectors, -1, -2) @ matrix
-    values = f(spectrum.values)[..., None]
-    if rank == size:
-        return vectors @ (values * inside)
-    rest = f(spectrum.rest[..., None])[..., None]
-    return rest * matrix + vectors @ ((values - rest) * inside)
+def _function(shape: Shape, spectra: Spectra, f: Callable[[Array], Array]) -> Function:
+    values, rest = f(spectra.values), f(spectra.rest[:, None])
+    if shape.full:
+        return Function(values, jnp.zeros_like(spectra.rest))
+    return Function(values - rest, rest[:, 0])
+
+
+class Side(NamedTuple):
+    """`f(C)` of one member, on one side of a matrix.
+
+    **Attributes:**
+
+    - `vectors`: `U`.
+    - `inside`, `outside`: see [`Function`][]; `outside` None where it is 0.
+    """
+
+    vectors: Array
+    inside: Array
+    outside: Array | None
+
+    @classmethod
+    def of(cls, shape: Shape, spectra: Spectra, function: Function, member: int) -> Side:
+        outside = None if shape.full else shape.of(function.outside, member)[..., None, None]
+        return cls(spectra.vectors[member], shape.of(function.inside, member), outside)
+
+
+def between(left: Side | None, matrix: Array, right: Side) -> Array:
+    """`F M G`, with functions `F` and `G` of two spectra on both sides of a matrix.
+
+    `M` is read by two products and by the sum of the parts, and by nothing in between.
+
+    **Arguments:**
+
+    - `left`, `right`: `F`, 1 if not given, and `G`.
+    - `matrix`: `M`, `[*blocks, rows, columns]`.
+    """
+    narrow = right.inside[..., :, None] * jnp.swapaxes(right.vectors, -1, -2)
+    along = matrix @ right.vectors
+    if left is None:
+        part = along @ narrow
+        return part if right.outside is None else right.outside * matrix + part
+    across = jnp.swapaxes(left.vectors, -1, -2) @ matrix
+    inner = (across @ right.vectors) @ narrow
+    if right.outside is not None:
+        inner = right.outside * across + inner
+    found = left.vectors @ (left.inside[..., :, None] * inner)
+    if left.outside is None:
+        return found
+    part = along @ narrow
+    return found + left.outside * (part if right.outside is None else right.outside * matrix + part)
+
+
+def pick(stack: Array, number: int) -> Array:
+    """`stack[number]`.
+
+    XLA compiles a kernel for each place that is read, but one for all sums of what a mask leaves.
+    """
+    if len(stack) == 1 or _compat.launches_kernels():
+        return stack[number]
+    mask = (np.arange(len(stack)) == number).reshape(-1, *(1,) * (stack.ndim - 1))
+    return jnp.sum(jnp.where(mask, stack, 0), axis=0)
 
 
 def inverse(value: Array) -> Array:
@@ -177,4 +348,7 @@ def inverse(value: Array) -> Array:
     return jnp.where(value > 0, 1 / jnp.where(value > 0, value, 1), 0)
 
 
-__all__ = ["Spectrum", "empty", "equalise", "inverse", "renew", "solve"]
+__all__ = [
+    "Function", "Shape", "Side", "Spectra", "between", "empty", "equaliser", "inverse",
+    "orthonormal", "pick", "renew", "resolvent",
+]  # fmt: skip

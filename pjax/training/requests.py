@@ -21,13 +21,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float
 
-from pjax.layer import LayerSum
 from pjax.problem import Problem, State
-from pjax.projections import spectrum
-from pjax.projections.spectrum import Spectrum
-from pjax.training.readers import Reader, Unit, Units
+from pjax.projections import scaling, spectrum
+from pjax.projections.spectrum import Side, Spectra, pick
+from pjax.training import moments
+from pjax.training.moments import Stacks
+from pjax.training.readers import Unit, Units
+from pjax.training.readings import Read, Reading, readings
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,12 @@ class UnitMemory(NamedTuple):
 
     - `asked`: `M`, in the shape of the unit.
     - `move`: the last one, in full length.
-    - `inputs`: `C`: a spectrum for each block of its matrix, or a diagonal in the unit's shape.
-    - `outputs`: of the forces, a spectrum for each block; None where nothing is equalised.
-    - `force`: the largest mean force on its readers so far.
-    - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
-    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
+    - `diagonal`: `C` where it is a diagonal, in the unit's shape; else None.
     """
 
     asked: Array
     move: Array
-    inputs: Spectrum | Array
-    outputs: Spectrum | None
-    force: Array
-    first: Array
-    output: Array
-    noise: Array
+    diagonal: Array | None
 
 
 class Memory(NamedTuple):
@@ -99,11 +93,22 @@ class Memory(NamedTuple):
     **Attributes:**
 
     - `units`: for each unit.
+    - `inputs`: `C` of matrices and kernels, for each stack.
+    - `outputs`: of the forces, for each stack.
+    - `force`: for each unit the largest mean force on its readers so far.
+    - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
+    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
     - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
     - `pace`: the share of its length that a move is given, at most 1.
     """
 
     units: tuple[UnitMemory, ...]
+    inputs: tuple[Spectra, ...]
+    outputs: tuple[Spectra, ...]
+    force: Float[Array, " units"]
+    first: Float[Array, " units"]
+    output: Float[Array, " units"]
+    noise: Float[Array, " units"]
     renewals: Array
     renewed: Array
     pace: Array
@@ -124,59 +129,26 @@ _SLOWEST = 1e-3
 _NOISE_MEMORY = 0.9
 
 
-class _Reading(NamedTuple):
-    """One reader in one batch.
-
-    **Attributes:**
-
-    - `output`, `force`: of the reader and on it, as rows.
-    - `asked`: 1 for each row with a force, else 0: others take no part, as if they were not there.
-    - `square`: the sum of the squares of the forces.
-    - `rows`: how many rows are asked.
-    """
-
-    output: Array
-    force: Array
-    asked: Array
-    square: Array
-    rows: Array
-
-    @property
-    def entries(self) -> Array:
-        """How many entries the rows that are asked have."""
-        return self.rows * self.force.shape[-1]
-
-    @property
-    def output_square(self) -> Array:
-        """The sum of the squares of the outputs that are asked."""
-        return jnp.sum(jnp.square(self.output) * self.asked)
-
-
 def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
     """The memory before the first batch."""
+    values = _values(problem, units)
     found = []
-    for unit in units.units:
-        value = _value(problem, unit)
-        dtype = value.dtype
-        matrix = unit.matrix
-        outputs = None
-        if matrix is not None:
-            inputs: Any = spectrum.empty(matrix.rows, settings.rank, dtype, matrix.blocks)
-            outputs = spectrum.empty(matrix.columns, settings.output_rank, dtype, matrix.blocks)
-        else:
-            inputs = jnp.zeros(value.shape, dtype)
-            if value.ndim > 1:
-                outputs = spectrum.empty(value.shape[-1], settings.output_rank, dtype)
-        zero, zeros = jnp.zeros((), dtype), jnp.zeros(value.shape, dtype)
-        found.append(UnitMemory(zeros, zeros, inputs, outputs, zero, zero, zero, zero))
+    for unit, value in zip(units.units, values, strict=True):
+        zeros = jnp.zeros(value.shape, value.dtype)
+        found.append(UnitMemory(zeros, zeros, zeros if unit.matrix is None else None))
+    zero = jnp.zeros(len(values), jnp.result_type(jnp.float32, *(v.dtype for v in values)))
     never = jnp.zeros((), jnp.int32)
-    return Memory(tuple(found), never, never, jnp.ones(()))
+    inputs, outputs = _stacks(problem, units, settings).empty()
+    return Memory(tuple(found), inputs, outputs, zero, zero, zero, zero, never, never, jnp.ones(()))
 
 
-def _value(problem: Problem, unit: Unit) -> Array:
-    output = problem.graph.nodes[unit.node].output
-    assert output is not None
-    return problem.values[output]
+def _values(problem: Problem, units: Units) -> list[Array]:
+    outputs = [problem.graph.nodes[unit.node].output for unit in units.units]
+    return [problem.values[output] for output in outputs if output is not None]
+
+
+def _stacks(problem: Problem, units: Units, settings: Requests) -> Stacks:
+    return Stacks.of(units, _values(problem, units), settings.rank, settings.output_rank)
 
 
 def moves(
@@ -197,61 +169,60 @@ def moves(
     - `forces`: on the output of each node that reads a unit.
     - `memory`, `count`: of the batches before, and how many there were.
     """
-    unit_forces = problem.node_forces([unit.node for unit in units.units], state)
-    readings = _readings(problem, units, state, forces)
-    # Each reading of a layer once, though a weight and its bias both have it.
-    layers: dict[int, dict[Any, _Reading]] = {}
-    for unit, found in zip(units.units, readings, strict=True):
-        for reader, reading in zip(unit.readers, found, strict=True):
-            node = problem.graph.slots[reader.slot].node
-            key = (node,) if reader.kind != "entries" else (node, reader.slot, unit.node)
-            layers.setdefault(unit.layer, {}).setdefault(key, reading)
-    of_layer = {number: list(found.values()) for number, found in layers.items()}
-    ways = [_Way.of(unit, units.layers, settings) for unit in units.units]
-    batches = [
-        _Batch.of(of_layer[unit.layer], found, unit_forces[unit.node], kept, way, settings)
-        for unit, found, kept, way in zip(units.units, readings, memory.units, ways, strict=True)
-    ]
+    by_node = problem.node_forces([unit.node for unit in units.units], state)
+    unit_forces = [by_node[unit.node] for unit in units.units]
+    reads = readings(problem, units, state, forces)
+    stacks = _stacks(problem, units, settings)
+    layers = _layers(units, reads)
+    way = _Way.of(units, settings)
+    batch = _Batch.of(units, layers, reads, unit_forces, memory, way, settings)
 
     def renewed(memory: Memory) -> Memory:
         age = _Age(count, memory.renewals, count - memory.renewed)
-        found = [
-            _renew(problem, forces, unit, parts, batch, kept, age, settings)
-            for unit, parts, batch, kept in zip(
-                units.units, readings, batches, memory.units, strict=True
-            )
-        ]
-        sizes = {number: _output_size(parts) for number, parts in of_layer.items()}
-        found = _with_sizes(units, found, sizes, count)
-        new = tuple(
-            _with_noise(kept, batch, age, settings)
-            for kept, batch in zip(found, batches, strict=True)
-        )
-        return memory._replace(units=new, renewals=memory.renewals + 1, renewed=count)
+        memory = _renew(problem, units, stacks, reads, forces, batch, memory, age, settings)
+        memory = _with_sizes(units, stacks, memory, layers, count)
+        memory = _with_noise(memory, batch, age)
+        return memory._replace(renewals=memory.renewals + 1, renewed=count)
 
     soon = (count < _FIRST) | ((count < settings.every) & (count % _FIRST == 0))
     refresh = soon | (count % settings.every == 0)
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
-    moved: dict[int, Array] = {}
-    new = []
-    pace = _pace(units, memory, batches, count, settings)
-    for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
-        asked = batch.request(kept)
-        keep = batch.way.memory
-        done = jnp.asarray(keep, asked.dtype) ** count
-        mean = keep * kept.asked + (1 - keep) * asked
-        # What it will be if the next batch asks for the same: Nesterov's look ahead.
-        ahead = (keep * mean + (1 - keep) * asked) * (1 / (1 - keep**2 * done))
-        kept = kept._replace(asked=mean, force=batch.largest)
-        move = _solve(problem, unit, ahead, kept, count, settings)
-        moved[unit.node] = move if unit.latent else pace * move
-        new.append(kept._replace(move=move))
-    return moved, memory._replace(units=tuple(new), pace=pace)
+    pace = _pace(units, memory, batch, count, settings)
+    # Means of requests, and what they will be if the next batch asks for the same: Nesterov's look
+    # ahead.
+    keep, new = way.remembered(count, memory.force.dtype), batch.request(memory)
+    done = 1 / (1 - keep**2 * keep**count)
+    weights = keep, (1 - keep) * new, keep**2 * done, (1 - keep**2) * new * done
+    ahead, kept = [], []
+    for number, (own, force) in enumerate(zip(memory.units, unit_forces, strict=True)):
+        a, b, c, d = (pick(weight, number).astype(own.asked.dtype) for weight in weights)
+        ahead.append(_combined(c, own.asked, d, force))
+        kept.append(own._replace(asked=_combined(a, own.asked, b, force)))
+    memory = memory._replace(units=tuple(kept), force=batch.largest, pace=pace)
+    found = _solve(problem, units, stacks, ahead, memory, count, settings)
+    new_units = [own._replace(move=move) for own, move in zip(kept, found, strict=True)]
+    moved = {
+        unit.node: move if unit.latent else pace * move
+        for unit, move in zip(units.units, found, strict=True)
+    }
+    return moved, memory._replace(units=tuple(new_units))
 
 
-def _pace(
-    units: Units, memory: Memory, batches: Sequence[_Batch], count: Array, settings: Requests
-) -> Array:
+def _combined(a: Array, x: Array, b: Array, y: Array) -> Array:
+    """`a x + b y`: one kernel for all that is made of two arrays of one shape."""
+    return (a * x + b * y).astype(x.dtype)
+
+
+def _layers(units: Units, reads: Sequence[Sequence[Read]]) -> list[list[Reading]]:
+    """For each layer its readings, each once, though a weight and its bias both have it."""
+    found: dict[int, dict[int, Reading]] = {}
+    for unit, parts in zip(units.units, reads, strict=True):
+        for _, reading in parts:
+            found.setdefault(unit.layer, {})[id(reading)] = reading
+    return [list(found[layer].values()) for layer in range(units.layers)]
+
+
+def _pace(units: Units, memory: Memory, batch: _Batch, count: Array, settings: Requests) -> Array:
     """The share of their length that moves are given.
 
     Along the last move this batch asks for more (a positive product of force and move) or for less.
@@ -261,18 +232,22 @@ def _pace(
     a threshold makes of parameters does not move as it is asked, and takes no part; beside it
     nothing is tolerated.
     """
-    met = expected = jnp.zeros((), memory.pace.dtype)
-    for unit, batch, kept in zip(units.units, batches, memory.units, strict=True):
-        if unit.latent:
-            continue
-        met = met + jnp.vdot(kept.move, batch.force)
-        done = 1 - jnp.asarray(batch.way.memory, memory.pace.dtype) ** count
-        force = spectrum.inverse(batch.scale(kept) * done) * batch.rows
-        expected = expected + force * jnp.vdot(kept.move, kept.asked)
-    agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
-    tolerated = 0.0 if any(unit.latent for unit in units.units) else _TOLERATED
+    own = [number for number, unit in enumerate(units.units) if not unit.latent]
+    agreement: Any = 0.0
+    if own:
+        kept = [memory.units[number] for number in own]
+        pairs = zip(kept, (batch.forces[number] for number in own), strict=True)
+        met = jnp.sum(_stacked([jnp.vdot(unit.move, force) for unit, force in pairs]))
+        remembered = _stacked([jnp.vdot(unit.move, unit.asked) for unit in kept])
+        done = 1 - batch.way.remembered(count, memory.force.dtype) ** count
+        force = spectrum.inverse(batch.scale(memory) * done) * batch.rows
+        if len(own) < len(units.units):
+            force = force[np.asarray(own)]
+        expected = jnp.sum(force * remembered)
+        agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
+    tolerated = _TOLERATED if len(own) == len(units.units) else 0.0
     pace = memory.pace * jnp.exp(settings.pacing * (agreement + tolerated))
-    return jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype)
+    return scaling.once(jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype))
 
 
 class _Age(NamedTuple):
@@ -288,301 +263,274 @@ class _Age(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """How a unit is asked: the share of its size that its output is to move, and for how long
-    requests are remembered.
+    """How units are asked: the share of its size that the output of each is to move, and for how
+    long requests are remembered.
     """
 
-    share: float
-    memory: float
+    share: np.ndarray
+    memory: np.ndarray
 
     @classmethod
-    def of(cls, unit: Unit, layers: int, settings: Requests) -> _Way:
-        if unit.thresholds:
-            return cls(settings.threshold_size, settings.threshold_memory)
-        return cls(settings.size / math.sqrt(layers), settings.memory)
+    def of(cls, units: Units, settings: Requests) -> _Way:
+        size = settings.size / math.sqrt(units.layers)
+        ways = [
+            (settings.threshold_size, settings.threshold_memory)
+            if unit.thresholds
+            else (size, settings.memory)
+            for unit in units.units
+        ]
+        return cls(*np.asarray(ways).T)
+
+    def remembered(self, count: Array, dtype: Any) -> Array:
+        """The share that is kept of the requests before, as numbers that XLA does not know: it
+        would compile kernels for each of them.
+        """
+        return jnp.where(count < 0, 0, jnp.asarray(self.memory, dtype))
 
 
 class _Batch(NamedTuple):
-    """What one batch asks of one unit.
+    """What one batch asks of units.
 
     **Attributes:**
 
-    - `force`: the sum of the forces on it.
-    - `rows`: how many rows ask.
+    - `forces`: the sum of the forces on each.
+    - `rows`: how many rows ask, a number for each as are the next.
     - `largest`: the largest mean force so far.
     - `square`: the sum of the squares of the forces on the rows.
-    - `way`: how it is asked.
+    - `way`: how they are asked.
     """
 
-    force: Array
-    rows: Array
-    largest: Array
-    square: Array
+    forces: Sequence[Array]
+    rows: Float[Array, " units"]
+    largest: Float[Array, " units"]
+    square: Float[Array, " units"]
     way: _Way
 
     @classmethod
     def of(
         cls,
-        layer: Sequence[_Reading],
-        readings: Sequence[_Reading],
-        force: Array,
-        kept: UnitMemory,
+        units: Units,
+        layers: Sequence[Sequence[Reading]],
+        reads: Sequence[Sequence[Read]],
+        forces: Sequence[Array],
+        memory: Memory,
         way: _Way,
         settings: Requests,
     ) -> _Batch:
-        square = _total(reading.square for reading in layer)
-        entries = jnp.maximum(_total(reading.entries for reading in layer), 1)
-        loudness = jnp.sqrt(square / entries).astype(kept.force.dtype)
-        rows = jnp.maximum(_total(reading.rows for reading in readings), 1)
-        return cls(force, rows, jnp.maximum(settings.forget * kept.force, loudness), square, way)
+        squares = [_total(reading.square for reading in layer) for layer in layers]
+        entries = [_total(reading.entries for reading in layer) for layer in layers]
+        of_unit = [unit.layer for unit in units.units]
+        square = _stacked([squares[layer] for layer in of_unit])
+        most = jnp.maximum(_stacked([entries[layer] for layer in of_unit]), 1)
+        loudness = jnp.sqrt(square / most).astype(memory.force.dtype)
+        rows = _stacked([_total(part.reading.rows for part in parts) for parts in reads])
+        largest = jnp.maximum(settings.forget * memory.force, loudness)
+        return cls(forces, jnp.maximum(rows, 1), largest, square, way)
 
-    def scale(self, kept: UnitMemory) -> Array:
+    def scale(self, memory: Memory) -> Float[Array, " units"]:
         """From a force to a request."""
-        return self.way.share * kept.output * spectrum.inverse(self.largest)
+        share = jnp.asarray(self.way.share, memory.output.dtype)
+        return share * memory.output * spectrum.inverse(self.largest)
 
-    def request(self, kept: UnitMemory) -> Array:
-        """`XᵀR/N`, in the shape of the unit."""
-        return ((self.scale(kept) / self.rows) * self.force).astype(kept.asked.dtype)
+    def request(self, memory: Memory) -> Float[Array, " units"]:
+        """From the sum of forces to `XᵀR/N`."""
+        return self.scale(memory) / self.rows
 
 
 def _total(parts: Iterable[Any]) -> Any:
     return sum(parts)
 
 
-def _output_size(readings: Sequence[_Reading]) -> Array:
-    """The root of the mean square of a layer's output."""
-    square = _total(reading.output_square for reading in readings)
-    return jnp.sqrt(square / jnp.maximum(_total(reading.entries for reading in readings), 1))
+def _stacked(numbers: Sequence[Any]) -> Array:
+    """One array of numbers, at least in single precision."""
+    dtype = jnp.result_type(jnp.float32, *(number.dtype for number in numbers))
+    return jnp.stack([number.astype(dtype) for number in numbers])
+
+
+def _renew(
+    problem: Problem,
+    units: Units,
+    stacks: Stacks,
+    reads: Sequence[Sequence[Read]],
+    forces: Mapping[int, Array],
+    batch: _Batch,
+    memory: Memory,
+    age: _Age,
+    settings: Requests,
+) -> Memory:
+    """The memory with the second moments of this batch's inputs and forces taken in."""
+    keep = age.keep(settings.rows_memory).astype(memory.force.dtype)
+    # The first directions are not yet those of the inputs.
+    iterations = jnp.where(age.count == 0, _FIRST_ITERATIONS, 1)
+    inputs, outputs, kept = {}, {}, []
+    shares = (1 - keep) / batch.rows
+    for number, (unit, parts, own) in enumerate(zip(units.units, reads, memory.units, strict=True)):
+        if own.diagonal is None:
+            inputs[number] = moments.input_rows(problem, unit, parts, forces)
+        else:
+            diagonal: Any = sum(
+                moments.diagonal(problem, unit, reader, reading, forces)
+                for readers, reading in parts
+                for reader in readers
+            )
+            a, b = (x.astype(own.asked.dtype) for x in (keep, pick(shares, number)))
+            own = own._replace(diagonal=_combined(a, own.diagonal, b, diagonal))
+        kept.append(own)
+        if own.diagonal is None or own.asked.ndim > 1:
+            outputs[number] = moments.force_rows(unit, parts, batch.forces[number])
+    args = 1 / batch.rows, keep, iterations
+    return memory._replace(
+        units=tuple(kept),
+        inputs=moments.renewed(stacks.inputs, memory.inputs, inputs, *args),
+        outputs=moments.renewed(stacks.outputs, memory.outputs, outputs, *args),
+    )
 
 
 def _with_sizes(
-    units: Units, memory: Sequence[UnitMemory], sizes: Mapping[int, Array], count: Array
-) -> list[UnitMemory]:
+    units: Units,
+    stacks: Stacks,
+    memory: Memory,
+    layers: Sequence[Sequence[Reading]],
+    count: Array,
+) -> Memory:
     """The memory with the present sizes of outputs: geometric means with those in the first batch.
 
     What begins at zero has no size of its own: that of its input has to do.
     """
-    inputs = {
-        unit.layer: jnp.sqrt(jnp.mean(kept.inputs.trace) / unit.matrix.rows)
-        for unit, kept in zip(units.units, memory, strict=True)
-        if unit.matrix is not None and isinstance(kept.inputs, Spectrum)
-    }
-    found = []
-    for unit, kept in zip(units.units, memory, strict=True):
-        size, other = sizes[unit.layer], inputs.get(unit.layer, jnp.ones(()))
-        begins = jnp.where(size > _NOTHING * other, size, other)
-        first = jnp.where(count == 0, begins, kept.first)
-        size = jnp.where(size > _NOTHING * first, size, first)
-        now = jnp.sqrt(first * size).astype(kept.output.dtype)
-        found.append(kept._replace(first=first.astype(kept.first.dtype), output=now))
-    return found
+    squares = [_total(reading.output_square for reading in layer) for layer in layers]
+    entries = [_total(reading.entries for reading in layer) for layer in layers]
+    of_unit = [unit.layer for unit in units.units]
+    square = _stacked([squares[layer] for layer in of_unit])
+    size = jnp.sqrt(square / jnp.maximum(_stacked([entries[layer] for layer in of_unit]), 1))
+    other = _input_sizes(units, stacks, memory)
+    begins = jnp.where(size > _NOTHING * other, size, other)
+    first = jnp.where(count == 0, begins, memory.first)
+    size = jnp.where(size > _NOTHING * first, size, first)
+    output = jnp.sqrt(first * size).astype(memory.output.dtype)
+    return memory._replace(first=first.astype(memory.first.dtype), output=output)
 
 
-def _with_noise(kept: UnitMemory, batch: _Batch, age: _Age, settings: Requests) -> UnitMemory:
+def _input_sizes(units: Units, stacks: Stacks, memory: Memory) -> Float[Array, " units"]:
+    """For each unit the root of the mean square of its layer's input rows; 1 without any."""
+    found, places, count = [jnp.ones(1, memory.output.dtype)], {}, 1
+    for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
+        shape = stack.shape
+        means = spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
+        found.append(jnp.sqrt(shape.sums(means) / shape.counts).astype(memory.output.dtype))
+        for member, number in enumerate(stack.members):
+            places[number] = count + shape.places(member)[0]
+        count += len(shape.owners)
+    of_layer = {units.units[number].layer: places[number] for number in sorted(places)}
+    return jnp.concatenate(found)[np.asarray([of_layer.get(u.layer, 0) for u in units.units])]
+
+
+def _with_noise(memory: Memory, batch: _Batch, age: _Age) -> Memory:
     """The memory with the noise of this batch taken in."""
-    asked = batch.request(kept)
-    expected = kept.asked * spectrum.inverse(
-        1 - jnp.asarray(batch.way.memory, asked.dtype) ** age.count
-    )
-    mean_square = batch.scale(kept) ** 2 * batch.square / batch.rows
-    surprise = jnp.sum(jnp.square(asked - expected)) * spectrum.inverse(mean_square)
+    new = batch.request(memory)
+    before = -spectrum.inverse(1 - batch.way.remembered(age.count, new.dtype) ** age.count)
+    surprises = []
+    for number, (own, force) in enumerate(zip(memory.units, batch.forces, strict=True)):
+        a, b = (pick(weight, number).astype(own.asked.dtype) for weight in (before, new))
+        surprise = _combined(a, own.asked, b, force)
+        surprises.append(jnp.vdot(surprise, surprise))
+    mean_square = batch.scale(memory) ** 2 * batch.square / batch.rows
     fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
-    noise = fades * kept.noise + (1 - fades) * surprise
-    return kept._replace(noise=noise.astype(asked.dtype))
+    noise = _stacked(surprises) * spectrum.inverse(mean_square)
+    noise = fades * memory.noise + (1 - fades) * noise
+    return memory._replace(noise=noise.astype(memory.noise.dtype))
 
 
 def _damping(
-    unit: Unit,
-    memory: UnitMemory,
-    length: int,
+    strength: np.ndarray,
+    noise: Array,
     trace: Array,
     largest: Array,
     count: Array,
     settings: Requests,
 ) -> Array:
-    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent; with
-    `threshold_rows` for `κ d` where thresholds make the rows.
+    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent; for
+    each of some units.
 
     If the requests of a batch of `N` independent rows were noise, `|m − M|²` would be their mean
     square times `tr C/N`: that is how `N` is measured. Rows that are there twice count once.
     """
-    strength = settings.threshold_rows if unit.reads_thresholds else settings.damping * length
     rows_kept = (1 - settings.rows_memory ** (count + 1)) / (1 - settings.rows_memory)
-    share = memory.noise * spectrum.inverse(trace) / rows_kept
-    return strength * jnp.minimum(share, 1) * largest
+    share = noise * spectrum.inverse(trace) / rows_kept
+    return (jnp.asarray(strength, share.dtype) * jnp.minimum(share, 1)).astype(
+        trace.dtype
+    ) * largest
 
 
-def _readings(
-    problem: Problem, units: Units, state: State, forces: Mapping[int, Array]
-) -> list[list[_Reading]]:
-    """For each unit those of its readers; what reads a layer's operands shares one."""
-    of_layer: dict[int, _Reading] = {}
-    products = [r for unit in units.units for r in unit.readers if r.kind == "product"]
-    for reader in products:
-        node = problem.graph.nodes[problem.graph.slots[reader.slot].node]
-        if node.index not in of_layer:
-            assert reader.matrix is not None
-            assert node.output is not None
-            outputs = problem.values[node.output], forces[node.index]
-            of_layer[node.index] = _reading(*map(reader.matrix.outputs, outputs))
-    found = []
-    for unit in units.units:
-        parts = []
-        for reader in unit.readers:
-            slot = problem.graph.slots[reader.slot]
-            node = problem.graph.nodes[slot.node]
-            if reader.kind == "entries":
-                value, force = problem.values[slot.variable], problem.slot_force(slot, state)
-                if len(slot.producers) > 1:
-                    mask = problem.reads(slot, unit.node)
-                    value, force = value * mask, force * mask
-                parts.append(_reading(value, force))
-                continue
-            if node.index not in of_layer:
-                assert node.output is not None
-                of_layer[node.index] = _reading(problem.values[node.output], forces[node.index])
-            parts.append(of_layer[node.index])
-        found.append(parts)
-    return found
-
-
-def _reading(output: Array, force: Array) -> _Reading:
-    if not force.ndim:
-        force, output = force[None], output[None]
-    # A product with ones: XLA sums rows slowly on a CPU.
-    of_rows = jnp.square(force) @ jnp.ones((force.shape[-1], 1), force.dtype)
-    asked = (of_rows > 0).astype(output.dtype)
-    return _Reading(output, force, asked, jnp.sum(of_rows), jnp.sum(asked))
-
-
-def _renew(
-    problem: Problem,
-    forces: Mapping[int, Array],
-    unit: Unit,
-    readings: Sequence[_Reading],
-    batch: _Batch,
-    kept: UnitMemory,
-    age: _Age,
-    settings: Requests,
-) -> UnitMemory:
-    """The memory with the second moments of this batch's inputs and forces taken in."""
-    rows = batch.rows
-    keep = age.keep(settings.rows_memory).astype(kept.asked.dtype)
-    # The first directions are not yet those of the inputs.
-    iterations = jnp.where(age.count == 0, _FIRST_ITERATIONS, 1)
-    pairs = list(zip(unit.readers, readings, strict=True))
-    inputs: Any
-    if unit.matrix is None:
-        assert isinstance(kept.inputs, jax.Array)
-        diagonal = sum(
-            _diagonal(problem, unit, reader, reading, forces) for reader, reading in pairs
-        )
-        inputs = (keep * kept.inputs + (1 - keep) * diagonal / rows).astype(kept.asked.dtype)
-    else:
-        assert isinstance(kept.inputs, Spectrum)
-        size = unit.matrix.rows
-        products = [(r, reading) for r, reading in pairs if r.kind == "product"]
-        # What has no rows counts as rows in all directions alike.
-        others = sum(
-            jnp.mean(_diagonal(problem, unit, r, reading, forces))
-            for r, reading in pairs
-            if r.kind != "product"
-        )
-        operands = [_other(problem, reader) for reader, _ in products]
-
-        def times(directions: Array) -> Array:
-            total = others * directions
-            for (reader, reading), other in zip(products, operands, strict=True):
-                assert reader.matrix is not None
-                total = total + reader.matrix.moment(other, reading.asked, directions)
-            return total / rows
-
-        trace = sum(
-            reader.matrix.trace(other, reading.asked)  # pyright: ignore
-            for (reader, reading), other in zip(products, operands, strict=True)
-        )
-        inputs = spectrum.renew(
-            kept.inputs, times, (trace + size * others) / rows, keep, iterations
-        )
-    outputs = kept.outputs
-    if outputs is not None:
-        # Where there is no matrix, the forces on the entries are its rows.
-        parts = [reading.force for reader, reading in pairs if reader.kind == "product"]
-        if unit.matrix is None:
-            parts = [batch.force.reshape(-1, batch.force.shape[-1])]
-
-        def pull(directions: Array) -> Array:
-            return sum(jnp.swapaxes(g, -1, -2) @ (g @ directions) for g in parts) / rows
-
-        trace = sum(jnp.sum(jnp.square(g), axis=(-1, -2)) for g in parts) / rows
-        outputs = spectrum.renew(outputs, pull, trace, keep, iterations)
-    return kept._replace(inputs=inputs, outputs=outputs)
-
-
-def _other(problem: Problem, reader: Reader) -> Array:
-    """The value of the operand beside that which a product's reader reads."""
-    slot = problem.graph.slots[reader.slot]
-    rule = problem.graph.nodes[slot.node].rule
-    assert isinstance(rule, LayerSum)
-    assert reader.matrix is not None
-    reference = problem.reference(slot.node)
-    return rule.operand_beside(reader.place, reference)
-
-
-def _diagonal(
-    problem: Problem,
-    unit: Unit,
-    reader: Reader,
-    reading: _Reading,
-    forces: Mapping[int, Array],
-) -> Array:
-    """A bound on `JᵀJ`, in the shape of the unit."""
-    slot = problem.graph.slots[reader.slot]
-    node = problem.graph.nodes[slot.node]
-    if reader.kind == "entries":
-        entries = jnp.broadcast_to(reading.asked, slot.shape)
-    else:
-        assert isinstance(node.rule, LayerSum)
-        force = forces[node.index]
-        asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
-        asked = jnp.broadcast_to(asked, force.shape).astype(force.dtype)
-        entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
-    return problem.pull(slot, unit.node, entries)
+def _strength(unit: Unit, length: int, settings: Requests) -> float:
+    """`κ d`; `threshold_rows` where thresholds make the rows."""
+    return settings.threshold_rows if unit.reads_thresholds else settings.damping * length
 
 
 def _solve(
     problem: Problem,
-    unit: Unit,
-    asked: Array,
-    memory: UnitMemory,
+    units: Units,
+    stacks: Stacks,
+    asked: Sequence[Array],
+    memory: Memory,
     count: Array,
     settings: Requests,
-) -> Array:
-    """`(C + ρ)⁻¹ M`, its columns equalised."""
-    if unit.matrix is None:
-        assert isinstance(memory.inputs, jax.Array)
-        columns = asked.shape[-1] if asked.ndim else 1
-        trace = jnp.sum(memory.inputs) / columns
-        largest = jnp.max(memory.inputs)
-        damping = _damping(unit, memory, asked.size // columns, trace, largest, count, settings)
-        move = asked * spectrum.inverse(memory.inputs + damping)
-        if memory.outputs is not None:
+) -> list[Array]:
+    """`(C + ρ)⁻¹ M` for each unit, its columns equalised."""
+    left, right = {}, {}
+    for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
+        shape = stack.shape
+        own = [units.units[number] for number in stack.members]
+        strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
+        trace = shape.sums(spectra.trace(shape))
+        damping = _damping(
+            np.asarray(strength)[shape.owners], stack.of(memory.noise), trace, spectra.largest,
+            count, settings,
+        )  # fmt: skip
+        left |= stack.sides(spectra, spectrum.resolvent(shape, spectra, damping))
+    for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
+        equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
+        right |= stack.sides(spectra, equaliser)
+    dampings = _dampings(units, memory, count, settings)
+    found = []
+    for number, (unit, ahead) in enumerate(zip(units.units, asked, strict=True)):
+        if unit.matrix is not None:
+            found.append(_solved(problem, unit, left[number], ahead, right[number]))
+            continue
+        diagonal = memory.units[number].diagonal
+        assert diagonal is not None
+        move = ahead * spectrum.inverse(diagonal + dampings[number].astype(diagonal.dtype))
+        if number in right:
             flat = move.reshape(-1, move.shape[-1])
-            move = spectrum.equalise(memory.outputs, flat, settings.equalise).reshape(move.shape)
-        return move
+            move = spectrum.between(None, flat, right[number]).reshape(move.shape)
+        found.append(move)
+    return found
+
+
+def _dampings(units: Units, memory: Memory, count: Array, settings: Requests) -> dict[int, Array]:
+    """`ρ` of the units whose `C` is a diagonal."""
+    found = [(n, d) for n, (_, _, d) in enumerate(memory.units) if d is not None]
+    if not found:
+        return {}
+    columns = [diagonal.shape[-1] if diagonal.ndim else 1 for _, diagonal in found]
+    strength = [_strength(units.units[number], diagonal.size // width, settings)
+                for (number, diagonal), width in zip(found, columns, strict=True)]  # fmt: skip
+    # A product with ones: XLA compiles many kernels for a sum.
+    sums = [jnp.vdot(diagonal, jnp.ones_like(diagonal)) for _, diagonal in found]
+    trace = _stacked(sums) / np.asarray(columns, np.float32)
+    largest = _stacked([jnp.max(diagonal) for _, diagonal in found])
+    noise = memory.noise[np.asarray([number for number, _ in found])]
+    damping = _damping(np.asarray(strength), noise, trace, largest, count, settings)
+    return {number: pick(damping, place) for place, (number, _) in enumerate(found)}
+
+
+def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side) -> Array:
+    """The move of a matrix or kernel."""
     assert unit.slot is not None
-    assert isinstance(memory.inputs, Spectrum)
+    assert unit.matrix is not None
     slot = problem.graph.slots[unit.slot]
     entries = asked if slot.route.direct else slot.route([asked], problem.values)
     matrix = unit.matrix.of(entries)
-
-    trace = jnp.sum(memory.inputs.trace)
-    damping = _damping(
-        unit, memory, unit.matrix.rows, trace, memory.inputs.largest, count, settings
-    )
-    matrix = spectrum.solve(memory.inputs, matrix, damping)
-    assert memory.outputs is not None
-    move = unit.matrix.back(spectrum.equalise(memory.outputs, matrix, settings.equalise))
+    move = unit.matrix.back(spectrum.between(left, matrix, right)).astype(asked.dtype)
     if slot.route.direct:
         return move
     (back,) = slot.route.pull(move.astype(slot.dtype), problem.values)

@@ -1,0 +1,228 @@
+"""The second moments of the rows behind each parameter, and of the forces.
+
+The inputs of a matrix or kernel, and the forces on its outputs, are kept by their largest
+eigenvectors: spectra, stacked over all units in which they have one rank. Of everything else the
+moment is a diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pjax.layer import LayerSum
+from pjax.problem import Problem
+from pjax.projections import spectrum
+from pjax.projections.convolution import Convolution
+from pjax.projections.spectrum import Function, Shape, Side, Spectra
+from pjax.training.readers import Reader, Unit, Units
+from pjax.training.readings import Read, Reading
+
+
+class Stack(NamedTuple):
+    """Spectra of one rank.
+
+    **Attributes:**
+
+    - `shape`: of the stack.
+    - `members`: the number of the unit that each member is of.
+    - `dtype`: of the numbers.
+    """
+
+    shape: Shape
+    members: tuple[int, ...]
+    dtype: Any
+
+    def of(self, numbers: Array) -> Array:
+        """For each spectrum the number of its unit."""
+        return numbers[np.asarray(self.members)[self.shape.owners]].astype(self.dtype)
+
+    def sides(self, spectra: Spectra, function: Function) -> dict[int, Side]:
+        """A function of the spectra, by unit."""
+        return {
+            number: Side.of(self.shape, spectra, function, member)
+            for member, number in enumerate(self.members)
+        }
+
+
+class Stacks(NamedTuple):
+    """The spectra of the inputs and of the outputs of units."""
+
+    inputs: tuple[Stack, ...]
+    outputs: tuple[Stack, ...]
+
+    @classmethod
+    def of(cls, units: Units, values: Sequence[Array], rank: int, output_rank: int) -> Stacks:
+        """Those of units with these values, at most of these ranks."""
+        inputs: dict[Any, list[tuple[int, int, int]]] = {}
+        outputs: dict[Any, list[tuple[int, int, int]]] = {}
+
+        def add(to: Any, number: int, size: int, rank: int, blocks: tuple[int, ...]) -> None:
+            key = min(rank, size), rank >= size, jnp.dtype(values[number].dtype)
+            to.setdefault(key, []).append((number, size, *(blocks or (0,))))
+
+        for number, (unit, value) in enumerate(zip(units.units, values, strict=True)):
+            if unit.matrix is not None:
+                add(inputs, number, unit.matrix.rows, rank, unit.matrix.blocks)
+                add(outputs, number, unit.matrix.columns, output_rank, unit.matrix.blocks)
+            elif value.ndim > 1:
+                add(outputs, number, value.shape[-1], output_rank, ())
+        return cls(*(_stacks(found) for found in (inputs, outputs)))
+
+    def empty(self) -> tuple[tuple[Spectra, ...], tuple[Spectra, ...]]:
+        """Spectra of 0."""
+        inputs, outputs = ([spectrum.empty(s.shape, s.dtype) for s in side] for side in self)
+        return tuple(inputs), tuple(outputs)
+
+
+def _stacks(found: Mapping[Any, Sequence[tuple[int, int, int]]]) -> tuple[Stack, ...]:
+    stacks = []
+    for (rank, _, dtype), members in found.items():
+        numbers, sizes, blocks = zip(*members, strict=True)
+        stacks.append(Stack(Shape(rank, sizes, blocks), numbers, dtype))
+    return tuple(stacks)
+
+
+class Rows(NamedTuple):
+    """What `C` is of in one batch, for one unit.
+
+    **Attributes:**
+
+    - `times`: `U ↦ C U`.
+    - `trace`: `tr C`, for each block.
+    """
+
+    times: Callable[[Array], Array]
+    trace: Array
+
+
+def renewed(
+    stacks: Sequence[Stack],
+    kept: Sequence[Spectra],
+    rows: Mapping[int, Rows],
+    scales: Array,
+    keep: Array,
+    iterations: Any,
+) -> tuple[Spectra, ...]:
+    """Spectra with the rows of this batch taken in.
+
+    **Arguments:**
+
+    - `rows`: by the number of the unit.
+    - `scales`: a factor on the moments of each unit.
+    - `keep`, `iterations`: see `pjax.projections.spectrum.renew`.
+    """
+    found = []
+    for stack, before in zip(stacks, kept, strict=True):
+        own = [rows[number] for number in stack.members]
+
+        def times(vectors: Sequence[Array], own: Sequence[Rows] = own) -> list[Array]:
+            return [part.times(directions) for part, directions in zip(own, vectors, strict=True)]
+
+        scale = stack.of(scales)
+        trace = stack.shape.join([part.trace.astype(stack.dtype) for part in own])
+        found.append(
+            spectrum.renew(
+                stack.shape, before, times, scale * trace, keep.astype(stack.dtype), scale,
+                iterations,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def input_rows(
+    problem: Problem, unit: Unit, found: Sequence[Read], forces: Mapping[int, Array]
+) -> Rows:
+    """The input rows of a unit that is a matrix or a kernel."""
+    assert unit.matrix is not None
+    parts = [
+        (matrix, other, reading.asked)
+        for readers, reading in found
+        for matrix, other in _operands(problem, [r for r in readers if r.kind == "product"])
+    ]
+    # What has no rows counts as rows in all directions alike.
+    others = [
+        jnp.mean(diagonal(problem, unit, reader, reading, forces))
+        for readers, reading in found
+        for reader in readers
+        if reader.kind != "product"
+    ]
+
+    def times(directions: Array) -> Array:
+        total: Any = sum(m.moment(other, asked, directions) for m, other, asked in parts)
+        return total + sum(others) * directions if others else total
+
+    trace: Any = sum(matrix.trace(other, asked) for matrix, other, asked in parts)
+    return Rows(times, trace + unit.matrix.rows * sum(others) if others else trace)
+
+
+def _operands(problem: Problem, readers: Sequence[Reader]) -> list[tuple[Any, Array]]:
+    """The rows that products have beside the operand that readers read: those of all as one."""
+    found = [(reader.matrix, _other(problem, reader)) for reader in readers]
+    if not found or isinstance(found[0][0].operation, Convolution):  # pyright: ignore
+        return found
+    rows = [matrix.inputs(other) for matrix, other in found]  # pyright: ignore
+    joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-2)
+    return [(_Dense(), joined)]
+
+
+class _Dense:
+    """Rows as they are."""
+
+    def moment(self, rows: Array, asked: Array, directions: Array) -> Array:
+        return jnp.swapaxes(rows, -1, -2) @ (asked * (rows @ directions))
+
+    def trace(self, rows: Array, asked: Array) -> Array:
+        return jnp.sum(jnp.square(rows) * asked, axis=(-1, -2))
+
+
+def force_rows(unit: Unit, found: Sequence[Read], force: Array) -> Rows:
+    """The forces on the outputs of a unit; where there is no matrix, those on its entries."""
+    parts = [part.reading.force for part in found if part.readers[0].kind == "product"]
+    if unit.matrix is None:
+        parts = [force.reshape(-1, force.shape[-1])]
+
+    def times(directions: Array) -> Array:
+        total: Any = sum(jnp.swapaxes(g, -1, -2) @ (g @ directions) for g in parts)
+        return total
+
+    trace: Any = sum(jnp.sum(jnp.square(g), axis=(-1, -2)) for g in parts)
+    return Rows(times, trace)
+
+
+def _other(problem: Problem, reader: Reader) -> Array:
+    """The value of the operand beside that which a product's reader reads."""
+    slot = problem.graph.slots[reader.slot]
+    rule = problem.graph.nodes[slot.node].rule
+    assert isinstance(rule, LayerSum)
+    assert reader.matrix is not None
+    reference = problem.reference(slot.node)
+    return rule.operand_beside(reader.place, reference)
+
+
+def diagonal(
+    problem: Problem,
+    unit: Unit,
+    reader: Reader,
+    reading: Reading,
+    forces: Mapping[int, Array],
+) -> Array:
+    """A bound on `JᵀJ`, in the shape of the unit."""
+    slot = problem.graph.slots[reader.slot]
+    node = problem.graph.nodes[slot.node]
+    if reader.kind == "entries":
+        entries = jnp.broadcast_to(reading.asked, slot.shape)
+    else:
+        assert isinstance(node.rule, LayerSum)
+        force = forces[node.index]
+        asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
+        asked = jnp.broadcast_to(asked, force.shape).astype(force.dtype)
+        entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
+    return problem.pull(slot, unit.node, entries)
+
+
+__all__ = ["Rows", "Stack", "Stacks", "diagonal", "force_rows", "input_rows", "renewed"]

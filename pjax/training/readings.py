@@ -1,0 +1,136 @@
+"""What the readers of parameters made in one batch, and the forces on it.
+
+What reads the operands of a layer shares one reading, and so do the steps of a loop: their rows are
+one array, since they ask for moves of one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pjax.problem import Problem, State
+from pjax.projections.convolution import Convolution
+from pjax.training.readers import Matrix, Reader, Units
+
+
+class Reading(NamedTuple):
+    """Readers in one batch.
+
+    **Attributes:**
+
+    - `output`, `force`: of the readers and on them, as rows.
+    - `asked`: 1 for each row with a force, else 0: others take no part, as if they were not there.
+    - `square`: the sum of the squares of the forces.
+    - `rows`: how many rows are asked.
+    """
+
+    output: Array
+    force: Array
+    asked: Array
+    square: Array
+    rows: Array
+
+    @property
+    def entries(self) -> Array:
+        """How many entries the rows that are asked have."""
+        return self.rows * self.force.shape[-1]
+
+    @property
+    def output_square(self) -> Array:
+        """The sum of the squares of the outputs that are asked."""
+        return jnp.sum(jnp.square(self.output) * self.asked)
+
+
+class Read(NamedTuple):
+    """One reading of a unit, and the readers whose rows it has."""
+
+    readers: tuple[Reader, ...]
+    reading: Reading
+
+
+def readings(
+    problem: Problem, units: Units, state: State, forces: Mapping[int, Array]
+) -> list[list[Read]]:
+    """For each unit those of its readers."""
+    nodes = _Nodes(problem, units, forces)
+    found = []
+    for unit in units.units:
+        parts: dict[Any, tuple[list[Reader], Reading]] = {}
+        for reader in unit.readers:
+            slot = problem.graph.slots[reader.slot]
+            if reader.kind == "entries":
+                value, force = problem.values[slot.variable], problem.slot_force(slot, state)
+                if len(slot.producers) > 1:
+                    mask = problem.reads(slot, unit.node)
+                    value, force = value * mask, force * mask
+                parts["entries", reader.slot] = [reader], _reading(value, force)
+                continue
+            key = nodes.key(slot.node)
+            if key not in parts:
+                parts[key] = [], nodes.reading(key)
+            parts[key][0].append(reader)
+        found.append([Read(tuple(readers), reading) for readers, reading in parts.values()])
+    return found
+
+
+class _Nodes:
+    """The readings of layers: one for all nodes that the same units read in the same form."""
+
+    def __init__(self, problem: Problem, units: Units, forces: Mapping[int, Array]) -> None:
+        self._problem, self._forces = problem, forces
+        self._matrices: dict[int, Matrix] = {}
+        read_by: dict[int, set[int]] = {}
+        for number, unit in enumerate(units.units):
+            for reader in unit.readers:
+                if reader.kind != "entries":
+                    node = problem.graph.slots[reader.slot].node
+                    read_by.setdefault(node, set()).add(number)
+                    if reader.matrix is not None:
+                        self._matrices.setdefault(node, reader.matrix)
+        self._keys: dict[int, Any] = {}
+        self._members: dict[Any, list[int]] = {}
+        self._found: dict[Any, Reading] = {}
+        for node, numbers in read_by.items():
+            matrix, key = self._matrices.get(node), (node,)
+            if matrix is not None and not isinstance(matrix.operation, Convolution):
+                place = problem.graph.nodes[node].output
+                dtype = problem.values[place].dtype  # pyright: ignore
+                key = (*sorted(numbers), matrix.blocks, matrix.columns, dtype)
+            self._keys[node] = key
+            self._members.setdefault(key, []).append(node)
+
+    def key(self, node: int) -> Any:
+        return self._keys[node]
+
+    def reading(self, key: Any) -> Reading:
+        if key not in self._found:
+            rows = [self._rows(node) for node in self._members[key]]
+            output, force = (
+                part[0] if len(part) == 1 else jnp.concatenate(part, axis=-2)
+                for part in zip(*rows, strict=True)
+            )
+            self._found[key] = _reading(output, force)
+        return self._found[key]
+
+    def _rows(self, node: int) -> tuple[Array, Array]:
+        """The output of a node and the force on it."""
+        place, matrix = self._problem.graph.nodes[node].output, self._matrices.get(node)
+        assert place is not None
+        both = self._problem.values[place], self._forces[node]
+        return both if matrix is None else (matrix.outputs(both[0]), matrix.outputs(both[1]))
+
+
+def _reading(output: Array, force: Array) -> Reading:
+    if not force.ndim:
+        force, output = force[None], output[None]
+    # A product with ones: XLA sums rows slowly on a CPU.
+    of_rows = jnp.square(force) @ jnp.ones((force.shape[-1], 1), force.dtype)
+    asked = (of_rows > 0).astype(output.dtype)
+    return Reading(output, force, asked, jnp.sum(of_rows), jnp.sum(asked))
+
+
+__all__ = ["Read", "Reading", "readings"]
