@@ -27,6 +27,7 @@ parameters, and most of the time that XLA takes to compile a step is that of dif
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax import _compat
+from pjax._compat import one_kernel
 
 #: A factor on the rounding error that orthonormal columns are found beside.
 _SHIFT = 4
@@ -99,7 +100,11 @@ class Shape:
         first, count = self.places(member)
         if self.blocks and self.blocks[member]:
             return stack[first : first + count]
-        return pick(stack, first)
+        return stack[first]
+
+    def split(self, stack: Array) -> list[Array]:
+        """The parts of all members, see `of`; within one kernel, since each is a kernel else."""
+        return [self.of(stack, member) for member in range(len(self.sizes))]
 
     def join(self, parts: Sequence[Array]) -> Array:
         """An array for all spectra from those of members."""
@@ -173,39 +178,66 @@ def renew(
         for `keep = 0`.
     """
     dtype = before.values.dtype
-    total = keep * before.trace(shape) + (1 - keep) * trace
-    # Matrices of trace 1: their squares are within the range of numbers.
-    unit = jnp.where(total > 0, total, 1)
-    share = (1 - keep) * scale / unit
-    # What is nowhere in the rows keeps its direction.
-    tiny = jnp.asarray(jnp.finfo(dtype).eps, dtype)
-    kept = keep * before.values / unit[:, None] + tiny
+
+    def weights(spectra: Spectra, trace: Array, keep: Array, scale: Array) -> Any:
+        total = keep * spectra.trace(shape) + (1 - keep) * trace
+        # Matrices of trace 1: their squares are within the range of numbers. What is nowhere in the
+        # rows keeps its direction.
+        unit = jnp.where(total > 0, total, 1)
+        kept = keep * spectra.values / unit[:, None] + _tiny(dtype)
+        return total, shape.split(kept), shape.split((1 - keep) * scale / unit)
+
+    small = before._replace(vectors=()), trace, jnp.asarray(keep, dtype), scale
+    total, kept, shares = one_kernel(weights)(*small)
 
     def step(_: Any, found: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
         vectors = found[0]
         products = [
-            (u * shape.of(kept, i)[..., None, :] + new * shape.of(share, i)[..., None, None])
-            for i, (u, new) in enumerate(zip(vectors, times(vectors), strict=True))
+            (u * own[..., None, :] + new * share[..., None, None]).astype(dtype)
+            for u, new, own, share in zip(vectors, times(vectors), kept, shares, strict=True)
         ]
-        products = [product.astype(dtype) for product in products]
-        inside = shape.join([_gram(u, p) for u, p in zip(vectors, products, strict=True)])
-        values, turn = jnp.linalg.eigh((inside + jnp.swapaxes(inside, -1, -2)) / 2)
-        # The largest first, which are then the ones that others are made orthogonal to.
-        values, turn = jnp.maximum(values[..., ::-1] - tiny, 0), turn[..., ::-1]
+        inside = one_kernel(functools.partial(_symmetric, shape))(
+            [_gram(u, p) for u, p in zip(vectors, products, strict=True)]
+        )
+        turn, values = jax.lax.linalg.eigh(inside, symmetrize_input=False)
+        turns, values = one_kernel(functools.partial(_largest_first, shape))(turn, values, total)
         if shape.full:
-            new = [u @ shape.of(turn, i) for i, u in enumerate(vectors)]
+            new = [u @ turn for u, turn in zip(vectors, turns, strict=True)]
         else:
-            new = orthonormal(shape, [p @ shape.of(turn, i) for i, p in enumerate(products)])
-        return tuple(new), values * jnp.where(total > 0, total, 0)[:, None]
+            columns = [p @ turn for p, turn in zip(products, turns, strict=True)]
+            new = orthonormal(shape, columns)
+        return tuple(new), values
 
     start = before.vectors, before.values
     once = isinstance(iterations, int) and iterations == 1
     vectors, values = step(0, start) if once else jax.lax.fori_loop(0, iterations, step, start)
-    rest = jnp.zeros_like(before.rest)
-    if not shape.full:
-        others = (shape.lengths - shape.rank).astype(dtype)
-        rest = jnp.maximum(total - jnp.sum(values, axis=-1), 0) / others
-    return Spectra(vectors, values, rest.astype(before.rest.dtype))
+    return Spectra(vectors, values, one_kernel(functools.partial(_rest, shape))(total, values))
+
+
+def _tiny(dtype: Any) -> Array:
+    return jnp.asarray(jnp.finfo(dtype).eps, dtype)
+
+
+def _symmetric(shape: Shape, parts: Sequence[Array]) -> Array:
+    inside = shape.join(parts)
+    return (inside + jnp.swapaxes(inside, -1, -2)) / 2
+
+
+def _largest_first(
+    shape: Shape, turn: Array, values: Array, total: Array
+) -> tuple[list[Array], Array]:
+    """Eigenvectors for each member, the largest first, which are then the ones that others are made
+    orthogonal to; and the eigenvalues of matrices of this trace.
+    """
+    values = jnp.maximum(values[..., ::-1] - _tiny(values.dtype), 0)
+    return shape.split(turn[..., ::-1]), values * jnp.maximum(total, 0)[:, None]
+
+
+def _rest(shape: Shape, total: Array, values: Array) -> Array:
+    if shape.full:
+        return jnp.zeros_like(total)
+    others = (shape.lengths - shape.rank).astype(total.dtype)
+    return jnp.maximum(total - jnp.sum(values, axis=-1), 0) / others
 
 
 def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
@@ -216,20 +248,26 @@ def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
 
     **Source:** Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa (2020), shifted Cholesky QR.
     """
-    found = list(columns)
     shift = _SHIFT * shape.rank * float(jnp.finfo(columns[0].dtype).eps)
-    ones = jnp.eye(shape.rank, dtype=columns[0].dtype)
-    for _ in range(_PASSES):
-        gram = shape.join([_gram(column, column) for column in found])
-        size = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+
+    def scaled(parts: Sequence[Array]) -> tuple[Array, Array, Array]:
+        gram = shape.join(parts)
+        ones = jnp.eye(shape.rank, dtype=gram.dtype)
+        size = jax.lax.rsqrt(jnp.sum(gram * ones, axis=-1))
         gram = gram * size[..., None, :] * size[..., :, None] + shift * ones
-        factor = jax.lax.linalg.cholesky(gram * (1 / (1 + shift)), symmetrize_input=False)
-        turn = jax.lax.linalg.triangular_solve(
-            factor, jnp.broadcast_to(ones, factor.shape), left_side=True, lower=True
-        )
-        turn = jnp.swapaxes(turn * size[..., None, :], -1, -2)
-        found = [column @ shape.of(turn, i) for i, column in enumerate(found)]
-    return found
+        return gram * (1 / (1 + shift)), size, jnp.broadcast_to(ones, gram.shape)
+
+    def split(turn: Array, size: Array) -> list[Array]:
+        return shape.split(jnp.swapaxes(turn * size[..., None, :], -1, -2))
+
+    def once(_: int, found: Sequence[Array]) -> list[Array]:
+        gram, size, ones = one_kernel(scaled)([_gram(column, column) for column in found])
+        factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+        turn = jax.lax.linalg.triangular_solve(factor, ones, left_side=True, lower=True)
+        turns = one_kernel(split)(turn, size)
+        return [column @ turn for column, turn in zip(found, turns, strict=True)]
+
+    return jax.lax.fori_loop(0, _PASSES, once, list(columns))
 
 
 def _gram(left: Array, right: Array) -> Array:
@@ -300,11 +338,6 @@ class Side(NamedTuple):
     inside: Array
     outside: Array | None
 
-    @classmethod
-    def of(cls, shape: Shape, spectra: Spectra, function: Function, member: int) -> Side:
-        outside = None if shape.full else shape.of(function.outside, member)[..., None, None]
-        return cls(spectra.vectors[member], shape.of(function.inside, member), outside)
-
 
 def between(left: Side | None, matrix: Array, right: Side) -> Array:
     """`F M G`, with functions `F` and `G` of two spectra on both sides of a matrix.
@@ -332,17 +365,6 @@ def between(left: Side | None, matrix: Array, right: Side) -> Array:
     return found + left.outside * (part if right.outside is None else right.outside * matrix + part)
 
 
-def pick(stack: Array, number: int) -> Array:
-    """`stack[number]`.
-
-    XLA compiles a kernel for each place that is read, but one for all sums of what a mask leaves.
-    """
-    if len(stack) == 1 or _compat.launches_kernels():
-        return stack[number]
-    mask = (np.arange(len(stack)) == number).reshape(-1, *(1,) * (stack.ndim - 1))
-    return jnp.sum(jnp.where(mask, stack, 0), axis=0)
-
-
 def inverse(value: Array) -> Array:
     """`1/value`, 0 where it is not positive."""
     return jnp.where(value > 0, 1 / jnp.where(value > 0, value, 1), 0)
@@ -350,5 +372,5 @@ def inverse(value: Array) -> Array:
 
 __all__ = [
     "Function", "Shape", "Side", "Spectra", "between", "empty", "equaliser", "inverse",
-    "orthonormal", "pick", "renew", "resolvent",
+    "orthonormal", "renew", "resolvent",
 ]  # fmt: skip

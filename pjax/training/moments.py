@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pjax._compat import one_kernel
 from pjax.layer import LayerSum
 from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.convolution import Convolution
-from pjax.projections.spectrum import Function, Shape, Side, Spectra
+from pjax.projections.spectrum import Function, Shape, Spectra
 from pjax.training.readers import Reader, Unit, Units
 from pjax.training.readings import Read, Reading
 
@@ -41,12 +42,19 @@ class Stack(NamedTuple):
         """For each spectrum the number of its unit."""
         return numbers[np.asarray(self.members)[self.shape.owners]].astype(self.dtype)
 
-    def sides(self, spectra: Spectra, function: Function) -> dict[int, Side]:
-        """A function of the spectra, by unit."""
+    def split(self, function: Function) -> dict[int, Part]:
+        """A function's numbers by unit; within one kernel."""
+        outside = None if self.shape.full else self.shape.split(function.outside)
         return {
-            number: Side.of(self.shape, spectra, function, member)
-            for member, number in enumerate(self.members)
+            number: (inside, None if outside is None else outside[member][..., None, None])
+            for member, (number, inside) in enumerate(
+                zip(self.members, self.shape.split(function.inside), strict=True)
+            )
         }
+
+
+#: What a function of a spectrum is inside and outside of its eigenvectors.
+Part = tuple[Array, Array | None]
 
 
 class Stacks(NamedTuple):
@@ -123,14 +131,16 @@ def renewed(
         def times(vectors: Sequence[Array], own: Sequence[Rows] = own) -> list[Array]:
             return [part.times(directions) for part, directions in zip(own, vectors, strict=True)]
 
-        scale = stack.of(scales)
-        trace = stack.shape.join([part.trace.astype(stack.dtype) for part in own])
+        def scaled(scales: Array, traces: Sequence[Array], stack: Stack = stack) -> Any:
+            scale = stack.of(scales)
+            return scale, scale * stack.shape.join([trace.astype(stack.dtype) for trace in traces])
+
+        scale, trace = one_kernel(scaled)(scales, [part.trace for part in own])
         found.append(
             spectrum.renew(
-                stack.shape, before, times, scale * trace, keep.astype(stack.dtype), scale,
-                iterations,
+                stack.shape, before, times, trace, keep.astype(stack.dtype), scale, iterations
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pjax._compat import one_kernel
 from pjax.problem import Problem, State
-from pjax.projections import scaling, spectrum
-from pjax.projections.spectrum import Side, Spectra, pick
+from pjax.projections import spectrum
+from pjax.projections.spectrum import Side, Spectra
 from pjax.training import moments
-from pjax.training.moments import Stacks
+from pjax.training.moments import Part, Stack, Stacks
 from pjax.training.readers import Unit, Units
 from pjax.training.readings import Read, Reading, readings
 
@@ -113,6 +114,14 @@ class Memory(NamedTuple):
     renewed: Array
     pace: Array
 
+    def small(self) -> Memory:
+        """What there is of numbers, without the arrays of units."""
+        inputs, outputs = (
+            tuple(spectra._replace(vectors=()) for spectra in side)
+            for side in (self.inputs, self.outputs)
+        )
+        return self._replace(units=(), inputs=inputs, outputs=outputs)
+
 
 #: Moments are renewed in each of so many first batches, then so often until `every` is reached.
 _FIRST = 4
@@ -187,29 +196,94 @@ def moves(
     soon = (count < _FIRST) | ((count < settings.every) & (count % _FIRST == 0))
     refresh = soon | (count % settings.every == 0)
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
-    pace = _pace(units, memory, batch, count, settings)
-    # Means of requests, and what they will be if the next batch asks for the same: Nesterov's look
-    # ahead.
-    keep, new = way.remembered(count, memory.force.dtype), batch.request(memory)
-    done = 1 / (1 - keep**2 * keep**count)
-    weights = keep, (1 - keep) * new, keep**2 * done, (1 - keep**2) * new * done
-    ahead, kept = [], []
-    for number, (own, force) in enumerate(zip(memory.units, unit_forces, strict=True)):
-        a, b, c, d = (pick(weight, number).astype(own.asked.dtype) for weight in weights)
-        ahead.append(_combined(c, own.asked, d, force))
-        kept.append(own._replace(asked=_combined(a, own.asked, b, force)))
-    memory = memory._replace(units=tuple(kept), force=batch.largest, pace=pace)
-    found = _solve(problem, units, stacks, ahead, memory, count, settings)
-    new_units = [own._replace(move=move) for own, move in zip(kept, found, strict=True)]
+    products = [
+        (jnp.vdot(own.move, force), jnp.vdot(own.move, own.asked))
+        for unit, own, force in zip(units.units, memory.units, unit_forces, strict=True)
+        if not unit.latent
+    ]
+    found = [own.diagonal for own in memory.units if own.diagonal is not None]
+    diagonals = [_Diagonal.of(diagonal) for diagonal in found]
+    lengths = [math.prod(diagonal.shape[:-1]) for diagonal in found]
+
+    def planned(*args: Any) -> _Plan:  # of numbers
+        return _planned(units, stacks, way, lengths, *args, settings)
+
+    small = memory.small(), batch._replace(forces=(), way=()), products, diagonals, count
+    plan = one_kernel(planned)(*small)
+    kept = [
+        own._replace(asked=_combined(weights, own.asked, force))
+        for own, force, weights in zip(memory.units, unit_forces, plan.kept, strict=True)
+    ]
+    ahead = [
+        _combined(weights, own.asked, force)
+        for own, force, weights in zip(memory.units, unit_forces, plan.ahead, strict=True)
+    ]
+    found = _solve(problem, units, stacks, ahead, memory, plan)
     moved = {
-        unit.node: move if unit.latent else pace * move
+        unit.node: move if unit.latent else plan.pace * move
         for unit, move in zip(units.units, found, strict=True)
     }
-    return moved, memory._replace(units=tuple(new_units))
+    new = tuple(own._replace(move=move) for own, move in zip(kept, found, strict=True))
+    return moved, memory._replace(units=new, force=batch.largest, pace=plan.pace)
 
 
-def _combined(a: Array, x: Array, b: Array, y: Array) -> Array:
+class _Plan(NamedTuple):
+    """What the move of each unit is made of: numbers, for the arrays of units.
+
+    **Attributes:**
+
+    - `pace`: see `_pace`.
+    - `kept`, `ahead`: weights of the request so far and of the force, in the mean and in what it
+        will be if the next batch asks for the same: Nesterov's look ahead.
+    - `inputs`, `outputs`: functions of spectra, by the number of the unit.
+    - `dampings`: of units whose `C` is a diagonal, by number.
+    """
+
+    pace: Array
+    kept: list[tuple[Array, Array]]
+    ahead: list[tuple[Array, Array]]
+    inputs: dict[int, Part]
+    outputs: dict[int, Part]
+    dampings: dict[int, Array]
+
+
+def _planned(
+    units: Units,
+    stacks: Stacks,
+    way: _Way,
+    lengths: Sequence[int],
+    memory: Memory,
+    batch: _Batch,
+    products: Sequence[tuple[Array, Array]],
+    diagonals: Sequence[_Diagonal],
+    count: Array,
+    settings: Requests,
+) -> _Plan:
+    batch = batch._replace(way=way)
+    keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
+    done = 1 / (1 - keep**2 * keep**count)
+    pace = _pace(units, memory, batch, products, count, settings)
+    kept = zip(keep, (1 - keep) * new, strict=True)
+    ahead = zip(keep**2 * done, (1 - keep**2) * new * done, strict=True)
+    inputs, outputs = {}, {}
+    for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
+        shape = stack.shape
+        own = [units.units[number] for number in stack.members]
+        strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
+        trace, noise = shape.sums(spectra.trace(shape)), stack.of(memory.noise)
+        each = np.asarray(strength)[shape.owners]
+        damping = _damping(each, noise, trace, spectra.largest, count, settings)
+        inputs |= stack.split(spectrum.resolvent(shape, spectra, damping))
+    for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
+        equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
+        outputs |= stack.split(equaliser)
+    dampings = _dampings(units, memory, diagonals, lengths, count, settings)
+    return _Plan(pace, list(kept), list(ahead), inputs, outputs, dampings)
+
+
+def _combined(weights: tuple[Array, Array], x: Array, y: Array) -> Array:
     """`a x + b y`: one kernel for all that is made of two arrays of one shape."""
+    a, b = (weight.astype(x.dtype) for weight in weights)
     return (a * x + b * y).astype(x.dtype)
 
 
@@ -222,7 +296,14 @@ def _layers(units: Units, reads: Sequence[Sequence[Read]]) -> list[list[Reading]
     return [list(found[layer].values()) for layer in range(units.layers)]
 
 
-def _pace(units: Units, memory: Memory, batch: _Batch, count: Array, settings: Requests) -> Array:
+def _pace(
+    units: Units,
+    memory: Memory,
+    batch: _Batch,
+    products: Sequence[tuple[Array, Array]],
+    count: Array,
+    settings: Requests,
+) -> Array:
     """The share of their length that moves are given.
 
     Along the last move this batch asks for more (a positive product of force and move) or for less.
@@ -232,22 +313,17 @@ def _pace(units: Units, memory: Memory, batch: _Batch, count: Array, settings: R
     a threshold makes of parameters does not move as it is asked, and takes no part; beside it
     nothing is tolerated.
     """
-    own = [number for number, unit in enumerate(units.units) if not unit.latent]
+    own = np.asarray([n for n, unit in enumerate(units.units) if not unit.latent], int)
     agreement: Any = 0.0
-    if own:
-        kept = [memory.units[number] for number in own]
-        pairs = zip(kept, (batch.forces[number] for number in own), strict=True)
-        met = jnp.sum(_stacked([jnp.vdot(unit.move, force) for unit, force in pairs]))
-        remembered = _stacked([jnp.vdot(unit.move, unit.asked) for unit in kept])
-        done = 1 - batch.way.remembered(count, memory.force.dtype) ** count
+    if len(own):
+        met, remembered = (_stacked(part) for part in zip(*products, strict=True))
+        done = 1 - jnp.asarray(batch.way.memory, memory.force.dtype) ** count
         force = spectrum.inverse(batch.scale(memory) * done) * batch.rows
-        if len(own) < len(units.units):
-            force = force[np.asarray(own)]
-        expected = jnp.sum(force * remembered)
+        met, expected = jnp.sum(met), jnp.sum(force[own] * remembered)
         agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
     tolerated = _TOLERATED if len(own) == len(units.units) else 0.0
     pace = memory.pace * jnp.exp(settings.pacing * (agreement + tolerated))
-    return scaling.once(jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype))
+    return jnp.clip(pace, _SLOWEST, 1).astype(memory.pace.dtype)
 
 
 class _Age(NamedTuple):
@@ -281,12 +357,6 @@ class _Way(NamedTuple):
         ]
         return cls(*np.asarray(ways).T)
 
-    def remembered(self, count: Array, dtype: Any) -> Array:
-        """The share that is kept of the requests before, as numbers that XLA does not know: it
-        would compile kernels for each of them.
-        """
-        return jnp.where(count < 0, 0, jnp.asarray(self.memory, dtype))
-
 
 class _Batch(NamedTuple):
     """What one batch asks of units.
@@ -317,15 +387,21 @@ class _Batch(NamedTuple):
         way: _Way,
         settings: Requests,
     ) -> _Batch:
-        squares = [_total(reading.square for reading in layer) for layer in layers]
-        entries = [_total(reading.entries for reading in layer) for layer in layers]
-        of_unit = [unit.layer for unit in units.units]
-        square = _stacked([squares[layer] for layer in of_unit])
-        most = jnp.maximum(_stacked([entries[layer] for layer in of_unit]), 1)
-        loudness = jnp.sqrt(square / most).astype(memory.force.dtype)
-        rows = _stacked([_total(part.reading.rows for part in parts) for parts in reads])
-        largest = jnp.maximum(settings.forget * memory.force, loudness)
-        return cls(forces, jnp.maximum(rows, 1), largest, square, way)
+        def sums(layers: Any, rows: Any, before: Array) -> tuple[Array, ...]:
+            square = _stacked(
+                [_total(square for square, _ in layers[u.layer]) for u in units.units]
+            )
+            entries = [_total(entries for _, entries in layers[u.layer]) for u in units.units]
+            loudness = jnp.sqrt(square / jnp.maximum(_stacked(entries), 1))
+            largest = jnp.maximum(settings.forget * before, loudness.astype(before.dtype))
+            return jnp.maximum(_stacked([_total(part) for part in rows]), 1), largest, square
+
+        rows, largest, square = one_kernel(sums)(
+            [[(reading.square, reading.entries) for reading in layer] for layer in layers],
+            [[part.reading.rows for part in parts] for parts in reads],
+            memory.force,
+        )
+        return cls(forces, rows, largest, square, way)
 
     def scale(self, memory: Memory) -> Float[Array, " units"]:
         """From a force to a request."""
@@ -363,7 +439,11 @@ def _renew(
     # The first directions are not yet those of the inputs.
     iterations = jnp.where(age.count == 0, _FIRST_ITERATIONS, 1)
     inputs, outputs, kept = {}, {}, []
-    shares = (1 - keep) / batch.rows
+
+    def weights(keep: Array, rows: Array) -> tuple[Array, list[tuple[Array, Array]]]:
+        return 1 / rows, [(keep, share) for share in (1 - keep) / rows]
+
+    scales, combined = one_kernel(weights)(keep, batch.rows)
     for number, (unit, parts, own) in enumerate(zip(units.units, reads, memory.units, strict=True)):
         if own.diagonal is None:
             inputs[number] = moments.input_rows(problem, unit, parts, forces)
@@ -373,12 +453,11 @@ def _renew(
                 for readers, reading in parts
                 for reader in readers
             )
-            a, b = (x.astype(own.asked.dtype) for x in (keep, pick(shares, number)))
-            own = own._replace(diagonal=_combined(a, own.diagonal, b, diagonal))
+            own = own._replace(diagonal=_combined(combined[number], own.diagonal, diagonal))
         kept.append(own)
         if own.diagonal is None or own.asked.ndim > 1:
             outputs[number] = moments.force_rows(unit, parts, batch.forces[number])
-    args = 1 / batch.rows, keep, iterations
+    args = scales, keep, iterations
     return memory._replace(
         units=tuple(kept),
         inputs=moments.renewed(stacks.inputs, memory.inputs, inputs, *args),
@@ -397,17 +476,20 @@ def _with_sizes(
 
     What begins at zero has no size of its own: that of its input has to do.
     """
-    squares = [_total(reading.output_square for reading in layer) for layer in layers]
-    entries = [_total(reading.entries for reading in layer) for layer in layers]
-    of_unit = [unit.layer for unit in units.units]
-    square = _stacked([squares[layer] for layer in of_unit])
-    size = jnp.sqrt(square / jnp.maximum(_stacked([entries[layer] for layer in of_unit]), 1))
-    other = _input_sizes(units, stacks, memory)
-    begins = jnp.where(size > _NOTHING * other, size, other)
-    first = jnp.where(count == 0, begins, memory.first)
-    size = jnp.where(size > _NOTHING * first, size, first)
-    output = jnp.sqrt(first * size).astype(memory.output.dtype)
-    return memory._replace(first=first.astype(memory.first.dtype), output=output)
+
+    def sizes(layers: Any, memory: Memory, count: Array) -> tuple[Array, Array]:
+        square = _stacked([_total(square for square, _ in layers[u.layer]) for u in units.units])
+        entries = [_total(entries for _, entries in layers[u.layer]) for u in units.units]
+        size = jnp.sqrt(square / jnp.maximum(_stacked(entries), 1))
+        other = _input_sizes(units, stacks, memory)
+        begins = jnp.where(size > _NOTHING * other, size, other)
+        first = jnp.where(count == 0, begins, memory.first).astype(memory.first.dtype)
+        size = jnp.where(size > _NOTHING * first, size, first)
+        return first, jnp.sqrt(first * size).astype(memory.output.dtype)
+
+    parts = [[(reading.output_square, reading.entries) for reading in layer] for layer in layers]
+    first, output = one_kernel(sizes)(parts, memory.small(), count)
+    return memory._replace(first=first, output=output)
 
 
 def _input_sizes(units: Units, stacks: Stacks, memory: Memory) -> Float[Array, " units"]:
@@ -426,18 +508,29 @@ def _input_sizes(units: Units, stacks: Stacks, memory: Memory) -> Float[Array, "
 
 def _with_noise(memory: Memory, batch: _Batch, age: _Age) -> Memory:
     """The memory with the noise of this batch taken in."""
-    new = batch.request(memory)
-    before = -spectrum.inverse(1 - batch.way.remembered(age.count, new.dtype) ** age.count)
-    surprises = []
-    for number, (own, force) in enumerate(zip(memory.units, batch.forces, strict=True)):
-        a, b = (pick(weight, number).astype(own.asked.dtype) for weight in (before, new))
-        surprise = _combined(a, own.asked, b, force)
-        surprises.append(jnp.vdot(surprise, surprise))
-    mean_square = batch.scale(memory) ** 2 * batch.square / batch.rows
-    fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
-    noise = _stacked(surprises) * spectrum.inverse(mean_square)
-    noise = fades * memory.noise + (1 - fades) * noise
-    return memory._replace(noise=noise.astype(memory.noise.dtype))
+    way = batch.way
+
+    def weights(memory: Memory, batch: _Batch, count: Array) -> list[tuple[Array, Array]]:
+        new = batch._replace(way=way).request(memory)
+        before = spectrum.inverse(1 - jnp.asarray(way.memory, new.dtype) ** count)
+        return list(zip(-before, new, strict=True))
+
+    def noise(memory: Memory, batch: _Batch, age: _Age, squares: Sequence[Array]) -> Array:
+        scale = batch._replace(way=way).scale(memory)
+        mean_square = scale**2 * batch.square / batch.rows
+        fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
+        surprise = _stacked(squares) * spectrum.inverse(mean_square)
+        return (fades * memory.noise + (1 - fades) * surprise).astype(memory.noise.dtype)
+
+    small = memory.small(), batch._replace(forces=(), way=())
+    surprises = [
+        _combined(own_weights, own.asked, force)
+        for own, force, own_weights in zip(
+            memory.units, batch.forces, one_kernel(weights)(*small, age.count), strict=True
+        )
+    ]
+    squares = [jnp.vdot(surprise, surprise) for surprise in surprises]
+    return memory._replace(noise=one_kernel(noise)(*small, age, squares))
 
 
 def _damping(
@@ -466,39 +559,59 @@ def _strength(unit: Unit, length: int, settings: Requests) -> float:
     return settings.threshold_rows if unit.reads_thresholds else settings.damping * length
 
 
+class _Diagonal(NamedTuple):
+    """A `C` that is a diagonal, in the shape of a unit: `tr C` and the largest entry."""
+
+    trace: Array
+    largest: Array
+
+    @classmethod
+    def of(cls, diagonal: Array) -> _Diagonal:
+        # A product with ones: XLA compiles many kernels for a sum.
+        total = jnp.vdot(diagonal, jnp.ones_like(diagonal))
+        return cls(total / (diagonal.shape[-1] if diagonal.ndim else 1), jnp.max(diagonal))
+
+
+def _dampings(
+    units: Units,
+    memory: Memory,
+    diagonals: Sequence[_Diagonal],
+    lengths: Sequence[int],
+    count: Array,
+    settings: Requests,
+) -> dict[int, Array]:
+    """`ρ` of the units whose `C` is a diagonal."""
+    numbers = [number for number, unit in enumerate(units.units) if unit.matrix is None]
+    if not numbers:
+        return {}
+    strength = [
+        _strength(units.units[number], length, settings)
+        for number, length in zip(numbers, lengths, strict=True)
+    ]
+    trace, largest = (_stacked(part) for part in zip(*diagonals, strict=True))
+    noise = memory.noise[np.asarray(numbers)]
+    damping = _damping(np.asarray(strength), noise, trace, largest, count, settings)
+    return dict(zip(numbers, damping, strict=True))
+
+
 def _solve(
     problem: Problem,
     units: Units,
     stacks: Stacks,
     asked: Sequence[Array],
     memory: Memory,
-    count: Array,
-    settings: Requests,
+    plan: _Plan,
 ) -> list[Array]:
     """`(C + ρ)⁻¹ M` for each unit, its columns equalised."""
-    left, right = {}, {}
-    for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
-        shape = stack.shape
-        own = [units.units[number] for number in stack.members]
-        strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
-        trace = shape.sums(spectra.trace(shape))
-        damping = _damping(
-            np.asarray(strength)[shape.owners], stack.of(memory.noise), trace, spectra.largest,
-            count, settings,
-        )  # fmt: skip
-        left |= stack.sides(spectra, spectrum.resolvent(shape, spectra, damping))
-    for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
-        equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
-        right |= stack.sides(spectra, equaliser)
-    dampings = _dampings(units, memory, count, settings)
+    left = _sides(stacks.inputs, memory.inputs, plan.inputs)
+    right = _sides(stacks.outputs, memory.outputs, plan.outputs)
     found = []
-    for number, (unit, ahead) in enumerate(zip(units.units, asked, strict=True)):
-        if unit.matrix is not None:
+    for number, (unit, own, ahead) in enumerate(zip(units.units, memory.units, asked, strict=True)):
+        if own.diagonal is None:
             found.append(_solved(problem, unit, left[number], ahead, right[number]))
             continue
-        diagonal = memory.units[number].diagonal
-        assert diagonal is not None
-        move = ahead * spectrum.inverse(diagonal + dampings[number].astype(diagonal.dtype))
+        damping = plan.dampings[number].astype(ahead.dtype)
+        move = ahead * spectrum.inverse(own.diagonal + damping)
         if number in right:
             flat = move.reshape(-1, move.shape[-1])
             move = spectrum.between(None, flat, right[number]).reshape(move.shape)
@@ -506,21 +619,15 @@ def _solve(
     return found
 
 
-def _dampings(units: Units, memory: Memory, count: Array, settings: Requests) -> dict[int, Array]:
-    """`ρ` of the units whose `C` is a diagonal."""
-    found = [(n, d) for n, (_, _, d) in enumerate(memory.units) if d is not None]
-    if not found:
-        return {}
-    columns = [diagonal.shape[-1] if diagonal.ndim else 1 for _, diagonal in found]
-    strength = [_strength(units.units[number], diagonal.size // width, settings)
-                for (number, diagonal), width in zip(found, columns, strict=True)]  # fmt: skip
-    # A product with ones: XLA compiles many kernels for a sum.
-    sums = [jnp.vdot(diagonal, jnp.ones_like(diagonal)) for _, diagonal in found]
-    trace = _stacked(sums) / np.asarray(columns, np.float32)
-    largest = _stacked([jnp.max(diagonal) for _, diagonal in found])
-    noise = memory.noise[np.asarray([number for number, _ in found])]
-    damping = _damping(np.asarray(strength), noise, trace, largest, count, settings)
-    return {number: pick(damping, place) for place, (number, _) in enumerate(found)}
+def _sides(
+    stacks: Sequence[Stack], spectra: Sequence[Spectra], parts: Mapping[int, Part]
+) -> dict[int, Side]:
+    """Functions of the spectra of units, by number."""
+    return {
+        number: Side(vectors, *parts[number])
+        for stack, own in zip(stacks, spectra, strict=True)
+        for number, vectors in zip(stack.members, own.vectors, strict=True)
+    }
 
 
 def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side) -> Array:
