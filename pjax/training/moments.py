@@ -21,7 +21,7 @@ from pjax.projections import spectrum
 from pjax.projections.convolution import Convolution
 from pjax.projections.spectrum import Function, Shape, Spectra
 from pjax.training.readers import Reader, Unit, Units
-from pjax.training.readings import Read, Reading
+from pjax.training.readings import Read, Reading, row_squares
 
 
 class Stack(NamedTuple):
@@ -187,7 +187,8 @@ class _Dense:
         return jnp.swapaxes(rows, -1, -2) @ (asked * (rows @ directions))
 
     def trace(self, rows: Array, asked: Array) -> Array:
-        return jnp.sum(jnp.square(rows) * asked, axis=(-1, -2))
+        squares = row_squares(rows)
+        return jnp.vdot(squares, asked) if rows.ndim == 2 else jnp.sum(squares * asked, (-1, -2))
 
 
 def force_rows(unit: Unit, found: Sequence[Read], force: Array) -> Rows:
@@ -200,7 +201,9 @@ def force_rows(unit: Unit, found: Sequence[Read], force: Array) -> Rows:
         total: Any = sum(jnp.swapaxes(g, -1, -2) @ (g @ directions) for g in parts)
         return total
 
-    trace: Any = sum(jnp.sum(jnp.square(g), axis=(-1, -2)) for g in parts)
+    trace: Any = sum(
+        jnp.vdot(g, g) if g.ndim == 2 else jnp.sum(row_squares(g), (-1, -2)) for g in parts
+    )
     return Rows(times, trace)
 
 

@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     @property
     def output_square(self) -> Array:
         """The sum of the squares of the outputs that are asked."""
-        return jnp.sum(jnp.square(self.output) * self.asked)
+        return jnp.vdot(row_squares(self.output), self.asked)
 
 
 class Read(NamedTuple):
@@ -127,10 +127,21 @@ class _Nodes:
 def _reading(output: Array, force: Array) -> Reading:
     if not force.ndim:
         force, output = force[None], output[None]
-    # A product with ones: XLA sums rows slowly on a CPU.
-    of_rows = jnp.square(force) @ jnp.ones((force.shape[-1], 1), force.dtype)
+    of_rows = row_squares(force)
     asked = (of_rows > 0).astype(output.dtype)
-    return Reading(output, force, asked, jnp.sum(of_rows), jnp.sum(asked))
+    return Reading(output, force, asked, total(of_rows), total(asked))
 
 
-__all__ = ["Read", "Reading", "readings"]
+def row_squares(rows: Array) -> Array:
+    """The sum of the squares of each row, `[…, 1]`. A product with ones: XLA sums rows slowly on a
+    CPU.
+    """
+    return jnp.square(rows) @ jnp.ones((rows.shape[-1], 1), rows.dtype)
+
+
+def total(array: Array) -> Array:
+    """The sum of all entries. A product too: XLA compiles several kernels for a long sum."""
+    return jnp.vdot(array, jnp.ones_like(array))
+
+
+__all__ = ["Read", "Reading", "readings", "row_squares", "total"]

@@ -14,6 +14,7 @@ For each unit (see `pjax.training.readers`):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from pjax.projections.spectrum import Side, Spectra
 from pjax.training import moments
 from pjax.training.moments import Part, Stack, Stacks
 from pjax.training.readers import Unit, Units
-from pjax.training.readings import Read, Reading, readings
+from pjax.training.readings import Read, Reading, readings, total
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,7 @@ def moves(
     diagonals = [_Diagonal.of(diagonal) for diagonal in found]
     lengths = [math.prod(diagonal.shape[:-1]) for diagonal in found]
 
-    def planned(*args: Any) -> _Plan:  # of numbers
-        return _planned(units, stacks, way, lengths, *args, settings)
-
+    planned = functools.partial(_planned, units, stacks, way, lengths, settings)
     small = memory.small(), batch._replace(forces=(), way=()), products, diagonals, count
     plan = one_kernel(planned)(*small)
     kept = [
@@ -252,12 +251,12 @@ def _planned(
     stacks: Stacks,
     way: _Way,
     lengths: Sequence[int],
+    settings: Requests,
     memory: Memory,
     batch: _Batch,
     products: Sequence[tuple[Array, Array]],
     diagonals: Sequence[_Diagonal],
     count: Array,
-    settings: Requests,
 ) -> _Plan:
     batch = batch._replace(way=way)
     keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
@@ -567,9 +566,8 @@ class _Diagonal(NamedTuple):
 
     @classmethod
     def of(cls, diagonal: Array) -> _Diagonal:
-        # A product with ones: XLA compiles many kernels for a sum.
-        total = jnp.vdot(diagonal, jnp.ones_like(diagonal))
-        return cls(total / (diagonal.shape[-1] if diagonal.ndim else 1), jnp.max(diagonal))
+        columns = diagonal.shape[-1] if diagonal.ndim else 1
+        return cls(total(diagonal) / columns, jnp.max(diagonal))
 
 
 def _dampings(
