@@ -260,7 +260,7 @@ def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
     def split(turn: Array, size: Array) -> list[Array]:
         return shape.split(jnp.swapaxes(turn * size[..., None, :], -1, -2))
 
-    def once(_: int, found: Sequence[Array]) -> list[Array]:
+    def once(_: Any, found: Sequence[Array]) -> list[Array]:
         gram, size, ones = one_kernel(scaled)([_gram(column, column) for column in found])
         factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
         turn = jax.lax.linalg.triangular_solve(factor, ones, left_side=True, lower=True)

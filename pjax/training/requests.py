@@ -28,11 +28,12 @@ from jaxtyping import Array, Float
 from pjax._compat import one_kernel
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
-from pjax.projections.spectrum import Side, Spectra
 from pjax.training import moments
-from pjax.training.moments import Part, Stack, Stacks
+from pjax.training.memory import Memory, UnitMemory
+from pjax.training.moments import Stacks
 from pjax.training.readers import Unit, Units
 from pjax.training.readings import Read, Reading, readings, total
+from pjax.training.solve import Plan, solve
 
 
 @dataclass(frozen=True)
@@ -72,56 +73,6 @@ class Requests:
     threshold_memory: float = 0.9
     threshold_rows: float = 25.0
     pacing: float = 0.1
-
-
-class UnitMemory(NamedTuple):
-    """What is kept of the batches for one unit.
-
-    **Attributes:**
-
-    - `asked`: `M`, in the shape of the unit.
-    - `move`: the last one, in full length.
-    - `diagonal`: `C` where it is a diagonal, in the unit's shape; else None.
-    """
-
-    asked: Array
-    move: Array
-    diagonal: Array | None
-
-
-class Memory(NamedTuple):
-    """What is kept of the batches.
-
-    **Attributes:**
-
-    - `units`: for each unit.
-    - `inputs`: `C` of matrices and kernels, for each stack.
-    - `outputs`: of the forces, for each stack.
-    - `force`: for each unit the largest mean force on its readers so far.
-    - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
-    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
-    - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
-    - `pace`: the share of its length that a move is given, at most 1.
-    """
-
-    units: tuple[UnitMemory, ...]
-    inputs: tuple[Spectra, ...]
-    outputs: tuple[Spectra, ...]
-    force: Float[Array, " units"]
-    first: Float[Array, " units"]
-    output: Float[Array, " units"]
-    noise: Float[Array, " units"]
-    renewals: Array
-    renewed: Array
-    pace: Array
-
-    def small(self) -> Memory:
-        """What there is of numbers, without the arrays of units."""
-        inputs, outputs = (
-            tuple(spectra._replace(vectors=()) for spectra in side)
-            for side in (self.inputs, self.outputs)
-        )
-        return self._replace(units=(), inputs=inputs, outputs=outputs)
 
 
 #: Moments are renewed in each of so many first batches, then so often until `every` is reached.
@@ -217,33 +168,13 @@ def moves(
         _combined(weights, own.asked, force)
         for own, force, weights in zip(memory.units, unit_forces, plan.ahead, strict=True)
     ]
-    found = _solve(problem, units, stacks, ahead, memory, plan)
+    found = solve(problem, units, stacks, ahead, memory, plan)
     moved = {
         unit.node: move if unit.latent else plan.pace * move
         for unit, move in zip(units.units, found, strict=True)
     }
     new = tuple(own._replace(move=move) for own, move in zip(kept, found, strict=True))
     return moved, memory._replace(units=new, force=batch.largest, pace=plan.pace)
-
-
-class _Plan(NamedTuple):
-    """What the move of each unit is made of: numbers, for the arrays of units.
-
-    **Attributes:**
-
-    - `pace`: see `_pace`.
-    - `kept`, `ahead`: weights of the request so far and of the force, in the mean and in what it
-        will be if the next batch asks for the same: Nesterov's look ahead.
-    - `inputs`, `outputs`: functions of spectra, by the number of the unit.
-    - `dampings`: of units whose `C` is a diagonal, by number.
-    """
-
-    pace: Array
-    kept: list[tuple[Array, Array]]
-    ahead: list[tuple[Array, Array]]
-    inputs: dict[int, Part]
-    outputs: dict[int, Part]
-    dampings: dict[int, Array]
 
 
 def _planned(
@@ -257,7 +188,7 @@ def _planned(
     products: Sequence[tuple[Array, Array]],
     diagonals: Sequence[_Diagonal],
     count: Array,
-) -> _Plan:
+) -> Plan:
     batch = batch._replace(way=way)
     keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
     done = 1 / (1 - keep**2 * keep**count)
@@ -277,7 +208,7 @@ def _planned(
         equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
         outputs |= stack.split(equaliser)
     dampings = _dampings(units, memory, diagonals, lengths, count, settings)
-    return _Plan(pace, list(kept), list(ahead), inputs, outputs, dampings)
+    return Plan(pace, list(kept), list(ahead), inputs, outputs, dampings)
 
 
 def _combined(weights: tuple[Array, Array], x: Array, y: Array) -> Array:
@@ -590,56 +521,6 @@ def _dampings(
     noise = memory.noise[np.asarray(numbers)]
     damping = _damping(np.asarray(strength), noise, trace, largest, count, settings)
     return dict(zip(numbers, damping, strict=True))
-
-
-def _solve(
-    problem: Problem,
-    units: Units,
-    stacks: Stacks,
-    asked: Sequence[Array],
-    memory: Memory,
-    plan: _Plan,
-) -> list[Array]:
-    """`(C + ρ)⁻¹ M` for each unit, its columns equalised."""
-    left = _sides(stacks.inputs, memory.inputs, plan.inputs)
-    right = _sides(stacks.outputs, memory.outputs, plan.outputs)
-    found = []
-    for number, (unit, own, ahead) in enumerate(zip(units.units, memory.units, asked, strict=True)):
-        if own.diagonal is None:
-            found.append(_solved(problem, unit, left[number], ahead, right[number]))
-            continue
-        damping = plan.dampings[number].astype(ahead.dtype)
-        move = ahead * spectrum.inverse(own.diagonal + damping)
-        if number in right:
-            flat = move.reshape(-1, move.shape[-1])
-            move = spectrum.between(None, flat, right[number]).reshape(move.shape)
-        found.append(move)
-    return found
-
-
-def _sides(
-    stacks: Sequence[Stack], spectra: Sequence[Spectra], parts: Mapping[int, Part]
-) -> dict[int, Side]:
-    """Functions of the spectra of units, by number."""
-    return {
-        number: Side(vectors, *parts[number])
-        for stack, own in zip(stacks, spectra, strict=True)
-        for number, vectors in zip(stack.members, own.vectors, strict=True)
-    }
-
-
-def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side) -> Array:
-    """The move of a matrix or kernel."""
-    assert unit.slot is not None
-    assert unit.matrix is not None
-    slot = problem.graph.slots[unit.slot]
-    entries = asked if slot.route.direct else slot.route([asked], problem.values)
-    matrix = unit.matrix.of(entries)
-    move = unit.matrix.back(spectrum.between(left, matrix, right)).astype(asked.dtype)
-    if slot.route.direct:
-        return move
-    (back,) = slot.route.pull(move.astype(slot.dtype), problem.values)
-    return back
 
 
 __all__ = ["Memory", "Requests", "UnitMemory", "empty", "moves"]

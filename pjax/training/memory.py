@@ -1,0 +1,62 @@
+"""What a rule keeps of the batches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from pjax.projections.spectrum import Spectra
+
+
+class UnitMemory(NamedTuple):
+    """What is kept of the batches for one unit.
+
+    **Attributes:**
+
+    - `asked`: `M`, in the shape of the unit.
+    - `move`: the last one, in full length.
+    - `diagonal`: `C` where it is a diagonal, in the unit's shape; else None.
+    """
+
+    asked: Array
+    move: Array
+    diagonal: Array | None
+
+
+class Memory(NamedTuple):
+    """What is kept of the batches.
+
+    **Attributes:**
+
+    - `units`: for each unit.
+    - `inputs`: `C` of matrices and kernels, for each stack.
+    - `outputs`: of the forces, for each stack.
+    - `force`: for each unit the largest mean force on its readers so far.
+    - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
+    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
+    - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
+    - `pace`: the share of its length that a move is given, at most 1.
+    """
+
+    units: tuple[UnitMemory, ...]
+    inputs: tuple[Spectra, ...]
+    outputs: tuple[Spectra, ...]
+    force: Float[Array, " units"]
+    first: Float[Array, " units"]
+    output: Float[Array, " units"]
+    noise: Float[Array, " units"]
+    renewals: Array
+    renewed: Array
+    pace: Array
+
+    def small(self) -> Memory:
+        """What there is of numbers, without the arrays of units."""
+        inputs, outputs = (
+            tuple(spectra._replace(vectors=()) for spectra in side)
+            for side in (self.inputs, self.outputs)
+        )
+        return self._replace(units=(), inputs=inputs, outputs=outputs)
+
+
+__all__ = ["Memory", "UnitMemory"]
