@@ -122,20 +122,10 @@ class Program:
         """The number that every entry of `atom` equals, if the program fixes it."""
         return atom.value if isinstance(atom, Scalar) else self.uniform.get(atom)
 
-    def evaluate(
-        self,
-        leaves: Sequence[Any],
-        consts: Sequence[Any],
-        known: Mapping[int, Any] | None = None,
-    ) -> dict[int, Any]:
-        """The value of every variable: the forward pass.
-
-        **Arguments:**
-
-        - `known`: results that need not be computed.
-        """
-        values: dict[int, Any] = dict(enumerate((*leaves, *consts))) | dict(known or {})
-        run([e for e in self.equations if values.keys().isdisjoint(e.outputs)], values)
+    def evaluate(self, leaves: Sequence[Any], consts: Sequence[Any]) -> dict[int, Any]:
+        """The value of every variable: the forward pass."""
+        values: dict[int, Any] = dict(enumerate((*leaves, *consts)))
+        run(self.equations, values)
         run(self.auxiliary, values)
         return values
 

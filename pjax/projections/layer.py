@@ -8,10 +8,10 @@ over the moves `δ_s` of all operands at once: no copy of any entry exists, so t
 number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ_s = J_sᵀΛ/ρ_s` and
 `Λ/W + Σ_s J_s J_sᵀ Λ/ρ_s = R`. Two kinds of parts take part in that system:
 
-- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients (on the moves instead of Λ where that costs
-  less). An operand that is repeated, such as a bias in all rows, has `J_sᵀ J_s = n`, and is
-  eliminated: whatever the others do, it makes the best of it. Without it the inputs' mean no longer
-  outweighs their other directions, and conjugate gradients converge in fewer steps;
+- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients. An operand that is repeated, such as a bias
+  in all rows, has `J_sᵀ J_s = n`, and is eliminated: whatever the others do, it makes the best of
+  it. Without it the inputs' mean no longer outweighs their other directions, and conjugate
+  gradients converge in fewer steps;
 - *diagonal*: a bound `λ_s` on it in its place, exact where `J_s J_sᵀ` is that multiple of the
   identity; else the step is a contraction, and iterated projections meet the nearest point.
 """
@@ -37,7 +37,6 @@ class Part(NamedTuple):
     - `weight`: `ρ > 0`, a scalar or an array that broadcasts to the operand.
     - `compliance`: `λ/ρ` with `λ ≥ ‖J‖²`, for a diagonal part.
     - `curved`: which of the two kinds it is.
-    - `normal`: `J Jᵀ Λ`, where there is a cheaper way to it than one after the other.
     - `repeats`: an operand that is repeated so often: `JᵀJ` is this number; else None.
     - `span`: equal for repeated operands whose `J` differ by a factor.
     """
@@ -47,7 +46,6 @@ class Part(NamedTuple):
     weight: Any
     compliance: Any
     curved: bool
-    normal: Callable[[Array], Array] | None = None
     repeats: float | None = None
     span: Any = None
 
@@ -58,8 +56,6 @@ class Part(NamedTuple):
 
     def response(self, force: Array) -> Array:
         """`J Jᵀ Λ/ρ`."""
-        if self.normal is not None:
-            return self.normal(force) / self.weight
         return self.apply(self.pull(force))
 
 
@@ -78,16 +74,11 @@ class Solution(NamedTuple):
     forces: tuple[Array | None, ...]
 
 
-#: `η ↦ (δ ↦ Jᵀ (1 − η Π) J δ)` for one part, with `Π` the mean over what repeated ones span.
-Normal = Callable[[Any], Callable[[Array], Array]]
-
-
 def solve(
     parts: Sequence[Part],
     request: Array,
     target_weight: Any,
     iterations: int,
-    normal: Normal | None = None,
     force: Array | None = None,
 ) -> Solution:
     """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
@@ -99,8 +90,6 @@ def solve(
     - `target_weight`: `W ≥ 0`, broadcasting to the output; 0 where nothing is asked.
     - `iterations`: steps of conjugate gradients on the curved parts. Each decreases the objective;
         with fewer than the rank the result is a regularised one, and inexact.
-    - `normal`: of the one curved part that is not repeated, where that is cheaper than `J Jᵀ`. It
-        is of use where all outputs weigh the same.
     - `force`: the multiplier of the diagonal parts, where it is known.
 
     **Returns:** a `Solution`.
@@ -112,7 +101,7 @@ def solve(
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
     if curved:
-        found, change = _solve_curved(curved, request, stiffness, iterations, normal)
+        found, change = _solve_curved(curved, request, stiffness, iterations)
     else:
         found, change = [], None
     if force is None:
@@ -141,7 +130,6 @@ def _solve_curved(
     request: Array,
     stiffness: Any,
     iterations: int,
-    normal: Normal | None,
 ) -> tuple[list[Array], Array]:
     """The moves of curved parts, and the change that they make.
 
@@ -168,9 +156,6 @@ def _solve_curved(
 
     if not others:
         found, change = [], jnp.zeros_like(request)
-    elif normal is not None and jnp.ndim(stiffness) == 0 and len(others) == 1:
-        move, change = _in_operand(others[0], request, weigh, stiffness, iterations, normal(share))
-        found = [move]
     else:
         found, change = _conjugate_gradients(others, request, weigh, iterations)
     if not repeated:
@@ -230,42 +215,6 @@ def _conjugate_gradients(
         direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
         length = new + ratio**2 * length
     return [part.pull(size * force) for part in parts], size * change
-
-
-def _in_operand(
-    part: Part,
-    request: Array,
-    weigh: Callable[[Array], Array],
-    stiffness: Any,
-    iterations: int,
-    normal: Callable[[Array], Array],
-) -> tuple[Array, Array]:
-    """The same steps as `_conjugate_gradients` for one part, on its move itself."""
-    size = jnp.max(jnp.abs(request))
-    size = jnp.where(size > 0, size, 1)
-
-    def square(x: Array) -> Array:
-        if jnp.ndim(part.weight):
-            return jnp.sum(part.weight * x * x)
-        return part.weight * jnp.sum(x * x)
-
-    # The gradient over −ρ, in the unit of the moves.
-    rest = part.pull(weigh(request) / size)
-    direction, gamma = rest, square(rest)
-    move, length = jnp.zeros_like(rest), gamma
-    for count in range(iterations):
-        image = normal(direction)
-        curvature = length + stiffness * jnp.sum(direction * image)
-        rate = gamma / jnp.where(curvature > 0, curvature, 1)
-        move = move + rate * direction
-        if count + 1 == iterations:
-            break
-        rest = rest - rate * direction - (rate * stiffness / part.weight) * image
-        new = square(rest)
-        ratio = new / jnp.where(gamma > 0, gamma, 1)
-        direction, gamma, length = rest + ratio * direction, new, new + ratio**2 * length
-    move = size * move
-    return move, part.apply(move)
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.
