@@ -200,9 +200,9 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         layers = splitting == "layer"
         if metric is None:
             given: dict[str, Any] = {} if prox_step is None else {"prox_step": prox_step}
-            metric = default_metric(**given) if layers else Uniform(**given)
+            metric = default_metric(solver, **given) if layers else Uniform(**given)
         if steps_per_update is None:
-            steps_per_update = _LAYER_STEPS[solver] if layers else 50
+            steps_per_update = 10 if layers else 50
         return Optimizer(
             solver(steps=steps_per_update, **options),
             metric,
@@ -217,12 +217,11 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
 
     **Arguments:**
 
-    - `steps_per_update`: steps for each batch; by default 50, and in layers as many as the solver
-        needs.
+    - `steps_per_update`: steps for each batch; by default 50, and in layers 10.
     - `prox_step`: λ of the losses (ignored if `metric` is given).
     - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
-        λ = 5; `"layer"`: one constraint for each array operation, with the metric
-        `pjax.optim.default_metric()`.
+        λ = 5; `"layer"`: one constraint for each array operation, with the metric that
+        `pjax.optim.default_metric` has for the solver.
     - `metric`, `fanout`, `check`, `fallback`: see [`Optimizer`][].
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
@@ -231,28 +230,22 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     return make
 
 
-#: Steps for each batch in layers, where none are given: a sweep reaches every parameter.
-_LAYER_STEPS: dict[type[Solver], int] = {
-    solvers.AlternatingProjections: 10,
-    solvers.CyclicProjections: 1,
-    solvers.DouglasRachford: 10,
-    solvers.CyclicDouglasRachford: 10,
-    solvers.DifferenceMap: 10,
-    solvers.AlternatingReflections: 10,
-}
-
-
-def default_metric(**options: Any) -> Metric:
+def default_metric(solver: type[Solver], **options: Any) -> Metric:
     """The metric in layers, where none is given.
 
     A layer is reached by its activations, which must be soft for that:
-    `Spectral(activations=0.01, parameters=3.0, prox_step=5.0)`.
+    `Spectral(activations=0.01, parameters=0.5, prox_step=5.0)`; for solvers that reflect, which go
+    further in each step, `parameters=3.0`.
 
     **Arguments:**
 
+    - `solver`: the class of the solver.
     - `options`: of the metric, to change.
     """
-    soft: dict[str, Any] = {"activations": 0.01, "parameters": 3.0, "prox_step": 5.0}
+    # Measured on MNIST 784-128-10, 195 batches, validation: alternating and cyclic projections
+    # 93.7 and 93.8 % with 0.5, 93.0 and 93.1 % with 3; Douglas-Rachford 93.0 and 94.6 %.
+    parameters = 3.0 if solver.reflecting else 0.5
+    soft: dict[str, Any] = {"activations": 0.01, "parameters": parameters, "prox_step": 5.0}
     return Spectral(**{**soft, **options})
 
 

@@ -413,7 +413,7 @@ def test_convolutions_of_signs_move_alike_in_both_layouts(x64):
 
 
 def test_a_shared_bias_moves_less_than_by_the_whole_request(monkeypatch, x64):
-    """The mean that its places ask for is all that is left out: weights are blind to it."""
+    """Beside its kernel, which hears little of the mean that places ask for."""
     loss, params = convolutional_problem("NHWC")
     # Of settings that do not count in a first batch, another number compiles another program.
     first, second = (pjax.optim.Projection(requests=Requests(forget=n)) for n in (0.98, 0.99))
@@ -421,9 +421,8 @@ def test_a_shared_bias_moves_less_than_by_the_whole_request(monkeypatch, x64):
     found, *_ = first.update(loss, params, state)
     monkeypatch.setattr(LayerSum, "steadied", lambda self, request, *rest: request)
     whole, *_ = second.update(loss, params, state)
-    kernel, before = (np.asarray(p["k"] - params["k"]) for p in (found, whole))
-    ratio = np.sum(kernel * before) / np.sum(before**2)  # requests have one size together
-    np.testing.assert_allclose(kernel, ratio * before, rtol=2e-2, atol=2e-2 * np.abs(kernel).max())
-    assert np.linalg.norm(found["b"] - params["b"]) < ratio * np.linalg.norm(
-        whole["b"] - params["b"]
-    )
+    shares = [
+        np.linalg.norm(p["b"] - params["b"]) / np.linalg.norm(p["k"] - params["k"])
+        for p in (found, whole)
+    ]
+    assert shares[0] < 0.7 * shares[1]
