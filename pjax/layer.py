@@ -205,18 +205,14 @@ class LayerSum(Rule):
         for term, now in zip(self.terms, at, strict=True):
             if isinstance(term, Addend):
                 apply = _addend(term, now[1], like)
-                repeats = span = None
-                if term.dimensions is not None:
-                    repeats = float(_addend_gain(term, now[1], now[0].shape))
-                    span = _span(term, now[0].shape)
-                linear.append((apply, _transposed(apply, now[0]), repeats, span))
+                linear.append((apply, _transposed(apply, now[0])))
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
                 if free:
-                    linear.append((*_product(term, side, now), None, None))
+                    linear.append(_product(term, side, now))
         return [
-            layer.Part(apply, transpose, weight, compliance, curved, repeats, span)
-            for (apply, transpose, repeats, span), weight, compliance, curved in zip(
+            layer.Part(apply, transpose, weight, compliance, curved)
+            for (apply, transpose), weight, compliance, curved in zip(
                 linear, weights, geometry.compliances, geometry.curved, strict=True
             )
         ]

@@ -278,6 +278,17 @@ def test_parameters_that_are_not_read_as_they_are_move(output):
     assert float(loss(moved)) < float(loss(w))
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_updates_lower_the_loss_of_their_batch(scale):
+    """Also from saturated logits and tiny inputs."""
+    params, x, y = make_mlp(3, 3)
+    x = scale * x
+    moves = moves_of(OPTIMIZER, mlp_loss, params, x, y, batches=3)
+    assert float(mlp_loss(jax.tree.map(jnp.add, params, moves), x, y)) < float(
+        mlp_loss(params, x, y)
+    )
+
+
 def test_a_state_of_other_shapes_is_an_error():
     params, x, y = make_mlp(5, 2)
     other, *_ = make_mlp(5, 2, width=9)
