@@ -72,11 +72,6 @@ class LayerSum(Rule):
     def accepts_rest(self) -> bool:
         return True
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether no product has two operands that are slots."""
-        return not any(isinstance(t, Product) and all(t.is_slot) for t in self.terms)
-
     def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:
         """For each term its operands, slots and data in their places."""
         slot, known = iter(slots), iter(knowns)
