@@ -37,9 +37,9 @@ TASKS = {
 #: Equations of the step's program as it is traced, and compiled temporaries over the gradient's.
 CEILINGS = {
     ("mlp", "displacement"): (550, 1.15),
-    ("mlp", "projection"): (2200, 5.2),
+    ("mlp", "projection"): (3450, 4.2),
     ("cnn", "displacement"): (470, 1.15),
-    ("cnn", "projection"): (1760, 2.1),
+    ("cnn", "projection"): (2700, 2.1),
     ("rnn", "displacement"): (3000, 2.5),
     ("transformer", "displacement"): (2560, 2.0),
 }
