@@ -258,15 +258,14 @@ def test_penalties_do_not_count_and_pull_on_parameters_at_rest():
 )
 def test_every_way_of_training_lowers_the_loss(optimizer, name):
     fn, _ = FUNCTIONS[name]
-    params, state = PARAMS, None
-    if isinstance(optimizer, pjax.optim.Projection):
-        state = optimizer.init(fn, params)
-    before = float(fn(params))
+    params, before = PARAMS, float(fn(PARAMS))
+    pure = isinstance(optimizer, pjax.optim.Projection)
+    state: Any = optimizer.init(fn, params) if pure else None
     for _ in range(8):
-        if state is None:
-            params, _ = optimizer.update(fn, params)
-        else:
+        if isinstance(optimizer, pjax.optim.Projection):
             params, state, _ = optimizer.update(fn, params, state)
+        else:
+            params, _ = optimizer.update(fn, params)
     assert float(fn(params)) < 0.85 * before
 
 
