@@ -63,19 +63,26 @@ def line_search(
         way = read(after, equation.inputs[0]) - prediction
         weight = problem.loss_weights[node.index]
         weight = weight[..., 0] if jnp.ndim(weight) else weight
-        lines.append((equation, prediction, way, labels, weight))
+        sign = jnp.sign(problem.prox_steps[node.index])
+        lines.append((equation, prediction, way, labels, weight, sign))
 
     def losses(length: Any) -> Array:
         total = jnp.zeros(())
-        for equation, prediction, way, labels, weight in lines:
+        for equation, prediction, way, labels, weight, sign in lines:
             (rows,) = equation.bind(prediction + length * way, *labels)
-            total = total + jnp.sum(weight * rows)
+            # A row that counts negatively has its tangent in the place of the loss.
+            start, slope = jax.jvp(
+                lambda x, e=equation, known=labels: e.bind(x, *known)[0], (prediction,), (way,)
+            )
+            total = total + jnp.sum(
+                weight * sign * jnp.where(sign < 0, start + length * slope, rows)
+            )
         return total
 
     rows = problem.rows
     brake = _BRAKE * rows * jnp.maximum(losses(0.0) / rows, 1)
     far = sum(
-        (jnp.sum(weight * jnp.sum(jnp.square(way), -1)) for _, _, way, _, weight in lines),
+        (jnp.sum(weight * jnp.sum(jnp.square(way), -1)) for _, _, way, _, weight, _ in lines),
         start=jnp.zeros(()),
     )
     return minimise_convex(lambda length: losses(length) + far * length**2 / (2 * brake))

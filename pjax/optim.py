@@ -127,8 +127,8 @@ class Optimizer:
     - `metric`: weights of the distances and prox step of the losses.
     - `fanout`: `"paper"` or `"exact"`, see [`pjax.feasibility_problem`][].
     - `splitting`: `"neuron"` or `"layer"`.
-    - `check`: raise an error for parameters, data or a loss that are not finite, and for a loss
-        with a negative weight; it waits for the result of each update.
+    - `check`: raise an error for parameters, data or a loss that are not finite; it waits
+        for the result of each update.
     - `extrapolate`: scale the whole move so that the losses, along the line to the predictions that
         it leads to, are least (with a brake): one more forward pass.
     - `averaging`: with a state, the parameters are a mean of the iterates, with weights that grow
