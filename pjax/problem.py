@@ -456,10 +456,16 @@ class Problem:
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
         pairs = list(zip(losses, coefficients, strict=True))
         counted = [(n, c) for n, c in pairs if self._of_data(n)] or pairs
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for _, c in counted]))
+        largest = _largest_size([c for _, c in counted])
+        # All rows of the batch may count 0 while a penalty does not.
+        every = _largest_size(coefficients)
+        if isinstance(every, jax.Array):
+            largest = jnp.where(largest > 0, largest, every)
+        elif largest == 0:
+            largest = every
         #: The largest coefficient of a row in the function's result.
-        self.largest_coefficient = largest
-        relative = [_relative(c, [c for _, c in counted], largest) for c in coefficients]
+        self.largest_coefficient = jnp.asarray(largest)
+        relative = [_relative(c, largest) for c in coefficients]
         self.loss_weights = {
             node.index: _row_weights(c) for node, c in zip(losses, relative, strict=True)
         }
@@ -1229,13 +1235,19 @@ def _divided(state: Any, ratio: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: (x * inverse).astype(x.dtype), state)
 
 
-def _relative(coefficient: Any, all_coefficients: Sequence[Any], largest: Any) -> Any:
+def _largest_size(coefficients: Sequence[Any]) -> Any:
+    """The largest size of losses' coefficients; a plain number where that is known."""
+    if all(not isinstance(c, jax.Array) for c in coefficients):
+        return max(float(np.max(np.abs(c))) for c in coefficients)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
+
+
+def _relative(coefficient: Any, largest: Any) -> Any:
     """A loss's coefficients over the largest of all; a plain 1 where that is known to be so."""
-    if all(not isinstance(c, jax.Array) for c in (coefficient, *all_coefficients)):
-        largest = max(np.max(np.abs(c)) for c in all_coefficients)
-        found = np.asarray(coefficient / (largest if largest > 0 else 1))
-        return float(found) if found.ndim == 0 else found
-    return coefficient / jnp.where(largest > 0, largest, 1)
+    if isinstance(coefficient, jax.Array) or isinstance(largest, jax.Array):
+        return coefficient / jnp.where(largest > 0, largest, 1)
+    found = np.asarray(coefficient / (largest if largest > 0 else 1))
+    return float(found) if found.ndim == 0 else found
 
 
 def _row_weights(counts: Any) -> Any:

@@ -262,7 +262,7 @@ def tangent(
     deviation: Float[Array, "*batch n"],
     step: ArrayLike,
 ) -> Float[Array, "*batch n"]:
-    """`argmin_x ½|x − v|² + λ ∇ℓ(v)·x = v − λ ∇ℓ(v)` at `v = reference + deviation`, as a deviation.
+    """`v − λ ∇ℓ(v) = argmin_x ½|x − v|² + λ ∇ℓ(v)·x` at `v = reference + deviation`.
 
     Where `λ ℓ` is concave its tangent is an upper bound, and what lowers that lowers `λ ℓ`.
 
