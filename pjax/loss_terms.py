@@ -624,12 +624,10 @@ class _Shape:
         the sign given, with which the loss is convex.
         """
         full = self._over(self.row_value, self._full(self.row_value, coefficient))
-        size = jnp.abs(full)
-        counts = jnp.max(size, -1) if self.separable else jnp.sum(size, -1)
-        if sign is None:
-            return counts
-        largest = jnp.take_along_axis(full, jnp.argmax(size, -1, keepdims=True), -1)[..., 0]
-        return jnp.where(sign * largest < 0, -counts, counts)
+        place = jnp.argmax(jnp.abs(full), axis=-1, keepdims=True)
+        largest = jnp.take_along_axis(full, place, -1)[..., 0]
+        counts = jnp.abs(largest) if self.separable else jnp.sum(jnp.abs(full), -1)
+        return counts if sign is None else jnp.where(sign * largest < 0, -counts, counts)
 
     def scales(self, coefficients: Sequence[Any], counts: Array) -> list[Array]:
         """The coefficients of heads, relative to how much each row counts."""
