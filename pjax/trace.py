@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, control_flow, rewrites, windows
+from pjax import _compat, control_flow, derivatives, rewrites, windows
 from pjax._compat import P
 
 
@@ -481,7 +481,10 @@ class Flattener:
             inputs = tuple(self._atom(env, var) for var in eqn.invars)
             source = caller if foreign and caller else self._source(eqn, caller)
             body = _compat.call_body(eqn.primitive, eqn.params)
-            if body is not None:
+            results = derivatives.expand(self, eqn, inputs, source)
+            if results is not None:
+                pass
+            elif body is not None:
                 inner, consts = body
                 results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
             else:
