@@ -295,7 +295,8 @@ class Flattener:
         for path, var in zip(paths, closed.jaxpr.invars, strict=True):
             number = self._new(env, var)
             dtype = var.aval.dtype
-            trainable = bool(jnp.issubdtype(dtype, jnp.floating))
+            # What has no entries cannot move, and is data.
+            trainable = bool(jnp.issubdtype(dtype, jnp.floating)) and 0 not in var.aval.shape
             leaves.append(Leaf(path, tuple(var.aval.shape), dtype, trainable))
             if trainable:
                 self.variable.add(number)
