@@ -68,7 +68,7 @@ CUSTOM_VJP = find_primitives("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 def as_function(jaxpr: Any, consts: Any) -> Any:
     """A body as a function of its operands, which returns a list."""
-    return lambda *args: jax.core.eval_jaxpr(jaxpr, consts, *args)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))
 
 
 def function_name(jaxpr: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +153,7 @@ def test_a_rule_that_is_the_derivative_is_traced_through():
 
 
 def test_the_function_without_its_rule():
-    program, *_ = trace(loss_of(straight.__wrapped__), PARAMS)
+    program, *_ = trace(loss_of(inspect.unwrap(straight)), PARAMS)
     assert "round" in [node.name for node in build_graph(program).nodes]
 
 
