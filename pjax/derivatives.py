@@ -42,10 +42,12 @@ def expand(
         return None
     avals = [var.aval for var in eqn.invars]
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    if any(not _is_real(s) for s in eqn.outvars) or _is_derivative(eqn, shapes):
+    # What the function closes over is an operand too, which its rule knows nothing of.
+    moving = [flattener.is_variable(a) and _is_real(s) for a, s in zip(inputs, shapes, strict=True)]
+    if any(not _is_real(s) for s in eqn.outvars) or _is_derivative(eqn, moving, shapes):
         return None
     try:
-        return flattener.add_function(_tangent(eqn), inputs, source)
+        return flattener.add_function(_tangent(eqn, moving), inputs, source)
     except Exception as error:
         from pjax.trace import TraceError
 
@@ -65,22 +67,21 @@ def _is_real(x: Any) -> bool:
     return jnp.issubdtype(getattr(x, "aval", x).dtype, jnp.floating)
 
 
-def _of_floats(eqn: Any, args: Sequence[Any], bind: Any) -> tuple[Any, list[Any]]:
-    """The function of its floating-point operands alone, and those."""
-    real = [_is_real(a) for a in args]
+def _of_moving(moving: Sequence[bool], args: Sequence[Any], bind: Any) -> tuple[Any, list[Any]]:
+    """The function of its operands that move alone, and those."""
 
     def function(*floats: Any) -> list[Any]:
         given = iter(floats)
-        return bind(*(next(given) if r else a for r, a in zip(real, args, strict=True)))
+        return bind(*(next(given) if m else a for m, a in zip(moving, args, strict=True)))
 
-    return function, [a for r, a in zip(real, args, strict=True) if r]
+    return function, [a for m, a in zip(moving, args, strict=True) if m]
 
 
-def _tangent(eqn: Any) -> Any:
+def _tangent(eqn: Any, moving: Sequence[bool]) -> Any:
     def linear(*args: Any) -> list[Any]:
         rest = [jax.lax.stop_gradient(x) for x in args]
-        function, floats = _of_floats(eqn, rest, lambda *xs: _compat.bind(eqn, xs))
-        moves = [x - r for x, r in zip(args, rest, strict=True) if _is_real(x)]
+        function, floats = _of_moving(moving, rest, lambda *xs: _compat.bind(eqn, xs))
+        moves = [x - r for x, r, m in zip(args, rest, moving, strict=True) if m]
         if eqn.primitive in _compat.CUSTOM_JVP:
             out, moved = jax.jvp(function, floats, moves)
         else:
@@ -91,15 +92,15 @@ def _tangent(eqn: Any) -> Any:
     return linear
 
 
-def _is_derivative(eqn: Any, shapes: Sequence[Any]) -> bool:
+def _is_derivative(eqn: Any, moving: Sequence[bool], shapes: Sequence[Any]) -> bool:
     """Whether the rule gives what the derivative of the function's body does, at sample points."""
     body, consts = _compat.call_body(eqn.primitive, eqn.params)  # pyright: ignore
 
     def compare(points: Sequence[Any], ways: Sequence[Any]) -> Any:
         def by(bind: Any) -> Any:
-            function, floats = _of_floats(eqn, points, bind)
+            function, floats = _of_moving(moving, points, bind)
             if eqn.primitive in _compat.CUSTOM_JVP:
-                ways_in = [w for w, p in zip(ways, points, strict=True) if _is_real(p)]
+                ways_in = [w for w, m in zip(ways, moving, strict=True) if m]
                 return jax.jvp(function, floats, ways_in)[1]
             out, back = jax.vjp(function, *floats)
             rng = [jnp.resize(ways[0], o.shape).astype(o.dtype) for o in out]
