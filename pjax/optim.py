@@ -88,8 +88,8 @@ class Optimizer:
     - `metric`: weights of the distances and prox step of the losses.
     - `fanout`: `"paper"` or `"exact"`, see [`pjax.feasibility_problem`][].
     - `splitting`: `"neuron"` or `"layer"`.
-    - `check`: raise an error for parameters, data or a loss that are not finite, and for a loss
-        with a negative weight; it waits for the result of each update.
+    - `check`: raise an error for parameters, data or a loss that are not finite; it waits for the
+        result of each update.
     - `fallback`: see [`pjax.feasibility_problem`][].
     """
 

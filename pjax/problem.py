@@ -300,7 +300,8 @@ class Problem:
         self.values = {number: _widened(value) for number, value in self.forward.items()}
         self._readers = self.graph.readers()
         # What does not change during a solve is computed here, outside of every loop.
-        self._prox_steps = self._find_prox_steps()
+        #: `λ c` for each row of each loss.
+        self.prox_steps = self._find_prox_steps()
         self._references = {
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
@@ -391,24 +392,26 @@ class Problem:
         metric = self.layout.metric
         losses = self.graph.losses
         coefficients = self.graph.loss_coefficients(self.forward)
-        #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
-        self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
         pairs = list(zip(losses, coefficients, strict=True))
         counted = [(n, c) for n, c in pairs if self._of_data(n)] or pairs
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for _, c in counted]))
+        largest = _largest_size([c for _, c in counted])
+        # All rows of the batch may count 0 while a penalty does not.
+        every = _largest_size(coefficients)
+        if isinstance(every, jax.Array):
+            largest = jnp.where(largest > 0, largest, every)
+        elif largest == 0:
+            largest = every
         #: The largest coefficient of a row in the function's result.
-        self.largest_coefficient = largest
-        relative = [_relative(c, [c for _, c in counted], largest) for c in coefficients]
+        self.largest_coefficient = jnp.asarray(largest)
+        relative = [_relative(c, largest) for c in coefficients]
         self.loss_weights = {
-            node.index: jnp.maximum(c, 0)[..., None] if np.ndim(c) else c
-            for node, c in zip(losses, relative, strict=True)
+            node.index: _row_weights(c) for node, c in zip(losses, relative, strict=True)
         }
         if metric.row_weights == "relative":
             coefficients = relative
         return {
-            node.index: metric.prox_step * jnp.maximum(c, 0)
-            for node, c in zip(losses, coefficients, strict=True)
+            node.index: metric.prox_step * c for node, c in zip(losses, coefficients, strict=True)
         }
 
     def _of_data(self, node: Node) -> bool:
@@ -664,7 +667,7 @@ class Problem:
         if node.rule is None:
             return (), targets.get(index)
         if node.kind == "loss":
-            target, target_weight = None, self._prox_steps[index]
+            target, target_weight = None, self.prox_steps[index]
         else:
             target, target_weight = targets[index], self._rule_weights[index]
         slots = [self.graph.slots[i] for i in node.slots]
@@ -1047,13 +1050,32 @@ def _divided(state: Any, ratio: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: (x * inverse).astype(x.dtype), state)
 
 
-def _relative(coefficient: Any, all_coefficients: Sequence[Any], largest: Any) -> Any:
+def _largest_size(coefficients: Sequence[Any]) -> Any:
+    """The largest size of losses' coefficients; a plain number where that is known."""
+    if all(not isinstance(c, jax.Array) for c in coefficients):
+        return max(float(np.max(np.abs(c))) for c in coefficients)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
+
+
+def _relative(coefficient: Any, largest: Any) -> Any:
     """A loss's coefficients over the largest of all; a plain 1 where that is known to be so."""
-    if all(not isinstance(c, jax.Array) for c in (coefficient, *all_coefficients)):
-        largest = max(np.max(np.abs(c)) for c in all_coefficients)
-        found = np.asarray(coefficient / (largest if largest > 0 else 1))
-        return float(found) if found.ndim == 0 else found
-    return coefficient / jnp.where(largest > 0, largest, 1)
+    if isinstance(coefficient, jax.Array) or isinstance(largest, jax.Array):
+        return coefficient / jnp.where(largest > 0, largest, 1)
+    found = np.asarray(coefficient / (largest if largest > 0 else 1))
+    return float(found) if found.ndim == 0 else found
+
+
+def _row_weights(counts: Any) -> Any:
+    """How firmly the rows of a loss hold on to their predictions, from how much each counts.
+
+    A row holds by the size of its count. A loss of which no row counts asks for nothing, whatever
+    it weighs; with a weight of 0 nothing behind it would have a unit.
+    """
+    size = abs(counts)
+    if not isinstance(size, jax.Array) and np.ndim(size) == 0:
+        return size if size > 0 else 1.0
+    size = jnp.where(jnp.max(size) > 0, size, 1)
+    return size[..., None] if size.ndim else size
 
 
 def default_metric(splitting: Splitting) -> Metric:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, control_flow, rewrites, windows
+from pjax import _compat, control_flow, derivatives, rewrites, windows
 from pjax._compat import P
 
 
@@ -285,7 +285,8 @@ class Flattener:
         for path, var in zip(paths, closed.jaxpr.invars, strict=True):
             number = self._new(env, var)
             dtype = var.aval.dtype
-            trainable = bool(jnp.issubdtype(dtype, jnp.floating))
+            # What has no entries cannot move, and is data.
+            trainable = bool(jnp.issubdtype(dtype, jnp.floating)) and 0 not in var.aval.shape
             leaves.append(Leaf(path, tuple(var.aval.shape), dtype, trainable))
             if trainable:
                 self.variable.add(number)
@@ -471,7 +472,10 @@ class Flattener:
             inputs = tuple(self._atom(env, var) for var in eqn.invars)
             source = caller if foreign and caller else self._source(eqn, caller)
             body = _compat.call_body(eqn.primitive, eqn.params)
-            if body is not None:
+            results = derivatives.expand(self, eqn, inputs, source)
+            if results is not None:
+                pass
+            elif body is not None:
                 inner, consts = body
                 results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
             else:
