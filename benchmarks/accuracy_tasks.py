@@ -408,11 +408,7 @@ def _within(amount: float) -> tuple[Bound, ...]:
 
 
 def _rows() -> list[Row]:
-    """All rows.
-
-    `optax` bounds are of Adam on displacements. What is asked of pure projection is asked of its
-    second generation; the first one misses some of it.
-    """
+    """All rows; `optax` bounds are of Adam on displacements."""
     return [
         *_image_rows(),
         *_short_rows(),

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import pjax
 from benchmarks.accuracy import TUNING_SEED, Cache, Comparison, Trainer, table_parser
-from benchmarks.accuracy_methods import Method, Settings, displacement, projection
+from benchmarks.accuracy_methods import Method, Settings, displacement, pure
 from benchmarks.accuracy_tasks import Kind, Loss, Params, Row, Task
 from pjax.lab import terminal
 from pjax.lab.data import DataError
@@ -166,7 +166,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         _straight_through(),
-        projection("projection", "CyclicProjections"),
+        pure("projection"),
         displacement("displacement-adam"),
     )
 }

@@ -25,7 +25,7 @@ from pjax.lab.config import MethodName, TrainConfig
 from pjax.lab.data import Dataset, load
 from pjax.lab.train import Training
 
-METHODS: tuple[MethodName, ...] = ("adam", "displacement-adam", "cp")
+METHODS: tuple[MethodName, ...] = ("adam", "displacement-adam", "projection")
 _BATCHES = 20
 
 

@@ -26,19 +26,22 @@ steps = 80
 he = jax.nn.initializers.he_normal()
 first, last = jax.random.split(jax.random.key(0))
 params = [(he(first, (64, 64)), jnp.zeros(64)), (he(last, (64, 10)), jnp.zeros(10))]
-optimizer = pjax.optim.CyclicProjections(splitting="layer")
-batches = itertools.islice(batch_rows(len(digits.train), 128, seed=0), steps)
-state = None
+batches = list(itertools.islice(batch_rows(len(digits.train), 128, seed=0), steps))
+
+
+def batch(rows):
+    return jnp.asarray(digits.train.x[rows]), jax.nn.one_hot(digits.train.y[rows], 10)
+
+
+def loss(params, x, y):
+    return jnp.mean(pjax.cross_entropy(network(params, x), y))
+
+
+optimizer = pjax.optim.Projection()
+state = optimizer.init(loss, params, *batch(batches[0]))
 for number, rows in enumerate(batches):
-    x, y = jnp.asarray(digits.train.x[rows]), jax.nn.one_hot(digits.train.y[rows], 10)
-
-    def loss(params, x=x, y=y):
-        return jnp.mean(pjax.cross_entropy(network(params, x), y))
-
-    if state is None:
-        state = optimizer.init(loss, params)
     relaxation = 0.5 * (1 + np.cos(np.pi * number / steps))
-    params, residual, state = optimizer.update(loss, params, state, relaxation=relaxation)
+    params, state, info = optimizer.update(loss, params, state, *batch(rows), relaxation=relaxation)
 
 accuracy = jnp.mean(jnp.argmax(network(params, digits.test.x), -1) == digits.test.y)
 print(f"test accuracy: {accuracy:.1%}")

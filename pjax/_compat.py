@@ -63,6 +63,24 @@ _CALL_NAMES = frozenset(
 )
 
 
+#: Calls of functions with a derivative of their own.
+CUSTOM_JVP = find_primitives("custom_jvp_call")
+CUSTOM_VJP = find_primitives("custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def as_function(jaxpr: Any, consts: Any) -> Any:
+    """A body as a function of its operands, which returns a list."""
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))
+
+
+def function_name(jaxpr: Any) -> str:
+    """The name of the function that a called `jaxpr` was traced from; empty if unknown."""
+    try:
+        return str(jaxpr.debug_info.func_name)
+    except Exception:  # not promised by `jax.extend`: any failure only costs the name
+        return ""
+
+
 def call_body(primitive: Any, params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
     """The `(jaxpr, consts)` of a call primitive, or None if `primitive` is not a call to inline."""
     if primitive not in CALLS and primitive.name not in _CALL_NAMES:
@@ -143,6 +161,20 @@ def source_line(equation: Any, caller: str = "") -> str:
     for frame in own or frames:
         return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
     return caller
+
+
+#: Libraries whose own derivatives are numerical care: `relu`, `softmax`, `logsumexp`.
+_CAREFUL = tuple(f"{os.sep}{name}{os.sep}" for name in ("jax", "optax", "flax", "equinox"))
+
+
+def is_jax_function(equation: Any) -> bool:
+    """Whether a called function is one of JAX itself, Optax, Flax or Equinox."""
+    body = call_body(equation.primitive, equation.params)
+    try:
+        file = os.path.abspath(body[0].debug_info.func_filename)  # pyright: ignore
+    except Exception:  # not promised by `jax.extend`
+        return False
+    return is_library_file(file) and any(part in file for part in _CAREFUL)
 
 
 def is_library_function(jaxpr: Any) -> bool:

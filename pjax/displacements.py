@@ -50,7 +50,7 @@ def _displaced(
     state = solver.run(problem)
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and
     # each step of a solver hands on a request of its own.
-    scale = problem.largest_coefficient / problem.prox_step / solver.steps
+    scale = problem.largest_coefficient / found.metric.prox_step / solver.steps
     factor = -scale
     moved = [
         _zero(leaf) if force is None else (factor * force).astype(jnp.result_type(leaf))

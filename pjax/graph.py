@@ -29,6 +29,7 @@ from pjax.rules import (
     BILINEAR,
     IDENTITY,
     Affine,
+    LinearLoss,
     NodeSpec,
     NumericLoss,
     Rule,
@@ -645,8 +646,11 @@ class _Builder:
 def _loss_spec(program: Program, equation: Equation) -> NodeSpec:
     loss = equation.primitive
     if isinstance(loss, RowLoss):
-        exactness = "exact" if loss.convex and loss.entries is not None else "inexact"
-        rule = NumericLoss(loss.value, loss.entries, loss.name, exactness)
+        if loss.linear:
+            rule: Rule = LinearLoss(loss.value)
+        else:
+            exactness = "exact" if loss.convex and loss.entries is not None else "inexact"
+            rule = NumericLoss(loss.value, loss.entries, loss.name, exactness)
         return NodeSpec(rule, equation.inputs[:1], equation.inputs[1:])
     builder = find_builder(loss)
     assert builder is not None

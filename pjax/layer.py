@@ -7,11 +7,10 @@ sum of two products in a recurrent cell, and a product of two activations.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pjax.projections import layer, scaling
-from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side, inverse
+from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
 from pjax.projections.convolution import Convolution
 from pjax.projections.gains import PowerIteration
 from pjax.rules import Exactness, Force, Geometry, Reference, Rule, Term
@@ -73,11 +72,6 @@ class LayerSum(Rule):
     def accepts_rest(self) -> bool:
         return True
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether no product has two operands that are slots."""
-        return not any(isinstance(t, Product) and all(t.is_slot) for t in self.terms)
-
     def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:
         """For each term its operands, slots and data in their places."""
         slot, known = iter(slots), iter(knowns)
@@ -106,9 +100,8 @@ class LayerSum(Rule):
         parts = self._parts(at, weights, geometry, target)
         target_weight = scaling.number(target_weight, target.dtype)
         request = target if value is None else target - value
-        normal = self._normal(at, geometry)
         moves, change, forces = layer.solve(
-            parts, request, target_weight, geometry.iterations, normal, reference.force
+            parts, request, target_weight, geometry.iterations, reference.force
         )
         second, is_free = self._second_order(moves, geometry)
         if second is not None and not is_free:
@@ -207,43 +200,17 @@ class LayerSum(Rule):
         for term, now in zip(self.terms, at, strict=True):
             if isinstance(term, Addend):
                 apply = _addend(term, now[1], like)
-                linear.append((apply, _transposed(apply, now[0]), (term, None, now)))
+                linear.append((apply, _transposed(apply, now[0])))
                 continue
             for side, free in zip(_SIDES, term.is_slot, strict=True):
                 if free:
-                    linear.append((*_product(term, side, now), (term, side, now)))
-        parts = []
-        for (apply, transpose, (term, side, now)), weight, compliance, curved in zip(
-            linear, weights, geometry.compliances, geometry.curved, strict=True
-        ):
-            normal = repeats = span = None
-            if isinstance(term, Addend):
-                if term.dimensions is not None:
-                    repeats = float(_addend_gain(term, now[1], now[0].shape))
-                    span = _span(term, now[0].shape)
-            elif curved:
-                normal = _gram(term, side, now, geometry.iterations)
-            part = layer.Part(apply, transpose, weight, compliance, curved, normal, repeats, span)
-            parts.append(part)
-        return parts
-
-    def _normal(self, at: Any, geometry: Geometry) -> layer.Normal | None:
-        """`JᵀJ` of a product to whose rows nothing is added but biases, where that costs less."""
-        curved = iter(geometry.curved)
-        product, biases = None, []
-        for term, now in zip(self.terms, at, strict=True):
-            if isinstance(term, Addend):
-                if next(curved):
-                    biases.append((term, now[0].shape))
-                continue
-            for side, free in zip(_SIDES, term.is_slot, strict=True):
-                if free and next(curved):
-                    if product is not None:
-                        return None
-                    product = term, side, now
-        if product is None:
-            return None
-        return _covariance(*product, biases, geometry.iterations)
+                    linear.append(_product(term, side, now))
+        return [
+            layer.Part(apply, transpose, weight, compliance, curved)
+            for (apply, transpose), weight, compliance, curved in zip(
+                linear, weights, geometry.compliances, geometry.curved, strict=True
+            )
+        ]
 
     def _second_order(
         self, moves: Sequence[Array], geometry: Geometry
@@ -364,122 +331,10 @@ def _scaled(scale: Any, array: Array) -> Array:
     return array if isinstance(scale, (int, float)) and scale == 1 else scale * array
 
 
-class _Costs(NamedTuple):
-    """Multiplications of the forms of conjugate gradients, see `pjax.projections.layer`."""
-
-    direct: int
-    gram: int
-    covariance: int
-
-
-class _Rows(NamedTuple):
-    """A `dot_general` without batch axes as a product of matrices, `rows × length × columns`.
-
-    **Attributes:**
-
-    - `other`: the operand that is held, `rows × length`.
-    - `columns`: the shape of the free operand's part of the output.
-    - `axes`: of the free operand, the contracted ones first.
-    """
-
-    other: Array
-    columns: tuple[int, ...]
-    axes: tuple[int, ...]
-
-    def costs(self, iterations: int) -> _Costs:
-        """Of so many steps of conjugate gradients."""
-        (rows, length), columns = self.other.shape, math.prod(self.columns)
-        product = rows * length * columns
-        return _Costs(
-            (2 * iterations + 1) * product,
-            rows * rows * (length + iterations * columns) + product,
-            length * length * (rows + iterations * columns) + 2 * product,
-        )
-
-
-def _rows(op: Bilinear, side: Side, now: tuple[Any, ...]) -> _Rows | None:
-    if not isinstance(op, DotGeneral) or op.dimension_numbers[1][0]:
-        return None
-    (left, right), _ = op.dimension_numbers
-    other, contracted, shape, own = (
-        (now[1], right, op.left_shape, left) if side == "left"
-        else (now[0], left, op.right_shape, right)
-    )  # fmt: skip
-    kept = tuple(axis for axis in range(other.ndim) if axis not in contracted)
-    matrix = jnp.transpose(other, (*kept, *contracted)).reshape(-1, op.slice_length)
-    free = tuple(axis for axis in range(len(shape)) if axis not in own)
-    return _Rows(matrix, tuple(shape[axis] for axis in free), (*own, *free))
-
-
-def _dot(op: Bilinear) -> Any:
-    assert isinstance(op, DotGeneral)
-    return functools.partial(op.multiply, jnp.matmul)
-
-
-def _gram(term: Product, side: Side, now: tuple[Any, ...], iterations: int) -> Any:
-    """`J Jᵀ Λ` by the Gram matrix of the other operand's rows, where that costs less."""
-    found = _rows(term.operation, side, now)
-    if found is None:
-        return None
-    costs = found.costs(iterations)
-    if costs.gram >= costs.direct:
-        return None
-    rows, columns = len(found.other), math.prod(found.columns)
-    dot = _dot(term.operation)
-    gram = term.scale**2 * dot(found.other, found.other.T)
-
-    def normal(force: Array) -> Array:
-        if side == "left":  # the other operand's rows are the output's last axes
-            return dot(force.reshape(columns, rows), gram).reshape(force.shape)
-        return dot(gram, force.reshape(rows, columns)).reshape(force.shape)
-
-    return normal
-
-
 def _span(addend: Addend, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """The axes of the output along which a broadcast operand differs, and their lengths."""
     assert addend.dimensions is not None
     return tuple((d, n) for d, n in zip(addend.dimensions, shape, strict=True) if n > 1)
-
-
-def _covariance(
-    term: Product,
-    side: Side,
-    now: tuple[Any, ...],
-    biases: Sequence[tuple[Addend, tuple[int, ...]]],
-    iterations: int,
-) -> layer.Normal | None:
-    """`Jᵀ (1 − η Π) J` by the covariance of the other operand's columns, where that costs less."""
-    found = _rows(term.operation, side, now)
-    if found is None:
-        return None
-    costs = found.costs(iterations)
-    if costs.covariance >= min(costs.direct, costs.gram):
-        return None
-    (rows, length), count = found.other.shape, math.prod(found.columns)
-    first = 0 if side == "left" else len(term.operation.output_shape) - len(found.columns)
-    columns = tuple((first + axis, n) for axis, n in enumerate(found.columns) if n > 1)
-    for addend, shape in biases:
-        if addend.dimensions is None or _span(addend, shape) != columns:
-            return None
-    dot = _dot(term.operation)
-    back = inverse(found.axes)
-
-    def normal(share: Any) -> Any:
-        covariance = dot(found.other.T, found.other)
-        if biases:
-            total = jnp.sum(found.other, axis=0)
-            covariance = covariance - (share / rows) * total[:, None] * total
-        covariance = term.scale**2 * covariance
-
-        def apply(move: Array) -> Array:
-            matrix = jnp.transpose(move, found.axes)
-            into = dot(covariance, matrix.reshape(length, count))
-            return jnp.transpose(into.reshape(matrix.shape), back)
-
-        return apply
-
-    return normal
 
 
 def _addend(addend: Addend, factors: Sequence[Any], like: Array) -> Any:

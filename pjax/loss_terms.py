@@ -71,11 +71,13 @@ class RowLoss:
     - `value`: the function; the last axis of `x` is the row.
     - `entries`: for a sum of functions of single entries: the loss of each.
     - `convex`: whether it was found to be convex at sample points.
+    - `linear`: whether it is linear.
     """
 
     value: Callable[..., Array]
     entries: Callable[..., Array] | None
     convex: bool
+    linear: bool
     name: str
     multiple_results: bool = False
 
@@ -301,12 +303,11 @@ class _Finder:
         others = [h for h in self.tail.heads if h not in named]
         found: list[tuple[int, LossTerm]] = []
         for head in named:
-            equation, number = self.definitions[head], coefficients[head]
-            if type(number) is not int and np.max(number) < 0:
-                raise TraceError(_maximised(equation.name, equation.source))
-            found.append((head, LossTerm(equation, number)))
+            found.append((head, LossTerm(self.definitions[head], coefficients[head])))
         for group in self._groups(others):
-            found.append((max(group), self._term(group, coefficients)))
+            terms = self._terms(group, coefficients)
+            found += [(max(group), term) for term in terms]
+        self._check_bounded(others, [term for _, term in found])
         found.sort(key=lambda pair: pair[0])
         program = replace(
             self.program,
@@ -391,47 +392,58 @@ class _Finder:
             groups.append((sorted(members), seen))
         return [members for members, _ in groups]
 
-    def _term(self, group: list[int], coefficients: Mapping[int, Any]) -> LossTerm:
+    def _terms(self, group: list[int], coefficients: Mapping[int, Any]) -> list[LossTerm]:
+        """The loss of heads that depend on one common value, or of each the linear one."""
         common = common_chain([self._chain(head) for head in group])
         candidates = [b for b in common if group != [b] and b not in self.after_losses]
-        if not candidates:
-            raise TraceError(self._no_loss(group))
-        shapes = [_Shape(self.program, self.definitions, self.tail, group, b) for b in candidates]
-        chosen, probe = self._choose(shapes)
-        if probe is not None and probe.concave:
-            name, source = self._name(group)
-            raise TraceError(_maximised(name, source))
-        return self._add(chosen, probe, coefficients)
+        if candidates:
+            shapes = [self._shape(group, b) for b in candidates]
+            return [self._add(*self._choose(shapes), coefficients)]
+        if not self.after_losses.isdisjoint(group):
+            raise TraceError(self._joins_losses(group))
+        return [self._add(self._shape([h], h), None, coefficients) for h in group]
+
+    def _shape(self, group: list[int], base: int) -> _Shape:
+        return _Shape(self.program, self.definitions, self.tail, group, base)
 
     def _name(self, group: Sequence[int]) -> tuple[str, str]:
         equation = self.definitions.get(max(group))
         return ("loss", "") if equation is None else (equation.name, equation.source)
 
-    def _no_loss(self, group: Sequence[int]) -> str:
-        program = self.program
-        (head,) = group[-1:]
-        equation = self.definitions.get(head)
-        if equation is not None:
-            if any(a in self.after_losses for a in equation.inputs if program.is_variable(a)):
-                return (
-                    f"`{equation.name}` ({equation.source}) joins a loss with a value of the "
-                    "parameters that is no data, and is no function of one prediction. "
-                    + _WHAT_TO_DO
-                )
-            linear = f"`{equation.name}` ({equation.source})"
-        else:
-            linear = f"`params{program.leaves[head].path}`"
-        message = (
-            f"The function does not end in a loss: it is linear in {linear} and has no least value."
+    def _joins_losses(self, group: Sequence[int]) -> str:
+        name, source = self._name(group)
+        return (
+            f"`{name}` ({source}) joins a loss with a value of the parameters that is no data, and "
+            f"is no function of one prediction. {_WHAT_TO_DO}"
         )
-        last = self.definitions.get(program.outputs[0])  # pyright: ignore[reportArgumentType]
+
+    def _check_bounded(self, heads: Sequence[int], terms: Sequence[LossTerm]) -> None:
+        """Raises an error where the whole result is linear in parameters or in what the network's
+        own operations return: no loss was taken of it.
+        """
+        if not all(
+            isinstance(t.equation.primitive, RowLoss) and t.equation.primitive.linear for t in terms
+        ):
+            return
+        definitions = [self.definitions.get(head) for head in heads]
+        if any(e is not None and e.primitive in _IN_LOSSES for e in definitions):
+            return
+        name, source = self._name(heads)
+        equation = self.definitions.get(max(heads))
+        leaf = f"`params{self.program.leaves[heads[-1]].path}`" if equation is None else ""
+        message = (
+            "The function does not end in a loss: it is linear in "
+            f"{leaf or f'`{name}` ({source})'} and has no least value."
+        )
+        last = self.definitions.get(self.program.outputs[0])  # pyright: ignore[reportArgumentType]
         if last is not None and last is not equation:
             message += f" It ends in `{last.name}` ({last.source})."
-        return f"{message} {_WHAT_TO_DO}"
+        raise TraceError(f"{message} {_WHAT_TO_DO}")
 
     def _choose(self, shapes: Sequence[_Shape]) -> tuple[_Shape, _Probe | None]:
         """The farthest beginning of which the loss is convex, with as many rows as the nearest; if
-        there is none, one that joins the entries of its rows (the logits of `log(softmax(x))`).
+        there is none, one that joins the entries of its rows (the logits of `log(softmax(x))`); if
+        there is none of those, the farthest of which it is concave.
         """
         nearest = shapes[0]
         probes: dict[int, _Probe | None] = {}
@@ -443,6 +455,10 @@ class _Finder:
                 probe = probes[shape.base] = _probe(self.program, self.tail, shape)
                 if probe is not None and probe.convex:
                     return shape, probe
+        for shape in reversed(shapes):
+            probe = probes.get(shape.base)
+            if probe is not None and probe.concave:
+                return shape, probe
         return nearest, probes.get(nearest.base)
 
     # The equations of a loss.
@@ -461,7 +477,7 @@ class _Finder:
         dtype = self.program.dtype(shape.base)
         prediction = self._in_rows(shape, source)
         found = None if probe is None else probe.found
-        sign = None if probe is None or found is None else probe.sign
+        sign = None if probe is None else probe.sign
         chosen = [coefficients[head] for head in shape.heads]
         places = [c for c in chosen if type(c) is int]
         split = len(places)
@@ -488,8 +504,10 @@ class _Finder:
         counts, *derived = self._add_computed(derive, reads, source)
         if found is None:
             knowns: tuple[Atom, ...] = (*derived, *shape.knowns)
-            convex = probe is not None and probe.convex
-            primitive: Any = RowLoss(shape.row_function(), shape.entry_function(), convex, name)
+            convex = probe is not None and probe.sign is not None
+            linear = shape.heads == [shape.base]
+            value, entries = shape.row_function(), shape.entry_function()
+            primitive: Any = RowLoss(value, entries, convex, linear, name)
         else:
             knowns, primitive = tuple(derived), found.primitive
         rows = self._new(shape.row_shape, dtype, True)
@@ -602,14 +620,14 @@ class _Shape:
 
     def counts(self, coefficient: Any, sign: float | None) -> Array:
         """How much each row counts, from the coefficient of `row_value`: the sum of the sizes of
-        its entries, or, where the loss is known, of these with the sign that they have there.
+        its entries (of a loss of entries the largest), negatively if the largest of them has not
+        the sign given, with which the loss is convex.
         """
         full = self._over(self.row_value, self._full(self.row_value, coefficient))
-        full = jnp.abs(full) if sign is None else sign * full
-        if not self.separable:
-            return jnp.sum(full, -1)
         place = jnp.argmax(jnp.abs(full), axis=-1, keepdims=True)
-        return jnp.take_along_axis(full, place, -1)[..., 0]
+        largest = jnp.take_along_axis(full, place, -1)[..., 0]
+        counts = jnp.abs(largest) if self.separable else jnp.sum(jnp.abs(full), -1)
+        return counts if sign is None else jnp.where(sign * largest < 0, -counts, counts)
 
     def scales(self, coefficients: Sequence[Any], counts: Array) -> list[Array]:
         """The coefficients of heads, relative to how much each row counts."""
@@ -698,15 +716,16 @@ class _Probe:
 
     **Attributes:**
 
-    - `convex`, `concave`: of each row (and not both).
-    - `found`: a loss of this library that it equals there, up to a number for each row.
-    - `sign`: the sign of the coefficients of what is not linear.
+    - `convex`, `concave`: of each row.
+    - `found`: a loss of this library that it (or its negative) equals there, up to a number for
+        each row.
+    - `sign`: that of the coefficients with which it is convex; None if it is not.
     """
 
     convex: bool
     concave: bool
     found: _Known | None
-    sign: float
+    sign: float | None
 
 
 #: Pairs of sample points for each row, of sizes over so many decades.
@@ -760,12 +779,15 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
     a, b, m = (np.where(finite, found, 0) for found in (first, second, middle))
     gap, slack = (a + b) / 2 - m, tolerance * (np.abs(a) + np.abs(b) + np.abs(m) + 1e-3)
     convex, concave = bool(np.all(gap >= -slack)), bool(np.all(gap <= slack))
-    bent = bool(np.any(np.abs(gap) > slack))
+    if not convex and not concave:
+        return _Probe(False, False, None, None)
     known = None
-    if convex and bent and np.all(np.isfinite(slope)):
+    if not convex:  # it is to be maximised: its rows count negatively
+        sign, first, zero, slope = -sign, -first, -zero, -slope
+    if not (convex and concave) and np.all(np.isfinite(slope)):
         at = points[:, 0].astype(np.dtype(dtype)).astype(np.float64)
         known = _compare(shape, at, first, zero, slope, tolerance)
-    return _Probe(convex, concave and bent, known, float(sign))
+    return _Probe(convex, concave, known, float(sign))
 
 
 def _compare(
@@ -825,10 +847,3 @@ def _sample(aval: Any, rng: np.random.Generator, normal: bool = False) -> Any:
     else:  # class numbers of any number of classes, and masks
         drawn = rng.integers(0, 2, aval.shape)
     return np.asarray(drawn).astype(aval.dtype)
-
-
-def _maximised(name: str, source: str) -> str:
-    return (
-        f"`{name}` ({source}) counts negatively in the function's result: a loss that is to be "
-        "maximised has no projection. Losses are minimised; return the loss itself."
-    )

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from pjax.graph import Graph, Node
 from pjax.projections import scaling
-from pjax.thresholds import latent_nodes
 
 RowWeights = Literal["relative", "absolute"]
 
@@ -99,12 +98,8 @@ class Metric(ABC):
     #: largest one (a mean and a sum are the same problem, a masked row has none); `"absolute"`,
     #: the coefficient.
     row_weights: RowWeights
-    #: Whether the prox step of a loss is for one row, and so many times larger for a batch.
-    prox_per_row: bool = False
     #: Steps of conjugate gradients for the projection onto a layer.
     iterations: int = 8
-    #: What hidden layers are asked for, as a share of their size; None: what the weights give.
-    request: float | None = None
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:
         """ρ for each slot of `graph`, if that is all there is to the metric."""
@@ -223,13 +218,10 @@ class Spectral(Metric):
         ]
 
     def curved(self, graph: Graph) -> Sequence[bool]:
-        resting, latent = self.resting(graph), latent_nodes(graph)
+        parameters = {node.index for node in graph.parameters}
         return [
-            slot.kind == "weight"
-            and not rests
-            and slot.node not in latent
-            and _reads_parameters(graph, slot.index, latent)
-            for slot, rests in zip(graph.slots, resting, strict=True)
+            not rests and slot.kind == "weight" and not parameters.isdisjoint(slot.producers)
+            for slot, rests in zip(graph.slots, self.resting(graph), strict=True)
         ]
 
     def weigh(self, measures: Measures) -> Weighing:
@@ -272,37 +264,6 @@ class Spectral(Metric):
                     factor = given / (rows * shared)
                 weights[slot] = _relative(factor * largest, gains[slot], asked.exponent)
         return Weighing([weights[i] for i in range(len(graph.slots))], gains, vectors)
-
-
-@dataclass(frozen=True)
-class Curved(Spectral):
-    """[`pjax.metrics.Spectral`][] with parameters that move in the solve: pure projection, without
-    an optimiser or a learning rate.
-
-    Every layer that reads parameters solves for them with its input held, and hands on the force
-    that is left over. What it is asked for has the direction of the force on its output, and a size
-    that does not depend on the force: `request/L` times the size of its output, with `L` the number
-    of such layers; the layer before a loss is asked for what the loss's prox asks. So a step is the
-    same for a mean or a sum, for small and large inputs, and for every width.
-
-    **Arguments:** those of [`pjax.metrics.Spectral`][], with other defaults, and
-
-    - `parameters`: the stiffness in rows.
-    - `prox_step`: λ per row of the batch: what `n` rows agree on may move predictions `n` times as
-        far as what one row asks for.
-    - `request`: the share of its size that all layers together are asked to move.
-    """
-
-    parameters: Any = 16.0
-    prox_step: float = 0.3
-    iterations: int = 2
-    request: float | None = 1.0
-    prox_per_row: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.request is not None:
-            _check_positive("request", self.request)
 
 
 def _relative(stiffness: Any, gain: Any, exponent: Any) -> Weight:
@@ -401,11 +362,4 @@ def _is_prefix(prefix: str, path: str) -> bool:
     return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "[", ".")
 
 
-def _reads_parameters(graph: Graph, slot: int, latent: frozenset[int]) -> bool:
-    """Whether a slot reads parameters themselves, or what thresholds make of them."""
-    return any(
-        graph.nodes[p].kind == "parameter" or p in latent for p in graph.slots[slot].producers
-    )
-
-
-__all__ = ["INFINITE", "Curved", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]
+__all__ = ["INFINITE", "Measures", "Metric", "Spectral", "Uniform", "Weighing", "Weight"]

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from pjax import solvers
-from pjax.extrapolation import line_search
 from pjax.graph import Fallback
-from pjax.metrics import Curved, Metric, Spectral, Uniform
+from pjax.metrics import Metric, Spectral, Uniform
 from pjax.problem import Fanout, Layout, Problem, Splitting
 from pjax.rolling import rolled
 from pjax.solvers import ResidualHistory, Solver
@@ -42,33 +41,24 @@ class OptimizerState:
     **Attributes:**
 
     - `vectors`: for each slot where its power iteration goes on, or None.
-    - `offset`: for each leaf how far the latest iterate is from the average, or None.
-    - `count`: how many batches there were.
     """
 
     vectors: tuple[Any, ...]
-    offset: tuple[Any, ...]
-    count: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(
     layout: Layout,
     solver: Solver,
-    extrapolate: bool,
-    averaging: float | None,
     check: bool,
     *arrays: Any,
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
-    fixed = layout, solver, extrapolate, averaging, check
-    return rolled(functools.partial(_solved, *fixed))(*arrays)
+    return rolled(functools.partial(_solved, layout, solver, check))(*arrays)
 
 
 def _solved(
     layout: Layout,
     solver: Solver,
-    extrapolate: bool,
-    averaging: float | None,
     check: bool,
     leaves: Sequence[Any],
     consts: Sequence[Any],
@@ -77,42 +67,13 @@ def _solved(
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
     solution, history = solver.solve(problem)
-    moves = problem.parameter_moves(solution)
-    length: Any = relaxation
-    if extrapolate:
-        length = relaxation * line_search(problem, moves, consts, problem.output_moves(solution))
-    steps = [None if move is None else length * move for move in moves]
-    new = None
-    if state is not None:
-        count = state.count + 1
-        steps, offset = _averaged(steps, state.offset, averaging, count)
-        new = OptimizerState(tuple(problem.vectors), offset, count)
     moved = [
-        leaf if step is None else (leaf + step).astype(jnp.result_type(leaf))
-        for leaf, step in zip(leaves, steps, strict=True)
+        leaf if move is None else (leaf + relaxation * move).astype(jnp.result_type(leaf))
+        for leaf, move in zip(leaves, problem.parameter_deviations(solution), strict=True)
     ]
     checks = check_solve(problem, consts, history.loss, moved) if check else None
+    new = None if state is None else OptimizerState(tuple(problem.vectors))
     return moved, history, checks, new
-
-
-def _averaged(
-    steps: Sequence[Any], offset: Sequence[Any], averaging: float | None, count: Array
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """The steps of the average, and how far the iterates are ahead of it.
-
-    The iterates move by the steps found at the average, `z ← z + s(x)`, and the average follows
-    them, `x ← x + c (z − x)` with `c = (a + 1)/(t + a)`: a mean with weights that grow like `t^a`.
-    """
-    if averaging is None:
-        return list(steps), tuple(offset)
-    share = (averaging + 1) / (count + averaging)
-    ahead = [
-        None if step is None else step + before for step, before in zip(steps, offset, strict=True)
-    ]
-    return (
-        [None if z is None else share * z for z in ahead],
-        tuple(None if z is None else (1 - share) * z for z in ahead),
-    )
 
 
 @dataclass(frozen=True)
@@ -127,12 +88,8 @@ class Optimizer:
     - `metric`: weights of the distances and prox step of the losses.
     - `fanout`: `"paper"` or `"exact"`, see [`pjax.feasibility_problem`][].
     - `splitting`: `"neuron"` or `"layer"`.
-    - `check`: raise an error for parameters, data or a loss that are not finite, and for a loss
-        with a negative weight; it waits for the result of each update.
-    - `extrapolate`: scale the whole move so that the losses, along the line to the predictions that
-        it leads to, are least (with a brake): one more forward pass.
-    - `averaging`: with a state, the parameters are a mean of the iterates, with weights that grow
-        like the `averaging`-th power of the number of the batch; None: the last iterate.
+    - `check`: raise an error for parameters, data or a loss that are not finite; it waits for the
+        result of each update.
     - `fallback`: see [`pjax.feasibility_problem`][].
     """
 
@@ -141,20 +98,15 @@ class Optimizer:
     fanout: Fanout = "paper"
     splitting: Splitting = "neuron"
     check: bool = True
-    extrapolate: bool = False
-    averaging: float | None = None
     fallback: Fallback | None = None
 
     def init(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> OptimizerState:
         """A state for `update`, from a function and parameters of the right shapes."""
         program, leaves, consts, _ = trace(fn, params)
         found = self.layout(program)
-        vectors = first_vectors(lambda *args: Problem(found, *args).vectors, leaves, consts)
-        read = {node.output for node in found.graph.parameters}
-        offset = tuple(
-            jnp.zeros_like(leaf) if number in read else None for number, leaf in enumerate(leaves)
+        return OptimizerState(
+            first_vectors(lambda *args: Problem(found, *args).vectors, leaves, consts)
         )
-        return OptimizerState(vectors, offset, jnp.zeros((), jnp.float32))
 
     @overload
     def update(
@@ -185,7 +137,7 @@ class Optimizer:
 
         - `fn`: parameters to loss; it closes over the batch.
         - `params`: a pytree of arrays; integer leaves stay as they are.
-        - `state`: from `init` or the update before, for averages and power iterations.
+        - `state`: from `init` or the update before: power iterations go on where they ended.
         - `relaxation`: a factor on the move of the parameters, such as a schedule from 1 to 0.
 
         **Returns:** `(params, residual)`: the new parameters, and the [`ResidualHistory`][] of
@@ -195,15 +147,12 @@ class Optimizer:
         """
         program, leaves, consts, _ = trace(fn, params)
         moved, history, checks, new = _solve(
-            self.layout(program), *self._options(), leaves, consts, state, relaxation
+            self.layout(program), self.solver, self.check, leaves, consts, state, relaxation
         )
         if checks is not None:
             raise_if_unsound(program, consts, checks)
         result = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
         return (result, history) if new is None else (result, history, new)
-
-    def _options(self) -> tuple[Solver, bool, float | None, bool]:
-        return self.solver, self.extrapolate, self.averaging, self.check
 
     def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
         """The problem that `update` would solve, to look at."""
@@ -215,13 +164,22 @@ class Optimizer:
         `.compile().memory_analysis()`.
         """
         program, leaves, consts, _ = trace(fn, params)
-        return _solve.lower(self.layout(program), *self._options(), leaves, consts, None, 1.0)
+        found = self.layout(program)
+        return _solve.lower(found, self.solver, self.check, leaves, consts, None, 1.0)
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
-        return layout_for(
+        found = layout_for(
             self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
         )
+        read = [index for index, slot in enumerate(found.graph.slots) if slot.kind == "weight"]
+        if read and all(found.resting[index] for index in read):
+            raise ValueError(
+                "All parameters rest in this metric, so no update would move them: give "
+                "`Spectral(parameters=…)` a number, or use `pjax.optim.Projection` or "
+                "`pjax.value_and_displacement`."
+            )
+        return found
 
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
@@ -233,25 +191,24 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         fanout: Fanout | None = None,
         splitting: Splitting = "neuron",
         check: bool = True,
-        extrapolate: bool | None = None,
-        averaging: float | None = None,
         fallback: Fallback | None = None,
         **options: Any,
     ) -> Optimizer:
+        for name in ("extrapolate", "averaging"):
+            if name in options:
+                raise TypeError(f"There is no `{name}` any more: use `pjax.optim.Projection`.")
         layers = splitting == "layer"
         if metric is None:
             given: dict[str, Any] = {} if prox_step is None else {"prox_step": prox_step}
             metric = default_metric(solver, **given) if layers else Uniform(**given)
         if steps_per_update is None:
-            steps_per_update = _LAYER_STEPS[solver] if layers else 50
+            steps_per_update = 10 if layers else 50
         return Optimizer(
             solver(steps=steps_per_update, **options),
             metric,
             fanout or ("exact" if layers else "paper"),
             splitting,
             check,
-            metric.request is not None if extrapolate is None else extrapolate,
-            averaging if averaging is not None or metric.request is None else 45.0,
             fallback,
         )
 
@@ -260,15 +217,12 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
 
     **Arguments:**
 
-    - `steps_per_update`: steps for each batch; by default 50, and in layers as many as the solver
-        needs.
+    - `steps_per_update`: steps for each batch; by default 50, and in layers 10.
     - `prox_step`: λ of the losses (ignored if `metric` is given).
     - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
         λ = 5; `"layer"`: one constraint for each array operation, with the metric that
         `pjax.optim.default_metric` has for the solver.
-    - `metric`, `fanout`, `check`, `extrapolate`, `averaging`, `fallback`: see [`Optimizer`][]; with
-        the metric `Curved`, the default for `"layer"`, moves are extrapolated, and iterates
-        averaged by 45.
+    - `metric`, `fanout`, `check`, `fallback`: see [`Optimizer`][].
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].
@@ -276,33 +230,23 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     return make
 
 
-#: Steps for each batch in layers, where none are given: a sweep reaches every parameter.
-_LAYER_STEPS: dict[type[Solver], int] = {
-    solvers.AlternatingProjections: 10,
-    solvers.CyclicProjections: 1,
-    solvers.DouglasRachford: 10,
-    solvers.CyclicDouglasRachford: 10,
-    solvers.DifferenceMap: 10,
-    solvers.AlternatingReflections: 10,
-}
-
-
 def default_metric(solver: type[Solver], **options: Any) -> Metric:
-    """The metric of pure projection in layers, where none is given.
+    """The metric in layers, where none is given.
 
-    Solvers that project get [`pjax.metrics.Curved`][]. Those that reflect reach a layer by its
-    activations, which must be soft for that: `Spectral(activations=0.01, parameters=3.0,
-    prox_step=5.0)`.
+    A layer is reached by its activations, which must be soft for that:
+    `Spectral(activations=0.01, parameters=0.5, prox_step=5.0)`; for solvers that reflect, which go
+    further in each step, `parameters=3.0`.
 
     **Arguments:**
 
     - `solver`: the class of the solver.
     - `options`: of the metric, to change.
     """
-    if solver.reflecting:
-        soft: dict[str, Any] = {"activations": 0.01, "parameters": 3.0, "prox_step": 5.0}
-        return Spectral(**{**soft, **options})
-    return Curved(**options)
+    # Measured on MNIST 784-128-10, 195 batches, validation: alternating and cyclic projections
+    # 93.7 and 93.8 % with 0.5, 93.0 and 93.1 % with 3; Douglas-Rachford 93.0 and 94.6 %.
+    parameters = 3.0 if solver.reflecting else 0.5
+    soft: dict[str, Any] = {"activations": 0.01, "parameters": parameters, "prox_step": 5.0}
+    return Spectral(**{**soft, **options})
 
 
 AlternatingProjections = _define(solvers.AlternatingProjections)

@@ -52,9 +52,6 @@ class Layout:
     - `curved`: for each slot of a layer whether its response is solved for.
     - `counts`: for each slot and each of its producers how many of its entries read each entry of
         the producer; None where that differs or depends on data.
-    - `asked`: the nodes that read parameters, if the metric fixes the size of their requests. A
-        state ends with an `Answer` for each.
-    - `linear`: those of them whose output is linear in parameters that nobody else reads.
     """
 
     graph: Graph
@@ -63,8 +60,6 @@ class Layout:
     resting: tuple[bool, ...]
     curved: tuple[bool, ...]
     counts: tuple[tuple[float | None, ...], ...]
-    asked: tuple[int, ...]
-    linear: tuple[int, ...]
     splitting: Splitting
     metric: Metric
     fanout: Fanout
@@ -150,19 +145,13 @@ def _make_layout(
             for index, form, several in zip(node.slots, forms, shared, strict=True):
                 apart = several and isinstance(form, Dense) and _is_join(graph.slots[index])
                 storages[index] = Joined(graph.slots[index].route) if apart else form
-    curved = metric.curved(graph)
-    asked = _asked(graph) if metric.request is not None else ()
-    # What reflects combines states, and an answer would be none of the combined one.
-    linear = () if reflecting else tuple(n for n in asked if _is_linear(graph, n, curved))
     found = Layout(
         graph=graph,
         groups=tuple(tuple(group) for group in groups),
         storages=tuple(storages),
         resting=tuple(metric.resting(graph)),
-        curved=tuple(curved),
+        curved=tuple(metric.curved(graph)),
         counts=tuple(map(_reader_counts, graph.slots)),
-        asked=asked,
-        linear=linear,
         splitting=splitting,
         metric=metric,
         fanout=fanout,
@@ -171,32 +160,6 @@ def _make_layout(
     )
     _warn_large(found)
     return found
-
-
-def _asked(graph: Graph) -> tuple[int, ...]:
-    """The nodes that read parameters themselves, or what thresholds make of parameters."""
-    latent = latent_nodes(graph)
-    read = {node.index for node in graph.parameters} | latent
-    reading = {s.node for s in graph.slots if not read.isdisjoint(s.producers)} - latent
-    return tuple(
-        node.index for node in graph.nodes if node.index in reading and node.kind == "operation"
-    )
-
-
-def _is_linear(graph: Graph, node: int, curved: Sequence[bool]) -> bool:
-    """Whether a node is linear in what moves it: parameters that move, and that it alone reads."""
-    readers = graph.readers()
-    rule = graph.nodes[node].rule
-    if not isinstance(rule, LayerSum) or not rule.is_linear:
-        return False
-    for index in graph.nodes[node].slots:
-        slot = graph.slots[index]
-        if not (curved[index] and slot.route.direct):
-            return False
-        (producer,) = slot.producers
-        if graph.nodes[producer].kind != "parameter" or readers[producer] != [index]:
-            return False
-    return True
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
@@ -255,7 +218,7 @@ def _warn_large(layout: Layout) -> None:
 class NodeSize(NamedTuple):
     """Edge variables of one node's slots: as the paper counts them, and as they are stored.
 
-    `bytes` are those of the numbers stored, and of the node's `Answer` where it has one.
+    `bytes` are those of the numbers stored.
     `exactness` is the class of its rule: `"exact"`, `"inexact"` or `"relaxed"`.
     """
 
@@ -304,34 +267,10 @@ def sizes(layout: Layout) -> Sizes:
             numbers = storage.numbers(slot.shape)
             stored += numbers
             size += numbers * np.dtype(slot.dtype).itemsize
-        if node.index in layout.asked:
-            size += _answer_bytes(layout, node)
         # A parameter's constraint is that its readers agree: their mean is the nearest point.
         exactness = "exact" if node.rule is None else node.rule.exactness
         rows.append(NodeSize(node.name, exactness, count, stored, size))
     return Sizes(tuple(rows))
-
-
-def _answer_bytes(layout: Layout, node: Node) -> int:
-    """The bytes of a node's `Answer`, both in the wide type of its output."""
-    assert node.output is not None
-    program = layout.graph.program
-    entries = math.prod(program.shape(node.output)) if node.index in layout.linear else 0
-    return (1 + entries) * np.dtype(widened(program.dtype(node.output))).itemsize
-
-
-class Answer(NamedTuple):
-    """What became of a request of the size that the metric fixes.
-
-    **Attributes:**
-
-    - `size`: what a deviation of 1 in the node's unit stands for, see `Problem._asked_size`.
-    - `output`: the deviation of the node's output, in its unit; None unless the node is one of
-        `Layout.linear`, and in a state at rest.
-    """
-
-    size: Array
-    output: Array | None
 
 
 class Problem:
@@ -361,7 +300,8 @@ class Problem:
         self.values = {number: _widened(value) for number, value in self.forward.items()}
         self._readers = self.graph.readers()
         # What does not change during a solve is computed here, outside of every loop.
-        self._prox_steps = self._find_prox_steps()
+        #: `λ c` for each row of each loss.
+        self.prox_steps = self._find_prox_steps()
         self._references = {
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
@@ -452,39 +392,26 @@ class Problem:
         metric = self.layout.metric
         losses = self.graph.losses
         coefficients = self.graph.loss_coefficients(self.forward)
-        #: Whether no loss is maximised: one with a negative coefficient has no proximal operator.
-        self.minimises = jnp.all(jnp.stack([jnp.min(c) for c in coefficients]) >= 0)
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
         pairs = list(zip(losses, coefficients, strict=True))
         counted = [(n, c) for n, c in pairs if self._of_data(n)] or pairs
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for _, c in counted]))
+        largest = _largest_size([c for _, c in counted])
+        # All rows of the batch may count 0 while a penalty does not.
+        every = _largest_size(coefficients)
+        if isinstance(every, jax.Array):
+            largest = jnp.where(largest > 0, largest, every)
+        elif largest == 0:
+            largest = every
         #: The largest coefficient of a row in the function's result.
-        self.largest_coefficient = largest
-        relative = [_relative(c, [c for _, c in counted], largest) for c in coefficients]
+        self.largest_coefficient = jnp.asarray(largest)
+        relative = [_relative(c, largest) for c in coefficients]
         self.loss_weights = {
-            node.index: jnp.maximum(c, 0)[..., None] if np.ndim(c) else c
-            for node, c in zip(losses, relative, strict=True)
+            node.index: _row_weights(c) for node, c in zip(losses, relative, strict=True)
         }
         if metric.row_weights == "relative":
             coefficients = relative
-        shares = dict(zip((node.index for node in losses), relative, strict=True))
-        rows = [
-            (shares[node.index], self.values[node.output].shape)  # pyright: ignore[reportArgumentType]
-            for node, _ in counted
-        ]
-        #: How many rows of losses there are, each counted as it weighs against the largest.
-        self.rows = jnp.maximum(
-            sum(
-                (jnp.sum(jnp.broadcast_to(c, s)) for c, s in rows),
-                start=jnp.zeros(()),
-            ),
-            1,
-        )
-        #: λ of a row that counts 1.
-        self.prox_step = metric.prox_step * (self.rows if metric.prox_per_row else 1)
         return {
-            node.index: self.prox_step * jnp.maximum(c, 0)
-            for node, c in zip(losses, coefficients, strict=True)
+            node.index: metric.prox_step * c for node, c in zip(losses, coefficients, strict=True)
         }
 
     def _of_data(self, node: Node) -> bool:
@@ -622,29 +549,10 @@ class Problem:
 
     def initial(self) -> State:
         """The forward pass itself: every deviation 0."""
-        slots = (
+        return tuple(
             storage.fill(jnp.zeros(slot.shape, slot.dtype))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *self._no_answers())
-
-    def _no_answers(self, at_rest: bool = False) -> tuple[Answer, ...]:
-        """What a state holds behind its slots before anything is asked for."""
-        return tuple(
-            Answer(
-                jnp.ones((), self._number_type(node)),
-                jnp.zeros_like(self.values[self.graph.nodes[node].output])  # pyright: ignore
-                if node in self.layout.linear and not at_rest
-                else None,
-            )
-            for node in self.layout.asked
-        )
-
-    def _number_type(self, node: int) -> Any:
-        """The type of a number that belongs to a node's output."""
-        output = self.graph.nodes[node].output
-        assert output is not None
-        return self.values[output].dtype
 
     def at_rest(self) -> State:
         """`initial`, with None for each slot: what rests costs nothing in a first step.
@@ -653,7 +561,7 @@ class Problem:
         """
         if self.layout.splitting != "layer":
             return self.initial()
-        return (None,) * len(self.graph.slots) + self._no_answers(at_rest=True)
+        return (None,) * len(self.graph.slots)
 
     def mean(self, state: State, slot: Slot) -> Array:
         """The deviation of a slot, in its unit; of a slot with copies, their mean."""
@@ -690,11 +598,10 @@ class Problem:
 
     def difference(self, a: State, b: State) -> State:
         """`a − b`, as a state."""
-        slots = (
+        return tuple(
             storage.difference(self._filled(slot, a[slot.index]), self._filled(slot, b[slot.index]))
             for slot, storage in zip(self.graph.slots, self.layout.storages, strict=True)
         )
-        return (*slots, *self._no_answers())
 
     def distance(self, a: State, b: State) -> Float[Array, ""]:
         """`(Σ ρ |a − b|²)^½`."""
@@ -704,7 +611,7 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
-        return self._project(group, state, self._steadied(self.layout.groups[group], state))
+        return self._project(group, state, self._targets(self.layout.groups[group], state))
 
     def sweep(self) -> tuple[State, dict[int, Array]]:
         """One cyclic sweep from the forward pass, and the force on the output of each layer.
@@ -716,25 +623,19 @@ class Problem:
         latent = latent_nodes(self.graph)
         forces: dict[int, Array] = {}
         for group, members in enumerate(self.layout.groups):
-            targets = self._steadied(members, state)
-            for index, target in targets.items():
-                rule, reference = self.graph.nodes[index].rule, self._references.get(index)
-                if isinstance(rule, LayerSum) and reference is not None:
-                    weight = self._rule_weights[index]
-                    forces[index] = scaling.once(rule.force(reference.geometry, target, weight))
-                    self._references[index] = reference._replace(force=forces[index])
+            targets = self._targets(members, state)
+            for index in targets:
+                node = self.graph.nodes[index]
+                if not isinstance(node.rule, LayerSum):
+                    continue
+                if feeds_thresholds(self.graph, index):
+                    targets[index] = node.rule.steadied(targets[index], self.shapes(node))
+                reference, weight = self._references[index], self._rule_weights[index]
+                force = scaling.once(node.rule.force(reference.geometry, targets[index], weight))
+                forces[index] = force
+                self._references[index] = reference._replace(force=force)
             state = self._project(group, state, targets, latent)
         return state, forces
-
-    def _steadied(self, members: Sequence[int], state: State) -> dict[int, Array]:
-        """The targets of nodes; of layers that feed thresholds with less for shared biases."""
-        targets = self._targets(members, state)
-        for index in self.layout.asked:
-            node = self.graph.nodes[index]
-            feeds = index in targets and feeds_thresholds(self.graph, index)
-            if feeds and isinstance(node.rule, LayerSum):
-                targets[index] = node.rule.steadied(targets[index], self.shapes(node))
-        return targets
 
     def _project(
         self,
@@ -749,16 +650,11 @@ class Problem:
         outputs: dict[int, Array] = {}
         for index in members:
             node = graph.nodes[index]
-            asked = index in self.layout.asked
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
                 new[slot_index] = moved
             if output is not None:
                 outputs[index] = output
-            if asked:
-                place = len(graph.slots) + self.layout.asked.index(index)
-                size = self._asked_size(node, targets[index])
-                new[place] = Answer(size, output if index in self.layout.linear else None)
         for index in sorted({i for node in outputs for i in self._readers[node]}):
             new[index] = self._write(group, graph.slots[index], outputs, state)
         return tuple(new)
@@ -771,7 +667,7 @@ class Problem:
         if node.rule is None:
             return (), targets.get(index)
         if node.kind == "loss":
-            target, target_weight = None, self._prox_steps[index]
+            target, target_weight = None, self.prox_steps[index]
         else:
             target, target_weight = targets[index], self._rule_weights[index]
         slots = [self.graph.slots[i] for i in node.slots]
@@ -797,23 +693,6 @@ class Problem:
             self._out_of_node(slot, state[slot.index], moved, ratio)
             for slot, moved, ratio in zip(slots, found, ratios, strict=True)
         ), output
-
-    def _asked_size(self, node: Node, target: Array) -> Array:
-        """What a deviation of 1 in the node's unit stands for, if its request is of the size that
-        the metric asks for.
-        """
-        assert node.output is not None
-        assert self.layout.metric.request is not None
-        if all(self.graph.nodes[self.graph.slots[i].node].kind == "loss"
-               for i in self._readers[node.index]):  # fmt: skip
-            return jnp.asarray(scaling.power(-self._exponent(node)), self._number_type(node.index))
-        wanted = self.layout.metric.request
-        # What only thresholds read has no size that the loss sees, and is asked for all of it.
-        if not feeds_thresholds(self.graph, node.index):
-            wanted = wanted / len(self.layout.asked)
-        size, found = _length(self.values[node.output]), _length(target)
-        asked = wanted * size / jnp.where(found > 0, found, 1)
-        return asked.astype(self._number_type(node.index))
 
     def _into_node(self, slot: Slot, state: Any, ratio: Any, accepts_rest: bool) -> Any:
         """A slot's state in the unit of its node."""
@@ -971,36 +850,6 @@ class Problem:
             found[output] = scaling.from_unit(deviation, exponent)
         return found
 
-    def parameter_moves(self, state: State) -> list[Array | None]:
-        """For each leaf how far the solve moved it: with a metric that fixes the size of requests
-        the force on it over the weight that goes with that size, else the consensus.
-        """
-        if not self.layout.asked:
-            return self.parameter_deviations(state)
-        latent = latent_nodes(self.graph)
-        read = {node.index for node in self.graph.parameters} | latent
-        effective: dict[int, Weight] = {
-            slot.index: self._effective_weight(slot, state)
-            for slot in self.graph.slots
-            if slot.node not in latent and not read.isdisjoint(slot.producers)
-        }
-        for index in self.graph.backward_order():
-            if index in latent:
-                asked = self.reader_weight(index, effective)
-                for slot in (self.graph.slots[i] for i in self.graph.nodes[index].slots):
-                    effective[slot.index] = self._latent_weight(slot, asked)
-        found = self.parameter_forces(state)
-        for node in self.graph.parameters:
-            weight = self.reader_weight(node.index, effective)
-            assert node.output is not None
-            force = found[node.output]
-            if force is not None:
-                total = jnp.asarray(weight.mantissa)
-                total = jnp.where(total > 0, total, 1)
-                moved = scaling.from_unit(force, weight.exponent) / total
-                found[node.output] = moved.astype(force.dtype)
-        return found
-
     def leaf_moves(self, moved: Mapping[int, Array]) -> list[Array | None]:
         """For each leaf how far it moves, from moves of parameters and of functions of parameters
         that have a threshold: those are passed on by the nodes' own projections.
@@ -1030,37 +879,6 @@ class Problem:
                 parts = slot.route.pull(state, self.values)
                 for producer, part in zip(slot.producers, parts, strict=True):
                     moved[producer] = moved[producer] + part if producer in moved else part
-        return found
-
-    def _effective_weight(self, slot: Slot, state: State) -> Weight:
-        if slot.node not in self.layout.asked:
-            return self.weights[slot.index]
-        size = jnp.maximum(self._answer(slot.node, state).size, jnp.finfo(jnp.float32).tiny)
-        weight = self.weights[slot.index]
-        return Weight(weight.mantissa * self._ratio(slot, slot.node) / size)
-
-    def _latent_weight(self, slot: Slot, asked: Weight) -> Weight:
-        """What the force on a slot of a function of parameters is divided by where that on its
-        output is divided by `asked`.
-
-        A linear node hands on the share `ω/(ρ/λ + ω)` of a request; its operand is to move as far
-        as all of it would lead.
-        """
-        gain = self._slot_gains[slot.index]
-        ratio = self._ratio(slot, slot.node) / jnp.max(self._total_weights[slot.node].mantissa)
-        return Weight(asked.mantissa * (gain * ratio / (ratio + gain)), asked.exponent)
-
-    def _answer(self, node: int, state: State) -> Answer:
-        return state[len(self.graph.slots) + self.layout.asked.index(node)]
-
-    def output_moves(self, state: State) -> dict[int, Array]:
-        """How far `parameter_moves` moves outputs that are linear in parameters, by variable."""
-        found: dict[int, Array] = {}
-        for index in self.layout.linear:
-            size, output = self._answer(index, state)
-            variable = self.graph.nodes[index].output
-            if output is not None and variable is not None:
-                found[variable] = (size * output).astype(output.dtype)
         return found
 
     def parameter_forces(self, state: State) -> list[Array | None]:
@@ -1232,13 +1050,32 @@ def _divided(state: Any, ratio: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: (x * inverse).astype(x.dtype), state)
 
 
-def _relative(coefficient: Any, all_coefficients: Sequence[Any], largest: Any) -> Any:
+def _largest_size(coefficients: Sequence[Any]) -> Any:
+    """The largest size of losses' coefficients; a plain number where that is known."""
+    if all(not isinstance(c, jax.Array) for c in coefficients):
+        return max(float(np.max(np.abs(c))) for c in coefficients)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(c)) for c in coefficients]))
+
+
+def _relative(coefficient: Any, largest: Any) -> Any:
     """A loss's coefficients over the largest of all; a plain 1 where that is known to be so."""
-    if all(not isinstance(c, jax.Array) for c in (coefficient, *all_coefficients)):
-        largest = max(np.max(np.abs(c)) for c in all_coefficients)
-        found = np.asarray(coefficient / (largest if largest > 0 else 1))
-        return float(found) if found.ndim == 0 else found
-    return coefficient / jnp.where(largest > 0, largest, 1)
+    if isinstance(coefficient, jax.Array) or isinstance(largest, jax.Array):
+        return coefficient / jnp.where(largest > 0, largest, 1)
+    found = np.asarray(coefficient / (largest if largest > 0 else 1))
+    return float(found) if found.ndim == 0 else found
+
+
+def _row_weights(counts: Any) -> Any:
+    """How firmly the rows of a loss hold on to their predictions, from how much each counts.
+
+    A row holds by the size of its count. A loss of which no row counts asks for nothing, whatever
+    it weighs; with a weight of 0 nothing behind it would have a unit.
+    """
+    size = abs(counts)
+    if not isinstance(size, jax.Array) and np.ndim(size) == 0:
+        return size if size > 0 else 1.0
+    size = jnp.where(jnp.max(size) > 0, size, 1)
+    return size[..., None] if size.ndim else size
 
 
 def default_metric(splitting: Splitting) -> Metric:

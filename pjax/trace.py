@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, control_flow, rewrites, windows
+from pjax import _compat, control_flow, derivatives, rewrites, windows
 from pjax._compat import P
 
 
@@ -122,20 +122,10 @@ class Program:
         """The number that every entry of `atom` equals, if the program fixes it."""
         return atom.value if isinstance(atom, Scalar) else self.uniform.get(atom)
 
-    def evaluate(
-        self,
-        leaves: Sequence[Any],
-        consts: Sequence[Any],
-        known: Mapping[int, Any] | None = None,
-    ) -> dict[int, Any]:
-        """The value of every variable: the forward pass.
-
-        **Arguments:**
-
-        - `known`: results that need not be computed.
-        """
-        values: dict[int, Any] = dict(enumerate((*leaves, *consts))) | dict(known or {})
-        run([e for e in self.equations if values.keys().isdisjoint(e.outputs)], values)
+    def evaluate(self, leaves: Sequence[Any], consts: Sequence[Any]) -> dict[int, Any]:
+        """The value of every variable: the forward pass."""
+        values: dict[int, Any] = dict(enumerate((*leaves, *consts)))
+        run(self.equations, values)
         run(self.auxiliary, values)
         return values
 
@@ -295,7 +285,8 @@ class Flattener:
         for path, var in zip(paths, closed.jaxpr.invars, strict=True):
             number = self._new(env, var)
             dtype = var.aval.dtype
-            trainable = bool(jnp.issubdtype(dtype, jnp.floating))
+            # What has no entries cannot move, and is data.
+            trainable = bool(jnp.issubdtype(dtype, jnp.floating)) and 0 not in var.aval.shape
             leaves.append(Leaf(path, tuple(var.aval.shape), dtype, trainable))
             if trainable:
                 self.variable.add(number)
@@ -481,7 +472,10 @@ class Flattener:
             inputs = tuple(self._atom(env, var) for var in eqn.invars)
             source = caller if foreign and caller else self._source(eqn, caller)
             body = _compat.call_body(eqn.primitive, eqn.params)
-            if body is not None:
+            results = derivatives.expand(self, eqn, inputs, source)
+            if results is not None:
+                pass
+            elif body is not None:
                 inner, consts = body
                 results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
             else:

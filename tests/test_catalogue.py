@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import operations_table
 import pytest
+from flax import nnx
 from operations_table import network
 
 import pjax
@@ -135,3 +136,61 @@ def test_pure_projection(case):
     assert total < 0
     again, _, info = optimizer.update(loss, moved, state)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((again, info)))
+
+
+class _Coupling(nnx.Module):
+    """Half of the entries, scaled and shifted by a network of the other half."""
+
+    def __init__(self, size, width, flip, rngs):
+        self.flip = flip
+        self.first = nnx.Linear(size // 2, width, rngs=rngs)
+        self.scale = nnx.Linear(width, size // 2, rngs=rngs)
+        self.shift = nnx.Linear(width, size // 2, rngs=rngs)
+
+    def __call__(self, x):
+        kept, moved = jnp.split(x, 2, -1)[:: -1 if self.flip else 1]
+        h = nnx.relu(self.first(kept))
+        s = jnp.tanh(self.scale(h))
+        halves = [kept, moved * jnp.exp(s) + self.shift(h)]
+        return jnp.concatenate(halves[:: -1 if self.flip else 1], -1), s.sum(-1)
+
+
+def _flow(size=4, width=16, layers=4):
+    """A flow of coupling layers, and what its log-determinants sum to: `(params, loss)`."""
+    rngs = nnx.Rngs(0)
+    split = [nnx.split(_Coupling(size, width, bool(i % 2), rngs)) for i in range(layers)]
+    x = jax.random.normal(jax.random.key(0), (32, size))
+
+    def loss(params):
+        z, log_det = x, jnp.zeros(32)
+        for (definition, _), p in zip(split, params, strict=True):
+            z, change = nnx.merge(definition, p)(z)
+            log_det += change
+        return -jnp.mean(jax.scipy.stats.norm.logpdf(z).sum(-1) + log_det)
+
+    return [state for _, state in split], loss
+
+
+def _assert_none_missing(loss, params):
+    moved, gradient = (jax.jit(of(loss))(params) for of in (pjax.displacement, jax.grad))
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+    for (path, d), g in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(gradient), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        size = float(jnp.linalg.norm(g))
+        if size > 1e-4 * largest:
+            assert float(jnp.linalg.norm(d)) > 0.1 * size, name
+            assert float(jnp.vdot(d, g)) > 0, name
+
+
+def test_no_parameter_of_a_flow_is_left_out():
+    params, loss = _flow()
+    _assert_none_missing(loss, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", catalogue.CASES, ids=str)
+def test_no_parameter_with_a_gradient_is_left_out(case):
+    params, _, loss = network(case)
+    _assert_none_missing(loss, params)

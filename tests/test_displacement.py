@@ -366,3 +366,20 @@ def test_weights_by_parameter():
     uniform = metrics.Uniform(weight={"w": 3.0, "b": 0.5})
     weights = pjax.feasibility_problem(mlp_loss, params, x, y, metric=uniform).weights
     assert {w.mantissa for w in weights} == {3.0, 0.5, 1.0}
+
+
+def test_a_parameter_without_entries_rests():
+    params = {"a": jnp.ones(2), "e": jnp.zeros((0, 3))}
+    for term in (
+        lambda p: jnp.sum(p["e"] ** 2),
+        lambda p: jnp.sum(jnp.abs(p["e"])),
+        lambda p: jnp.sum(jnp.zeros((4, 0)) @ p["e"] + p["a"][0] ** 2),
+        lambda p: jnp.sum(jnp.concatenate([p["e"], p["a"][0] * jnp.ones((1, 3))]) ** 2),
+    ):
+
+        def fn(p, term=term):
+            return jnp.sum((p["a"] - 3) ** 2) + term(p)
+
+        moved, gradient = pjax.displacement(fn)(params), jax.grad(fn)(params)
+        assert moved["e"].shape == (0, 3)
+        assert float(jnp.vdot(moved["a"], gradient["a"])) > 0

@@ -165,7 +165,7 @@ def test_the_stiff_limit_is_the_gradient(name):
 )
 def test_training_lowers_the_loss(name, solver, splitting):
     loss, params = loss_with(ALL[name]), mlp_params()
-    optimizer = solver(splitting=splitting, steps_per_update=10 if splitting == "neuron" else 1)
+    optimizer = solver(splitting=splitting, steps_per_update=10)
     now = params
     for _ in range(10):
         now, _ = optimizer.update(loss, now)

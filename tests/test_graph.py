@@ -829,18 +829,9 @@ TRACE_ERRORS = {
         lambda p: ce(X @ p["w"]) * ce(X @ p["v"]),
         "`mul` .*joins a loss .* no function of one prediction",
     ),
-    "maximised without a name": (
-        lambda p: -jnp.mean((X @ p["w"] - Y) ** 2),
-        "`integer_pow` .*counts negatively",
-    ),
     "weights of parameters": (
         lambda p: jnp.sum(ce(X @ p["w"]) * p["v"][0, :2]),
         "`mul` .*joins a loss with a value of the parameters",
-    ),
-    "maximised": (lambda p: -ce(X @ p["w"]).mean(), "`cross_entropy` .*counts negatively"),
-    "subtracted": (
-        lambda p: ce(X @ p["w"]).mean() - 0.1 * pjax.squared_error(X @ p["v"], Y).sum(),
-        "`squared_error` .*counts negatively",
     ),
     "indices of parameters": (
         lambda p: ce(X @ p["w"] + p["w"][p["v"][:, 0].astype(int)][0]),

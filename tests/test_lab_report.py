@@ -332,10 +332,11 @@ def test_a_large_solve_is_left_out(copied, tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "splitting"), [("cp", "layer"), ("ap", "neuron"), ("dr", "neuron")]
+    ("method", "splitting", "steps"),
+    [("projection", "layer", 1), ("cp", "layer", 3), ("ap", "neuron", 3), ("dr", "neuron", 3)],
 )
 def test_the_displacement_of_a_projection_is_what_a_step_moves(
-    method, splitting, tmp_path: Path
+    method, splitting, steps, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(
         PROJECTED, hidden=(6,), method=method, splitting=splitting, projection_steps=3
@@ -345,7 +346,7 @@ def test_the_displacement_of_a_projection_is_what_a_step_moves(
     found = inspection.inspect(path)
     assert found is not None
     assert found.profile is not None
-    assert found.profile.residual.shape == (3, len(found.profile.names))
+    assert found.profile.residual.shape == (steps, len(found.profile.names))
     run, dataset = runs.trained(path), load("digits")
     rows = next(batch_rows(len(dataset.train), 256, 0))
     x, y = jnp.asarray(dataset.train.x[rows]), jnp.asarray(dataset.train.y[rows])

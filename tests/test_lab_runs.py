@@ -42,7 +42,7 @@ def kill_after(step: int):
 
 
 @pytest.mark.parametrize(
-    "method", mostly_slow(["adam", "displacement-adam", "cp"], ["displacement-adam"])
+    "method", mostly_slow(["adam", "displacement-adam", "cp", "projection"], ["displacement-adam"])
 )
 def test_a_run_that_was_killed_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     whole = start(tmp_path, method=method)
@@ -180,14 +180,15 @@ def training(settings: TrainConfig, **changes) -> Training:
     return config.make_training(settings, dataset, config.make_model(settings, dataset))
 
 
+PURE = ("cp", "projection")
+
+
 @pytest.mark.parametrize(
     ("method", "at_once"),
-    [("adam", 0), ("adam", 2), pytest.param("cp", 0, marks=pytest.mark.slow)],
+    [("adam", 0), ("adam", 2), *(pytest.param(m, 0, marks=pytest.mark.slow) for m in PURE)],
 )
 def test_seeds_side_by_side_are_the_seeds_one_by_one(method: str, at_once: int) -> None:
-    """Sums round differently in the vectorised program: equal to 1e-4, not to the bit. The search
-    for the length of a move (cp) ends at 1e-2 of it and may make more of that.
-    """
+    """Sums round differently in the vectorised program: equal to 1e-4, not to the bit."""
     atol = 1e-5 if method == "adam" else 1e-4
     settings = dataclasses.replace(TINY, method=method, steps=5, measure_every=5)
     both = training(settings, seeds=(0, 1, 2), seeds_at_once=at_once)

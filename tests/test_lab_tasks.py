@@ -213,7 +213,7 @@ def test_windows_are_tuned_with_rates_and_kept(tmp_path: Path, monkeypatch) -> N
         ({"dataset": "tinyshakespeare", "model": "rnn", "hidden": ()}, "hidden", "one width"),
         ({"weight_levels": 1}, "weight_levels", "at least 2"),
         ({"weight_levels": 4, "model": "cnn"}, "weight_levels", "with model mlp"),
-        ({"window": 2.0}, "window", "no meaning for cp"),
+        ({"window": 2.0}, "window", "no meaning for projection"),
         ({"method": "straight-through"}, "method", "needs the activation sign or four-level"),
     ],
 )

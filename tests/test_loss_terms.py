@@ -185,6 +185,129 @@ def test_losses_are_found_and_give_the_gradient_in_the_limit(name):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.linalg.norm(b)))
 
 
+STIFF = pjax.metrics.Spectral(activations=1e4, prox_step=1e-4)
+
+
+def assert_gradient(fn, params=None, *, metric=STIFF, cosine=0.9999, length=0.99):
+    """That displacements are near the gradient, leaf by leaf; 0 where it is."""
+    params = PARAMS if params is None else params
+    gradient = jax.jit(jax.grad(fn))(params)
+    moved = pjax.displacement(fn, metric=metric)(params)
+    for (path, d), g in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(gradient), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert jnp.all(jnp.isfinite(d)), name
+        sizes = float(jnp.linalg.norm(d)), float(jnp.linalg.norm(g))
+        if sizes[1] == 0:
+            assert sizes[0] == 0, name
+            continue
+        assert float(jnp.vdot(d, g)) > cosine * sizes[0] * sizes[1], name
+        assert sizes[0] > length * sizes[1], name
+
+
+def side(p):
+    return jnp.mean((jax.nn.relu(X @ p["w"]) @ p["u"] - X[:, :1]) ** 2)
+
+
+HEADS = {**PARAMS, "u": jax.random.normal(jax.random.key(4), (6, 1))}
+SIDES = {
+    "squares": side,
+    "absolute": lambda p: jnp.mean(jnp.abs(jnp.tanh(X @ p["w"]) @ p["u"])),
+    "no sum over entries": lambda p: optax.cosine_distance(jnp.tanh(X @ p["w"]), X[:, :1]).mean(),
+    "penalty": lambda p: jnp.sum(p["u"] ** 2),
+    "named": lambda p: pjax.squared_error(X @ p["w"] @ p["u"], X[:, :1]).mean(),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["number", "traced"])
+@pytest.mark.parametrize("name", mostly_slow(SIDES, ("squares", "penalty", "named")))
+def test_a_term_of_weight_0_moves_nothing_and_harms_nothing(name, traced):
+    fn = SIDES[name]
+
+    def of(weights):
+        return lambda p: weights[0] * by_index(p) + weights[1] * fn(p)
+
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1.0, 1e-12)):
+        given = jnp.array(weights) if traced else weights
+        assert_gradient(of(given), HEADS, cosine=0.99, length=0.9)
+    moved, _ = pjax.optim.CyclicProjections(splitting="layer").update(of((1.0, 0.0)), HEADS)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(moved))
+
+
+SIGNED = jax.random.normal(jax.random.key(5), (8,))
+#: Losses of the rows of predictions, in all forms that a proximal operator has.
+OF_PREDICTIONS = {
+    "cross-entropy": lambda z: optax.softmax_cross_entropy_with_integer_labels(z, CLASSES),
+    "named": lambda z: pjax.cross_entropy(z, ONE_HOT),
+    "margin": lambda z: pjax.margin_loss(z, ONE_HOT),
+    "squares": lambda z: jnp.sum((z - TARGETS) ** 2, -1),
+    "entries": lambda z: jnp.sum(optax.huber_loss(z, TARGETS), -1),
+    "rows": lambda z: optax.cosine_distance(z, TARGETS),
+    "linear": lambda z: z @ jnp.arange(4.0) + jnp.sum(z**2, -1),
+    "clipped ratio": lambda z: jnp.minimum(
+        jnp.exp(z[:, 0] - 1), jnp.clip(jnp.exp(z[:, 0] - 1), 0.8, 1.2)
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", [SIGNED, -jnp.ones(8), -1.0], ids=["mixed", "all", "number"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(OF_PREDICTIONS, ("cross-entropy", "named", "squares", "entries"))
+)
+def test_rows_of_any_sign_give_forces(name, weights):
+    def fn(p):
+        return jnp.mean(weights * OF_PREDICTIONS[name](net(p)))
+
+    assert_gradient(fn)
+    # At a usual prox step only the length differs.
+    assert_gradient(fn, metric=None, cosine=0.9, length=0.5)
+
+
+def test_pure_projection_takes_rows_of_any_sign():
+    def fn(p):
+        return jnp.mean(SIGNED * OF_PREDICTIONS["cross-entropy"](net(p)))
+
+    optimizer = pjax.optim.Projection()
+    params, state = PARAMS, optimizer.init(fn, PARAMS)
+    for _ in range(5):
+        params, state, info = optimizer.update(fn, params, state)
+    assert float(info.loss) < float(fn(PARAMS)) - 0.5
+
+
+BOUNDED = {
+    "learned noise": lambda p: jnp.mean(jnp.exp(-p["s"]) * (net(p) - TARGETS) ** 2 + p["s"]),
+    "density": lambda p: -jnp.mean(
+        jax.scipy.stats.norm.logpdf(TARGETS, net(p), jnp.exp(p["s"]))
+    ),
+    "weights of tasks": lambda p: (
+        jnp.exp(-p["s"]) * by_index(p) + jnp.exp(-p["t"]) * masked(p) + p["s"] + p["t"]
+    ),
+    "divergence": lambda p: -0.5 * jnp.mean(
+        1 + 0.3 * net(p) - net(p) ** 2 - jnp.exp(0.3 * net(p))
+    ),
+    "entropy bonus": lambda p: by_index(p) + 0.1 * jnp.mean(
+        jnp.sum(jax.nn.softmax(net(p)) * jax.nn.log_softmax(net(p)), -1)
+    ),
+    "critic with a penalty": lambda p: (
+        jnp.mean(net(p)[:4] - net(p)[4:]) + jnp.mean((jnp.linalg.norm(p["v"], axis=0) - 1) ** 2)
+    ),
+    "preferences": lambda p: -jnp.mean(
+        jax.nn.log_sigmoid(0.1 * (net(p)[:4, 0] - net(p)[4:, 0]))
+    ),
+    "product of losses": lambda p: by_index(p) * jnp.mean((X @ p["w"]) ** 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mostly_slow(BOUNDED, ("learned noise", "divergence")))
+def test_losses_are_judged_by_their_sum(name):
+    params = {**PARAMS, "s": jnp.asarray(0.3), "t": jnp.asarray(-0.2)}
+    used = {"learned noise": "s", "density": "s", "weights of tasks": "st"}.get(name, "")
+    params = {k: v for k, v in params.items() if k in "wv" or k in used}
+    assert_gradient(BOUNDED[name], params)
+    assert_gradient(BOUNDED[name], params, metric=None, cosine=0.9, length=0.5)
+
+
 def test_the_same_loss_written_twice_is_the_same_problem():
     def by_optax(p):
         return optax.softmax_cross_entropy_with_integer_labels(net(p), CLASSES).mean()
@@ -228,7 +351,7 @@ def test_losses_are_found_inside_of_compiled_code():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
+def test_penalties_do_not_count_and_pull_on_parameters_at_rest():
     def fn(p):
         return pjax.cross_entropy(net(p), ONE_HOT).mean() + 10 * penalties(p)
 
@@ -236,7 +359,7 @@ def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
         return pjax.cross_entropy(net(p), ONE_HOT).mean()
 
     problems = [pjax.feasibility_problem(f, PARAMS, splitting="layer") for f in (fn, plain)]
-    assert float(problems[0].rows) == float(problems[1].rows) == 8
+    assert float(problems[0].largest_coefficient) == float(problems[1].largest_coefficient) == 1 / 8
     step = pjax.displacement(fn)(PARAMS)
     without = pjax.displacement(plain)(PARAMS)
     gradient = jax.jit(jax.grad(lambda p: 10 * penalties(p)))(PARAMS)
@@ -247,7 +370,7 @@ def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pjax.optim.CyclicProjections(splitting="layer"),
+        pjax.optim.Projection(),
         pjax.optim.DouglasRachford(),
         pjax.optim.AlternatingProjections(),
     ],
@@ -258,15 +381,14 @@ def test_penalties_count_no_rows_and_pull_on_parameters_at_rest():
 )
 def test_every_way_of_training_lowers_the_loss(optimizer, name):
     fn, _ = FUNCTIONS[name]
-    params, state = PARAMS, None
-    if optimizer.splitting == "layer":
-        state = optimizer.init(fn, params)
-    before = float(fn(params))
+    params, before = PARAMS, float(fn(PARAMS))
+    pure = isinstance(optimizer, pjax.optim.Projection)
+    state: Any = optimizer.init(fn, params) if pure else None
     for _ in range(8):
-        if state is None:
-            params, _ = optimizer.update(fn, params)
+        if isinstance(optimizer, pjax.optim.Projection):
+            params, state, _ = optimizer.update(fn, params, state)
         else:
-            params, _, state = optimizer.update(fn, params, state)
+            params, _ = optimizer.update(fn, params)
     assert float(fn(params)) < 0.85 * before
 
 

@@ -260,6 +260,35 @@ def test_zero_weights_move():
     assert float(jnp.max(jnp.abs(moves["w"]))) > 1e-5
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda p, x: x @ p + jnp.tanh(x @ p),
+        lambda p, x: x @ p.T.reshape(p.shape),
+        lambda p, x: x @ (p * p),
+    ],
+    ids=["shared", "transposed", "squared"],
+)
+def test_parameters_that_are_not_read_as_they_are_move(output):
+    params, x, _ = make_mlp(0, 1)
+    w = params["w"][0]
+    target = jnp.ones((len(x), w.shape[1]))
+    loss = lambda p: jnp.mean(pjax.squared_error(output(p, x), target))  # noqa: E731
+    moved = w + moves_of(OPTIMIZER, loss, w, batches=3)
+    assert float(loss(moved)) < float(loss(w))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_updates_lower_the_loss_of_their_batch(scale):
+    """Also from saturated logits and tiny inputs."""
+    params, x, y = make_mlp(3, 3)
+    x = scale * x
+    moves = moves_of(OPTIMIZER, mlp_loss, params, x, y, batches=3)
+    assert float(mlp_loss(jax.tree.map(jnp.add, params, moves), x, y)) < float(
+        mlp_loss(params, x, y)
+    )
+
+
 def test_a_state_of_other_shapes_is_an_error():
     params, x, y = make_mlp(5, 2)
     other, *_ = make_mlp(5, 2, width=9)

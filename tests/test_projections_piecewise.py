@@ -298,3 +298,20 @@ def test_what_is_not_piecewise_linear_is_refused():
         X.compare("=>", X)
     with pytest.raises(ValueError, match="cover the real line"):
         PiecewiseLinear((Piece(-np.inf, 0.0, 1.0, 0.0), Piece(1.0, np.inf, 1.0, 0.0)))
+
+
+@pytest.mark.parametrize("slopes", [(-2, 1), (-0.5, 1), (1, -3), (-0.25, 0.3), (-1, 1), (0.5, 3)])
+def test_a_bend_keeps_to_the_near_piece_where_the_target_weighs_much(slopes):
+    left, right = map(float, slopes)
+    bend = PiecewiseLinear((Piece(-np.inf, 0.0, left, 0.0), Piece(0.0, np.inf, right, 0.0)))
+    rng, size = np.random.default_rng(0), 40_000
+    x = np.abs(rng.normal(size=size)).astype(np.float32)
+    dx, dz = (1e-3 * rng.normal(size=(2, size))).astype(np.float32)
+    y = (right * x).astype(np.float32)
+    rho = (10 ** rng.uniform(-1, 1, size)).astype(np.float32)
+    weight = (rho * 10 ** rng.uniform(4, 12, size)).astype(np.float32)
+    moved, _ = piecewise(bend, *map(jnp.asarray, (x, y, dx, rho, dz, weight)))
+    # The other piece is nearer where the target lies beyond the kink only.
+    near = right * (y + dz) > 0
+    limit = 2 * (np.abs(dx) + np.abs(dz) / abs(right))
+    assert np.all(np.abs(moved)[near] <= limit[near] + 1e-6)

@@ -297,3 +297,31 @@ def test_verdict_code_works_inside_jit(x64):
     solver = solvers.AlternatingProjections(steps=40)
     code = jax.jit(lambda: solver.solve(problem)[1].verdict_code)()
     assert int(code) == Verdict.INFEASIBLE
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_slow_progress_is_not_called_infeasible(x64, steps):
+    """Both rows are satisfied at w = (2000, 0), a thousandth of a step at a time."""
+    x, y = jnp.array([[1e-3, 1.0], [1e-3, -1.0]]), jnp.ones((2, 1))
+    solver = solvers.AlternatingProjections(steps=steps)
+    problem = pjax.feasibility_problem(
+        lambda p: jnp.sum(pjax.margin_loss(x @ p["w"], y, 1.0)),
+        {"w": jnp.array([[0.1], [0.2]])},
+        metric=pjax.metrics.Uniform(prox_step=1e6),
+        grouping=solver.grouping,
+    )
+    assert solver.solve(problem)[1].verdict == Verdict.CONVERGING
+
+
+@pytest.mark.parametrize("solver", [solvers.DouglasRachford, solvers.DifferenceMap])
+def test_rounding_does_not_hide_that_a_state_drifts(solver):
+    """In float32 a gap vector is rounded by more than it changes, where the state drifts."""
+    x, y = jnp.array([[1.0, 0.5], [1.0, 0.5]]), jnp.array([[1.0], [0.0]])
+    found = solver(steps=1000)
+    problem = pjax.feasibility_problem(
+        lambda p: jnp.sum(pjax.margin_loss(x @ p["w"], y, 1.0)),
+        {"w": jnp.array([[0.1], [0.2]])},
+        metric=pjax.metrics.Uniform(prox_step=1e6),
+        reflecting=True,
+    )
+    assert found.solve(problem)[1].verdict in (Verdict.CONVERGING, Verdict.INFEASIBLE)

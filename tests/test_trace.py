@@ -379,7 +379,7 @@ def test_evaluate_equals_the_function(name):
     graph = bipartite(build_graph(program))
     assert len(graph.losses) == sum(e.primitive in LOSSES for e in program.equations)
     # What is known does not change with the parameters, except through `stop_gradient`.
-    if name != "stop_gradient":
+    if name not in ("stop_gradient", "nested_calls"):  # the second has a derivative of its own
         shifted = [
             leaf + 0.25 if info.trainable else leaf
             for leaf, info in zip(leaves, program.leaves, strict=True)

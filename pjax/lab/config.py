@@ -21,7 +21,7 @@ from pjax.lab.baselines import WINDOWS, Descent, warmup
 from pjax.lab.data import Dataset, DatasetName, load, load_text
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, QUANTIZED, RNN, ActivationName
-from pjax.lab.train import Method, Projection, Training
+from pjax.lab.train import Method, Projection, PureProjection, Training
 
 MethodName = Literal[
     "ap",
@@ -30,6 +30,7 @@ MethodName = Literal[
     "cdr",
     "dm",
     "ar",
+    "projection",
     "displacement-adam",
     "adam",
     "sgd",
@@ -161,8 +162,8 @@ _NEEDS_QUANTIZERS = (
 class TrainConfig(Task):
     """A task and the method that trains it, with what is written on the way."""
 
-    method: MethodName = "cp"
-    """Pure projection (ap, cp, dr, cdr, dm, ar), Adam on displacements, or a gradient method."""
+    method: MethodName = "projection"
+    """Pure projection, a solver (ap, cp, dr, cdr, dm, ar), Adam on displacements, or gradients."""
     rate: float | None = None
     """Learning rate of methods that have one (default: 0.003; sgd 0.1, schedule-free 0.01)."""
     window: float | None = None
@@ -177,7 +178,7 @@ class TrainConfig(Task):
     def problem(self) -> tuple[str, str] | None:
         if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
             return "rate", f"must be positive, got {shown(self.rate)}."
-        if self.rate is not None and self.method in OPTIMIZERS:
+        if self.rate is not None and self.method not in DEFAULT_RATES:
             return "rate", f"has no meaning for {self.method}, which has no learning rate."
         if self.window is not None and not (math.isfinite(self.window) and self.window > 0):
             return "window", f"must be positive, got {shown(self.window)}."
@@ -200,7 +201,7 @@ class TrainConfig(Task):
 class CompareConfig(Task):
     """A task and the methods that are compared on it."""
 
-    methods: tuple[MethodName, ...] = ("cp", "displacement-adam", "adam", "sgd")
+    methods: tuple[MethodName, ...] = ("projection", "displacement-adam", "adam", "sgd")
     """Which methods, in this order."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initial parameters and batches; a method's seeds train in one compiled program."""
@@ -338,6 +339,8 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
             carries_state=True,
             decay_steps=decay_steps,
         )
+    if config.method == "projection":
+        return PureProjection(f"{config.schedule}, no rate", num_classes, decay_steps)
     rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
     name: Any = config.method
     if name == "schedule-free":

@@ -14,7 +14,7 @@ import pjax
 from pjax.graph import Graph
 from pjax.lab import config, data, runs, terminal
 from pjax.lab.errors import RunError
-from pjax.lab.train import Params, Projection
+from pjax.lab.train import Params, Projection, PureProjection
 from pjax.problem import Sizes, layout, sizes
 from pjax.profiles import Profile
 from pjax.trace import trace
@@ -67,7 +67,7 @@ def inspect(
     or damaged.
     """
     settings = runs.settings_of(folder)
-    if settings.method not in config.OPTIMIZERS and settings.method != "displacement-adam":
+    if settings.method not in (*config.OPTIMIZERS, "projection", "displacement-adam"):
         return None
     run = runs.trained(folder, say)
     number = max(range(len(run.best_step)), key=lambda n: run.validation_accuracy[n])
@@ -98,6 +98,9 @@ def inspect(
         found = pjax.value_and_displacement(mean_loss)
         fn = mean_loss
         _, displacement = found(params)
+        if isinstance(method, PureProjection):  # the same sweep, with requests for its forces
+            pure = pjax.optim.Projection()
+            displacement, *_ = pure.displacement(fn, params, pure.init(fn, params))
     solver = found.solver
     options = {name: getattr(found, name) for name in ("metric", "fanout", "splitting")}
     program = trace(fn, params)[0]

@@ -94,7 +94,7 @@ class Projection:
     - `name`, `description`: for tables and plots.
     - `optimizer`: one of `pjax.optim`.
     - `num_classes`: the length of a one-hot row.
-    - `carries_state`: hand the optimiser's state (averages, power iterations) from batch to batch.
+    - `carries_state`: hand the optimiser's state (power iterations) from batch to batch.
     - `decay_steps`: with a state, the batches over which a cosine takes the relaxation from 1 to 0;
       0 keeps it at 1.
     """
@@ -127,8 +127,47 @@ class Projection:
         return params, state, Outcome(jnp.mean(history.loss), history.residual[-1])
 
     def _loss(self, model: nn.Module, x: Array, y: Array) -> Callable[[Params], Array]:
-        labels = jax.nn.one_hot(y, self.num_classes)
-        return lambda params: pjax.cross_entropy(model.apply(params, x), labels)
+        return _batch_loss(model, x, y, self.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PureProjection:
+    """Training by `pjax.optim.Projection`: no gradient, no learning rate.
+
+    **Arguments:**
+
+    - `description`: for tables and plots.
+    - `num_classes`: the length of a one-hot row.
+    - `decay_steps`: the batches over which a cosine takes the relaxation from 1 to 0; 0 keeps it at
+      1.
+    """
+
+    description: str
+    num_classes: int
+    decay_steps: int = 0
+    name: str = "projection"
+
+    def init(self, model: nn.Module, params: Params, x: Array, y: Array) -> Any:
+        return _PURE.init(_batch_loss(model, x, y, self.num_classes), params)
+
+    def step(
+        self, model: nn.Module, params: Params, state: Any, x: Array, y: Array
+    ) -> tuple[Params, Any, Outcome]:
+        relaxation = cosine(state.count, self.decay_steps)
+        loss = _batch_loss(model, x, y, self.num_classes)
+        params, state, info = _PURE.update(loss, params, state, relaxation=relaxation)
+        return params, state, Outcome(jnp.mean(info.loss), info.residual)
+
+
+_PURE = pjax.optim.Projection(check=False)
+
+
+def _batch_loss(
+    model: nn.Module, x: Array, y: Array, num_classes: int
+) -> Callable[[Params], Array]:
+    """Parameters to the cross-entropy of each row."""
+    labels = jax.nn.one_hot(y, num_classes)
+    return lambda params: pjax.cross_entropy(model.apply(params, x), labels)
 
 
 def cosine(count: Any, decay_steps: Any) -> Array:

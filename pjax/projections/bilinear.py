@@ -326,17 +326,14 @@ class DotGeneral(Bilinear):
         return math.prod(self.left_shape[axis] for axis in self._left.free)
 
     def _dot(self, left: Array, right: Array, dimension_numbers: Any) -> Array:
-        return self.multiply(lax.dot_general, left, right, dimension_numbers)
-
-    def multiply(
-        self, product: Callable[..., Array], left: Array, right: Array, *args: Any
-    ) -> Array:
-        """`product(left, right, *args)` in this operation's precision."""
+        """The product in this operation's precision."""
         wide = self.preferred_element_type
         if self.operand_type is not None:
             wide = jnp.promote_types(left.dtype, jnp.float32)
             left, right = left.astype(self.operand_type), right.astype(self.operand_type)
-        return product(left, right, *args, precision=self.precision, preferred_element_type=wide)
+        return lax.dot_general(
+            left, right, dimension_numbers, self.precision, preferred_element_type=wide
+        )
 
     def __call__(self, left, right):
         return self._dot(left, right, self.dimension_numbers)

@@ -8,10 +8,7 @@ over the moves `δ_s` of all operands at once: no copy of any entry exists, so t
 number for each entry whatever the algorithm. With the multiplier `Λ` it is `δ_s = J_sᵀΛ/ρ_s` and
 `Λ/W + Σ_s J_s J_sᵀ Λ/ρ_s = R`. Two kinds of parts take part in that system:
 
-- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients (on the moves instead of Λ where that costs
-  less). An operand that is repeated, such as a bias in all rows, has `J_sᵀ J_s = n`, and is
-  eliminated: whatever the others do, it makes the best of it. Without it the inputs' mean no longer
-  outweighs their other directions, and conjugate gradients converge in fewer steps;
+- *curved*: `J_s J_sᵀ` as it is, by conjugate gradients;
 - *diagonal*: a bound `λ_s` on it in its place, exact where `J_s J_sᵀ` is that multiple of the
   identity; else the step is a contraction, and iterated projections meet the nearest point.
 """
@@ -37,9 +34,6 @@ class Part(NamedTuple):
     - `weight`: `ρ > 0`, a scalar or an array that broadcasts to the operand.
     - `compliance`: `λ/ρ` with `λ ≥ ‖J‖²`, for a diagonal part.
     - `curved`: which of the two kinds it is.
-    - `normal`: `J Jᵀ Λ`, where there is a cheaper way to it than one after the other.
-    - `repeats`: an operand that is repeated so often: `JᵀJ` is this number; else None.
-    - `span`: equal for repeated operands whose `J` differ by a factor.
     """
 
     apply: Callable[[Array], Array]
@@ -47,9 +41,6 @@ class Part(NamedTuple):
     weight: Any
     compliance: Any
     curved: bool
-    normal: Callable[[Array], Array] | None = None
-    repeats: float | None = None
-    span: Any = None
 
     def pull(self, force: Array) -> Array:
         """`Jᵀ Λ/ρ`."""
@@ -58,8 +49,6 @@ class Part(NamedTuple):
 
     def response(self, force: Array) -> Array:
         """`J Jᵀ Λ/ρ`."""
-        if self.normal is not None:
-            return self.normal(force) / self.weight
         return self.apply(self.pull(force))
 
 
@@ -78,16 +67,11 @@ class Solution(NamedTuple):
     forces: tuple[Array | None, ...]
 
 
-#: `η ↦ (δ ↦ Jᵀ (1 − η Π) J δ)` for one part, with `Π` the mean over what repeated ones span.
-Normal = Callable[[Any], Callable[[Array], Array]]
-
-
 def solve(
     parts: Sequence[Part],
     request: Array,
     target_weight: Any,
     iterations: int,
-    normal: Normal | None = None,
     force: Array | None = None,
 ) -> Solution:
     """`argmin_δ Σ_s ρ_s |δ_s|² + Σ_i W_i (Σ_s J_s δ_s − R)_i²`.
@@ -99,8 +83,6 @@ def solve(
     - `target_weight`: `W ≥ 0`, broadcasting to the output; 0 where nothing is asked.
     - `iterations`: steps of conjugate gradients on the curved parts. Each decreases the objective;
         with fewer than the rank the result is a regularised one, and inexact.
-    - `normal`: of the one curved part that is not repeated, where that is cheaper than `J Jᵀ`. It
-        is of use where all outputs weigh the same.
     - `force`: the multiplier of the diagonal parts, where it is known.
 
     **Returns:** a `Solution`.
@@ -112,7 +94,7 @@ def solve(
     stiffness = target_weight / (1 + target_weight * shift)
     curved = [part for part in parts if part.curved]
     if curved:
-        found, change = _solve_curved(curved, request, stiffness, iterations, normal)
+        found, change = _conjugate_gradients(curved, request, stiffness, iterations)
     else:
         found, change = [], None
     if force is None:
@@ -136,66 +118,10 @@ def solve(
     return Solution(tuple(moves), change, tuple(forces))
 
 
-def _solve_curved(
-    parts: Sequence[Part],
-    request: Array,
-    stiffness: Any,
-    iterations: int,
-    normal: Normal | None,
-) -> tuple[list[Array], Array]:
-    """The moves of curved parts, and the change that they make.
-
-    Of the repeated parts, with `Π = J Jᵀ/n`, the best moves are `Jᵀ f/ρ` for the force
-    `f = ω (1 − η Π)(R − change of the others)`, `η = ω/(ω + 1/Σ(n/ρ))`. So the others are solved
-    for with the weight `ω (1 − η Π)` in the place of `ω`.
-    """
-    repeated: list[Part] = []
-    if jnp.ndim(stiffness) == 0:
-        candidates = [p for p in parts if p.repeats and jnp.ndim(p.weight) == 0]
-        repeated = [p for p in candidates if p.span == candidates[0].span]
-    others = [part for part in parts if not any(part is p for p in repeated)]
-    bend = sum((p.repeats / p.weight for p in repeated if p.repeats), start=0.0)
-    count = (repeated[0].repeats if repeated else None) or 1.0
-    kept = 1 / (1 + stiffness * bend)  # of their mean, 1 − η
-    share = stiffness * bend * kept if repeated else 0.0
-
-    def weigh(force: Array) -> Array:
-        if not repeated:
-            return stiffness * force
-        first = repeated[0]
-        mean = first.apply(first.transpose(force) / count)
-        return stiffness * (force - share * mean)
-
-    if not others:
-        found, change = [], jnp.zeros_like(request)
-    elif normal is not None and jnp.ndim(stiffness) == 0 and len(others) == 1:
-        move, change = _in_operand(others[0], request, weigh, stiffness, iterations, normal(share))
-        found = [move]
-    else:
-        found, change = _conjugate_gradients(others, request, weigh, iterations)
-    if not repeated:
-        return found, change
-    left = request - change
-    # The force, summed over the repeats of the first, is that of what is left but for a factor.
-    first = repeated[0]
-    total = first.transpose(left) / count
-    change = change + first.apply(share * total)
-    moves = iter(found)
-    found = []
-    for part in parts:
-        if part is first:
-            found.append(kept * stiffness * count / part.weight * total)
-        elif any(part is p for p in repeated):
-            found.append(part.pull(stiffness * (request - change)))
-        else:
-            found.append(next(moves))
-    return found, change
-
-
 def _conjugate_gradients(
-    parts: Sequence[Part], request: Array, weigh: Callable[[Array], Array], iterations: int
+    parts: Sequence[Part], request: Array, stiffness: Any, iterations: int
 ) -> tuple[list[Array], Array]:
-    """Minimises `Σ ρ|δ|² + (J δ − R)ᵀ Ω (J δ − R)` over the moves: monotone in the objective.
+    """Minimises `Σ ρ|δ|² + Σ ω (J δ − R)²` over the moves: monotone in the objective.
 
     Every vector of the method is `Jᵀ a/ρ` for an array `a` of the output's shape, so it is the
     `a` that are kept, and each step needs one response `J ρ⁻¹ Jᵀ a`. In units of the largest
@@ -210,13 +136,13 @@ def _conjugate_gradients(
             total = total + part.response(force)
         return total
 
-    gradient = weigh(request) / size
+    gradient = stiffness * (request / size)
     image = response(gradient)
     gamma = jnp.sum(gradient * image)
     direction, force, change = gradient, jnp.zeros_like(request), jnp.zeros_like(request)
     length = gamma  # of the direction: the gradients that follow are orthogonal to it
     for count in range(iterations):
-        weighed = weigh(image)
+        weighed = stiffness * image
         curvature = length + jnp.sum(image * weighed)
         rate = gamma / jnp.where(curvature > 0, curvature, 1)
         force = force + rate * direction
@@ -230,42 +156,6 @@ def _conjugate_gradients(
         direction, image, gamma = gradient + ratio * direction, pulled + ratio * image, new
         length = new + ratio**2 * length
     return [part.pull(size * force) for part in parts], size * change
-
-
-def _in_operand(
-    part: Part,
-    request: Array,
-    weigh: Callable[[Array], Array],
-    stiffness: Any,
-    iterations: int,
-    normal: Callable[[Array], Array],
-) -> tuple[Array, Array]:
-    """The same steps as `_conjugate_gradients` for one part, on its move itself."""
-    size = jnp.max(jnp.abs(request))
-    size = jnp.where(size > 0, size, 1)
-
-    def square(x: Array) -> Array:
-        if jnp.ndim(part.weight):
-            return jnp.sum(part.weight * x * x)
-        return part.weight * jnp.sum(x * x)
-
-    # The gradient over −ρ, in the unit of the moves.
-    rest = part.pull(weigh(request) / size)
-    direction, gamma = rest, square(rest)
-    move, length = jnp.zeros_like(rest), gamma
-    for count in range(iterations):
-        image = normal(direction)
-        curvature = length + stiffness * jnp.sum(direction * image)
-        rate = gamma / jnp.where(curvature > 0, curvature, 1)
-        move = move + rate * direction
-        if count + 1 == iterations:
-            break
-        rest = rest - rate * direction - (rate * stiffness / part.weight) * image
-        new = square(rest)
-        ratio = new / jnp.where(gamma > 0, gamma, 1)
-        direction, gamma, length = rest + ratio * direction, new, new + ratio**2 * length
-    move = size * move
-    return move, part.apply(move)
 
 
 #: Step lengths tried by `step_length`: evenly spaced, and geometric towards 0.

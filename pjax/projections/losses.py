@@ -265,6 +265,27 @@ def _fraction(step: ArrayLike, dtype: jnp.dtype) -> Array:
     return jnp.where(jnp.isinf(step), 1, finite / (1 + finite))
 
 
+def tangent(
+    value: Callable[[Array], Array],
+    reference: Float[Array, "*batch n"],
+    deviation: Float[Array, "*batch n"],
+    step: ArrayLike,
+) -> Float[Array, "*batch n"]:
+    """`v − λ ∇ℓ(v) = argmin_x ½|x − v|² + λ ∇ℓ(v)·x` at `v = reference + deviation`.
+
+    Where `λ ℓ` is concave its tangent is an upper bound, and what lowers that lowers `λ ℓ`.
+
+    **Arguments:**
+
+    - `value`: `ℓ`, one number per row; of `x`.
+    - `reference`, `deviation`: their sum is `v`.
+    - `step`: `λ` of either sign.
+    """
+    slope = jax.grad(lambda x: jnp.sum(value(x)))(reference + deviation)
+    slope = jnp.where(jnp.isfinite(slope), slope, 0)
+    return deviation - _per_row(step, deviation.dtype) * slope
+
+
 # --- Losses without a closed form ----------------------------------------------------------------
 
 #: Steps of `separable`, and of `rows` with at most so many conjugate gradient steps in each.

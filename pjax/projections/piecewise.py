@@ -470,7 +470,11 @@ def _bent(
         length = 1 / math.sqrt(normal) if isinstance(normal, float) else lax.rsqrt(normal)
         lengths = lengths + length
         tilt = tilt + slope * length if slope else tilt
-    tilt = tilt * target_weight / (weight * lengths)
+    if left_slope * right_slope < 0:
+        scaled_tilt = _opposite_tilt(slopes, weight, target_weight)
+    else:
+        scaled_tilt = tilt * target_weight / weight
+    tilt = scaled_tilt / lengths
 
     def along(is_right: Array, of_lines: Sequence[Any], value: Array) -> Array:
         """The value times what belongs to a line."""
@@ -501,3 +505,15 @@ def _bent(
     foot = foot if deviation is None else deviation + foot
     moved = lax.select(to_right, jnp.maximum(foot, kink), jnp.minimum(foot, kink))
     return moved, along(to_right, slopes, moved) + height
+
+
+def _opposite_tilt(slopes: Sequence[float], weight: Any, target_weight: Any) -> Any:
+    """`W/ρ Σ s/(ρ + W s²)^½` of two slopes of opposite sign.
+
+    Where W/ρ is large the two terms are nearly equal, and W/ρ times their rounding is not small: so
+    their difference is had from that of their squares, without W/ρ.
+    """
+    up, down = max(slopes), min(slopes)
+    steep, flat = (1 / jnp.sqrt(target_weight + weight / slope**2) for slope in (up, down))
+    between = 1 / down**2 - 1 / up**2
+    return between * (target_weight * steep * flat) * (steep * flat / (steep + flat))

@@ -23,10 +23,13 @@ from pjax.trace import Program
 class Verdict(enum.IntEnum):
     """What the residual history says of a solve.
 
-    - `CONVERGING`: the residual (see [`ResidualHistory`][]) vanishes, or still shrinks.
+    - `CONVERGING`: the residual (see [`ResidualHistory`][]) vanishes, or still shrinks: by a
+        thousandth in the last quarter of the steps, or by less and no slower than in the quarter
+        before.
     - `STALLED`: it neither shrinks nor settles.
-    - `INFEASIBLE`: the gap vector between the sets is stable and does not vanish: no point
-        satisfies all constraints near here.
+    - `INFEASIBLE`: the gap vector between the sets is stable and does not vanish, and the residual
+        has stopped to shrink: as far as these steps can tell, no point near here satisfies all
+        constraints.
     - `DIVERGED`: the residual has grown far beyond that at the start.
     - `NON_FINITE`: a residual is NaN or infinite.
     """
@@ -137,7 +140,7 @@ class ResidualHistory:
     @property
     def verdict_code(self) -> Int[Array, ""]:
         """The [`Verdict`][] as a number, also inside `jit`."""
-        return _verdict(self.residual, self.gap, self.gap_change)
+        return _verdict(self.residual, self.gap, self.gap_change, self.step_size)
 
     @property
     def verdict(self) -> Verdict:
@@ -171,7 +174,11 @@ _STABLE = 0.01
 _DIVERGED = 10.0
 
 
-def _verdict(residual: Array, gap: Array, gap_change: Array) -> Array:
+#: A residual that shrinks by this share of what it did a window before does not settle yet.
+_STEADY = 0.7
+
+
+def _verdict(residual: Array, gap: Array, gap_change: Array, step_size: Array) -> Array:
     steps = residual.shape[0]
     window = max(steps // 4, 1)
     start = max(steps - 1 - window, 0)
@@ -179,8 +186,15 @@ def _verdict(residual: Array, gap: Array, gap_change: Array) -> Array:
     last, early = residual[-1], residual[start]
     # A cyclic or reflecting method may settle in its gap while single distances still wobble.
     shrinking = (last < (1 - _SHRINKING) * early) | (steps == 1)
+    # A problem that is solved slowly shrinks by little, and by as much as before.
+    rounding = 8 * jnp.finfo(residual.dtype).eps
+    shrunk, before = early - last, residual[max(start - window, 0)] - early
+    if start > window:
+        shrinking |= (shrunk > rounding * early) & (shrunk > _STEADY * before)
     vanished = last <= _FEASIBLE * scale
-    stable = jnp.sum(gap_change[-window:]) <= _STABLE * gap[-1]
+    # States that drift have gaps that are rounded by more than they change.
+    noise = rounding * jnp.cumsum(step_size)
+    stable = jnp.sum(jnp.maximum(gap_change - noise, 0)[-window:]) <= _STABLE * gap[-1]
     stable &= gap[-1] > _FEASIBLE * scale
     code = jnp.where(
         vanished | shrinking,

@@ -27,7 +27,6 @@ class Checks(NamedTuple):
     finite: list[Array]
     loss: Array
     solved: Array
-    minimises: Array
 
 
 def check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> Checks:
@@ -37,7 +36,6 @@ def check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[
         finite=[_is_finite(const) for const in consts],
         loss=_is_finite(loss),
         solved=jnp.all(jnp.array([_is_finite(leaf) for leaf in moved])),
-        minimises=problem.minimises,
     )
 
 
@@ -93,11 +91,6 @@ def raise_if_unsound(program: Program, consts: Sequence[Any], checks: Checks) ->
         raise NonFiniteError(
             "The solve left the range of floating-point numbers, although parameters, data and "
             "loss are finite: look for very large data or activations, or lower `prox_step`."
-        )
-    if not checks.minimises:
-        raise ValueError(
-            "A loss has a negative weight in the function's result: it would be maximised, and has "
-            "no proximal operator."
         )
 
 

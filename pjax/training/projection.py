@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from pjax.graph import Fallback
-from pjax.metrics import Curved
+from pjax.metrics import Spectral
 from pjax.problem import Layout, Problem
 from pjax.rolling import rolled
 from pjax.solvers import CyclicProjections
@@ -69,7 +69,7 @@ class _Solved(NamedTuple):
     checks: Checks | None
 
 
-_METRIC = Curved(parameters="stiff", prox_step=0.1, prox_per_row=False)
+_METRIC = Spectral(parameters="stiff", prox_step=0.1)
 
 
 @functools.lru_cache(maxsize=256)
