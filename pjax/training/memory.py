@@ -34,9 +34,9 @@ class Memory(NamedTuple):
     - `outputs`: of the forces, for each stack.
     - `force`: for each unit the largest mean force on its readers so far.
     - `first`, `output`: how large its layer's output was in the first batch, and is taken to be.
-    - `noise`: `|m − M|²` of a batch's request `m`, over the mean square of its rows.
+    - `noise`: `1/N`, where a batch has `N` independent rows; measured.
     - `renewals`, `renewed`: how often second moments were renewed, and in which batch last.
-    - `pace`: the share of its length that a move is given, at most 1.
+    - `pace`, `paces`: the share of its length that every move is given, and each unit's own.
     """
 
     units: tuple[UnitMemory, ...]
@@ -49,6 +49,7 @@ class Memory(NamedTuple):
     renewals: Array
     renewed: Array
     pace: Array
+    paces: Float[Array, " units"]
 
     def small(self) -> Memory:
         """What there is of numbers, without the arrays of units."""

@@ -5,11 +5,14 @@ In numbers, which are found for all parameters at once, and in products and sums
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from pjax._compat import one_kernel, row_sum
 from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Side, Spectra
@@ -23,7 +26,7 @@ class Plan(NamedTuple):
 
     **Attributes:**
 
-    - `pace`: see `pjax.training.requests`.
+    - `pace`, `paces`: see `pjax.training.requests`.
     - `kept`, `ahead`: weights of the request so far and of the force, in the mean and in what it
         will be if the next batch asks for the same: Nesterov's look ahead.
     - `inputs`, `outputs`: functions of spectra, by the number of the unit.
@@ -31,6 +34,7 @@ class Plan(NamedTuple):
     """
 
     pace: Array
+    paces: Array
     kept: list[tuple[Array, Array]]
     ahead: list[tuple[Array, Array]]
     inputs: dict[int, Part]
@@ -63,6 +67,56 @@ def solve(
     return found
 
 
+def whitened(
+    problem: Problem,
+    units: Units,
+    stacks: Stacks,
+    arrays: Sequence[Array],
+    memory: Memory,
+    unseen: float,
+) -> list[tuple[Array, Array]]:
+    """For an array `D` of each unit `tr Dᵀ(C + ε)⁻¹D`, and the number of directions,
+    `tr C(C + ε)⁻¹`, with `ε` a small share of the mean eigenvalue of `C`.
+    """
+    found: list[Any] = [None] * len(arrays)
+    for number, (own, array) in enumerate(zip(memory.units, arrays, strict=True)):
+        if own.diagonal is not None:
+            columns = array.shape[-1] if array.ndim else 1
+            inverses = spectrum.inverse(own.diagonal + unseen * jnp.mean(own.diagonal))
+            directions = jnp.vdot(own.diagonal, inverses) / columns
+            found[number] = jnp.vdot(jnp.square(array), inverses), directions
+    for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
+        squares = []
+        for number, vectors in zip(stack.members, spectra.vectors, strict=True):
+            matrix = _matrix(problem, units.units[number], arrays[number])
+            along = jnp.swapaxes(vectors, -1, -2) @ matrix
+            squares.append((jnp.sum(along**2, axis=-1), jnp.sum(matrix**2, axis=(-1, -2))))
+        numbers = one_kernel(functools.partial(_whitened, stack, unseen))
+        for number, pair in zip(
+            stack.members, numbers(spectra._replace(vectors=()), squares), strict=True
+        ):
+            found[number] = pair
+    return found
+
+
+def _whitened(
+    stack: Stack, unseen: float, spectra: Spectra, squares: Sequence[tuple[Array, Array]]
+) -> list[tuple[Array, Array]]:
+    shape = stack.shape
+    along, whole = (shape.join(part) for part in zip(*squares, strict=True))
+    small = unseen * spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
+    inverses = spectrum.inverse(spectra.values + small[:, None])
+    square, count = row_sum(along * inverses), row_sum(spectra.values * inverses)
+    if not shape.full:
+        other = spectrum.inverse(spectra.rest + small)
+        square = square + jnp.maximum(whole - row_sum(along), 0) * other
+        others = (shape.lengths - shape.rank).astype(spectra.rest.dtype)
+        count = count + others * spectra.rest * other
+    first = [shape.places(member)[0] for member in range(len(stack.members))]
+    both = shape.sums(square), shape.sums(count)
+    return [(both[0][place], both[1][place]) for place in first]
+
+
 def _sides(
     stacks: Sequence[Stack], spectra: Sequence[Spectra], parts: Mapping[int, Part]
 ) -> dict[int, Side]:
@@ -79,8 +133,7 @@ def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side)
     assert unit.slot is not None
     assert unit.matrix is not None
     slot = problem.graph.slots[unit.slot]
-    entries = asked if slot.route.direct else slot.route([asked], problem.values)
-    matrix = unit.matrix.of(entries)
+    matrix = _matrix(problem, unit, asked)
     move = unit.matrix.back(spectrum.between(left, matrix, right)).astype(asked.dtype)
     if slot.route.direct:
         return move
@@ -88,4 +141,12 @@ def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side)
     return back
 
 
-__all__ = ["Plan", "solve"]
+def _matrix(problem: Problem, unit: Unit, array: Array) -> Array:
+    """An array in the shape of a unit as the matrix that its first product reads."""
+    assert unit.slot is not None
+    assert unit.matrix is not None
+    slot = problem.graph.slots[unit.slot]
+    return unit.matrix.of(array if slot.route.direct else slot.route([array], problem.values))
+
+
+__all__ = ["Plan", "solve", "whitened"]
