@@ -22,8 +22,6 @@ from pjax import _compat
 _NORMALISER_STEPS = 10
 #: For so many numbers a step takes no longer than its launch and than to ask whether to go on.
 _FEW_NUMBERS = 2**17
-#: Of so few numbers one kernel is as fast on one core, and compiles sooner.
-_ONE_KERNEL_NUMBERS = 2**13
 #: With at most so many classes `cross_entropy` has them along the first axis on a CPU: kernels are
 #: fast along the last axis, if that is long.
 _FEW_CLASSES = 16
@@ -97,13 +95,6 @@ def cross_entropy(
     **Source:** the Wright omega function `w + log w = z`; see Corless and Jeffrey (2002), and for
     its iteration Fritsch, Shafer and Crowley (1973).
     """
-    of = _cross_entropy
-    if deviation.size <= _ONE_KERNEL_NUMBERS:
-        of = _compat.one_kernel(of)
-    return of(reference, deviation, labels, step)
-
-
-def _cross_entropy(reference: Array, deviation: Array, labels: Array, step: ArrayLike) -> Array:
     dtype = deviation.dtype
     classes = deviation.shape[-1]
     axis = 0 if classes <= _FEW_CLASSES and not _compat.launches_kernels() else -1

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax._compat import one_kernel
+from pjax._compat import one_kernel, row_sum
 
 #: A factor on the rounding error that orthonormal columns are found beside.
 _SHIFT = 4
@@ -93,7 +93,7 @@ class Shape:
         if len(self.owners) == len(self.sizes):
             return numbers
         same = self.owners[:, None] == self.owners
-        return jnp.sum(jnp.where(same, numbers, 0), axis=-1)
+        return row_sum(jnp.where(same, numbers, 0))
 
     def of(self, stack: Array, member: int) -> Array:
         """A member's part of an array for all spectra; without an axis of blocks if it has none."""
@@ -121,7 +121,7 @@ class Spectra(NamedTuple):
     **Attributes:**
 
     - `vectors`: for each member `U`, orthonormal columns: `[*blocks, size, rank]`.
-    - `values`: `λ ≥ 0`, about the largest eigenvalues.
+    - `values`: `λ ≥ 0`, about the largest eigenvalues, in descending order.
     - `rest`: `μ ≥ 0`, the mean of all others; 0 where there are none.
     """
 
@@ -132,12 +132,12 @@ class Spectra(NamedTuple):
     def trace(self, shape: Shape) -> Float[Array, " spectra"]:
         """`tr C`."""
         others = (shape.lengths - shape.rank).astype(self.rest.dtype)
-        return jnp.sum(self.values, axis=-1) + others * self.rest
+        return row_sum(self.values) + others * self.rest
 
     @property
     def largest(self) -> Float[Array, " spectra"]:
         """The largest eigenvalue."""
-        return jnp.maximum(jnp.max(self.values, axis=-1), self.rest)
+        return jnp.maximum(self.values[:, 0], self.rest)
 
 
 def empty(shape: Shape, dtype: Any) -> Spectra:
@@ -237,7 +237,7 @@ def _rest(shape: Shape, total: Array, values: Array) -> Array:
     if shape.full:
         return jnp.zeros_like(total)
     others = (shape.lengths - shape.rank).astype(total.dtype)
-    return jnp.maximum(total - jnp.sum(values, axis=-1), 0) / others
+    return jnp.maximum(total - row_sum(values), 0) / others
 
 
 def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
@@ -253,7 +253,7 @@ def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
     def scaled(parts: Sequence[Array]) -> tuple[Array, Array, Array]:
         gram = shape.join(parts)
         ones = jnp.eye(shape.rank, dtype=gram.dtype)
-        size = jax.lax.rsqrt(jnp.sum(gram * ones, axis=-1))
+        size = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
         gram = gram * size[..., None, :] * size[..., :, None] + shift * ones
         return gram * (1 / (1 + shift)), size, jnp.broadcast_to(ones, gram.shape)
 
@@ -312,7 +312,7 @@ def equaliser(shape: Shape, spectra: Spectra, damping: float) -> Function:
         return 1 / jnp.sqrt(value * scale + damping)
 
     rest = spectra.rest[:, None]
-    left = jnp.sum(spectra.values * root(spectra.values) ** 2, axis=-1)
+    left = row_sum(spectra.values * root(spectra.values) ** 2)
     left = left + others * (rest * root(rest) ** 2)[:, 0]
     norm = jnp.where(left > 0, jnp.sqrt(trace * inverse(left)), 1)
     return _function(shape, spectra, lambda value: norm[:, None] * root(value))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax._compat import one_kernel
+from pjax._compat import one_kernel, row_sum
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.training import moments
@@ -249,7 +249,7 @@ def _pace(
         met, remembered = (_stacked(part) for part in zip(*products, strict=True))
         done = 1 - jnp.asarray(batch.way.memory, memory.force.dtype) ** count
         force = spectrum.inverse(batch.scale(memory) * done) * batch.rows
-        met, expected = jnp.sum(met), jnp.sum(force[own] * remembered)
+        met, expected = row_sum(met), row_sum(force[own] * remembered)
         agreement = jnp.where(expected > 0, jnp.clip(met * spectrum.inverse(expected), -1, 1), 0)
     tolerated = _TOLERATED if len(own) == len(units.units) else 0.0
     pace = memory.pace * jnp.exp(settings.pacing * (agreement + tolerated))
