@@ -95,15 +95,16 @@ def test_units_know_the_thresholds_beside_them():
 # --- The solve ----------------------------------------------------------------------------------
 
 
-def numpy_moves(rows, forces, size, kappa=0.2, beta=0.9):
+def numpy_moves(rows, forces, size, kappa=0.4):
     """The first move of one weight, by a solve of the same least squares in NumPy."""
     x, g = np.concatenate(rows), np.concatenate(forces)
     (number, length) = x.shape
     request = size * g / np.sqrt(np.mean(g**2))
     moment, asked = x.T @ x / number, x.T @ request / number
-    noise = np.sum(asked**2) / np.mean(np.sum(request**2, axis=1))
-    share = min(noise / np.trace(moment) * length, length)
-    damping = kappa * share * np.linalg.eigvalsh(moment)[-1]
+    white = np.linalg.inv(moment + 0.01 * np.trace(moment) / length * np.eye(length))
+    noise = np.trace(asked.T @ white @ asked) / np.trace(moment @ white)
+    share = min(noise / np.mean(np.sum(request**2, axis=1)), 1)
+    damping = kappa * length * share * np.linalg.eigvalsh(moment)[-1]
     return np.linalg.solve(moment + damping * np.eye(length), asked)
 
 

@@ -223,23 +223,13 @@ def train(params, frozen, net=network, steps=60):
     return float(jnp.mean(predicted == digits.validation.y))
 
 
-def test_no_derivative_is_taken_of_the_network():
-    """A function without a derivative rule stands in the way of `jax.grad` and of nothing else."""
-
-    @jax.custom_vjp
-    def refuses(x):
-        return x
-
-    def backward(_, g):
-        raise AssertionError("the network was differentiated")
-
-    refuses.defvjp(lambda x: (x, None), backward)
+def test_a_move_needs_no_derivative_of_the_network():
+    """Where signs stand behind a layer its gradient is 0, and its displacement is not."""
     x, y = jnp.ones((8, 64)), jnp.eye(10)[:8]
-    loss = lambda p: pjax.cross_entropy(refuses(network(p, x)), y).mean()  # noqa: E731
-    with pytest.raises(AssertionError, match="differentiated"):
-        jax.jit(jax.grad(loss))(initial(1))
-    moves = pjax.displacement(loss)(initial(1))
-    assert np.any(moves[0][0])
+    loss = lambda p: pjax.cross_entropy(network(p, x), y).mean()  # noqa: E731
+    params = initial(1)
+    assert not np.any(jax.grad(loss)(params)[0][0])
+    assert np.any(pjax.displacement(loss)(params)[0][0])
 
 
 def two_bit(params, x):
