@@ -993,7 +993,7 @@ class Problem:
 
 
 #: A weight beside which that of a node's output is as good as infinite.
-_NEGLIGIBLE = 1e-4
+_NEGLIGIBLE = 1e-8
 
 
 def _agree(feeds: Mapping[int, int], others: Mapping[int, int]) -> bool:

@@ -284,13 +284,8 @@ def test_latent_nodes_are_those_between_parameters_and_quantized_weights():
     "scale",
     [
         1.0,
-        pytest.param(
-            0.1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Latent weights weigh 1e-4 beside a gain of 0.01: moves are 1 % too short.",
-            ),
-        ),
+        0.1,
+        0.02,
     ],
 )
 def test_what_a_layer_solves_for_quantized_weights_reaches_the_latent_ones(scale):
