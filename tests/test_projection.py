@@ -105,7 +105,9 @@ def numpy_moves(rows, forces, size, kappa=0.4):
     noise = np.trace(asked.T @ white @ asked) / np.trace(moment @ white)
     share = min(noise / np.mean(np.sum(request**2, axis=1)), 1)
     damping = kappa * length * share * np.linalg.eigvalsh(moment)[-1]
-    return np.linalg.solve(moment + damping * np.eye(length), asked)
+    move = np.linalg.solve(moment + damping * np.eye(length), asked)
+    explained = np.sum(move * asked) / np.mean(np.sum(request**2, axis=1))
+    return move * min(1, 0.3 / explained)
 
 
 def test_the_first_move_is_a_ridge_regression(x64):

@@ -90,6 +90,10 @@ _TOLERATED = 0.1
 _SLOWEST, _FASTEST = 1e-3, 4.0
 #: Directions of the inputs below this share of the mean direction tell little of the noise.
 _UNSEEN = 0.01
+#: The share of the mean square of its requests that a unit's move may explain. It is more where all
+#: rows ask for one move, which can end a layer of relus, and where directions of the inputs come up
+#: that were not in the rows before.
+_EXPLAINED = 0.3
 #: Of the noise, from batch to batch.
 _NOISE_MEMORY = 0.9
 
@@ -174,7 +178,12 @@ def moves(
         _combined(weights, own.asked, force)
         for own, force, weights in zip(memory.units, unit_forces, plan.ahead, strict=True)
     ]
-    found = solve(problem, units, stacks, ahead, memory, plan)
+    found = [
+        move * _limit(jnp.vdot(asked, move), square).astype(move.dtype)
+        for move, asked, square in zip(
+            solve(problem, units, stacks, ahead, memory, plan), ahead, plan.squares, strict=True
+        )
+    ]
     moved = {
         unit.node: move if unit.latent else (plan.pace * pace).astype(move.dtype) * move
         for unit, move, pace in zip(units.units, found, plan.paces, strict=True)
@@ -213,7 +222,20 @@ def _planned(
         equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
         outputs |= stack.split(equaliser)
     dampings = _dampings(units, memory, diagonals, lengths, count, settings)
-    return Plan(pace, paces, list(kept), list(ahead), inputs, outputs, dampings)
+    squares = batch.scale(memory) ** 2 * batch.square / batch.rows
+    return Plan(pace, paces, squares, list(kept), list(ahead), inputs, outputs, dampings)
+
+
+def _limit(explained: Array, square: Array) -> Array:
+    """A factor on a move that would explain more of its requests than there is.
+
+    **Arguments:**
+
+    - `explained`: the product of the move and the requests, `tr WᵀCW` for a solve.
+    - `square`: the mean square of the rows of requests.
+    """
+    most = _EXPLAINED * square
+    return jnp.where(explained > most, most * spectrum.inverse(explained), 1)
 
 
 def _combined(weights: tuple[Array, Array], x: Array, y: Array) -> Array:

@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     **Attributes:**
 
     - `pace`, `paces`: see `pjax.training.requests`.
+    - `squares`: the mean square of the rows of requests.
     - `kept`, `ahead`: weights of the request so far and of the force, in the mean and in what it
         will be if the next batch asks for the same: Nesterov's look ahead.
     - `inputs`, `outputs`: functions of spectra, by the number of the unit.
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
 
     pace: Array
     paces: Array
+    squares: Array
     kept: list[tuple[Array, Array]]
     ahead: list[tuple[Array, Array]]
     inputs: dict[int, Part]
