@@ -214,24 +214,28 @@ def launches_kernels() -> bool:
     return jax.default_backend() != "cpu"
 
 
-#: How XLA's CPU compiler is told to make one kernel of a call. It is no public option: where it is
-#: not known, the call is compiled like any other.
+#: How XLA's CPU compiler is told to make one kernel of a call. It is no public option, and with JAX
+#: 0.10.2 it ends the process where an operand of such a call is a constant, as a state is that is
+#: made in the program that reads it. So it has to be asked for.
 _ONE_KERNEL = {"xla_cpu_small_call": "true", "inlineable": "false"}
+_ASKED = "PJAX_ONE_KERNEL"
 #: What it cannot have in such a kernel: what it may hand to a library where arrays are large, as
 #: they are under `vmap`. See `row_sum`.
 _OF_LIBRARIES = ("reduce", "dot", "conv_", "arg", "cum", "sort", "eigh", "cholesky", "triangular")
 
 
 def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one kernel on a CPU: that compiles in a third of the time that the kernels of
-    its operations take, and it is launched once.
+    """`function` as one kernel on a CPU, if the environment asks for it by `PJAX_ONE_KERNEL=1`.
+
+    That compiles in a third of the time that the kernels of its operations take, and is launched
+    once.
 
     **Arguments:**
 
     - `function`: from pytrees of small arrays to a pytree of them, without reductions, products of
         matrices and decompositions; with any, it is computed as it is. It runs on one core.
     """
-    if launches_kernels():
+    if not makes_one_kernel():
         return function
 
     def plain(*args: Any) -> Any:
@@ -248,6 +252,11 @@ def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def makes_one_kernel() -> bool:
+    """Whether `one_kernel` does."""
+    return not launches_kernels() and os.environ.get(_ASKED, "0") not in ("", "0")
+
+
 def _is_of_libraries(jaxpr: Any) -> bool:
     return any(
         equation.primitive.name.startswith(_OF_LIBRARIES)
@@ -257,8 +266,8 @@ def _is_of_libraries(jaxpr: Any) -> bool:
 
 
 def row_sum(array: Any) -> Any:
-    """The sum along the last axis; on a CPU as a loop, that `one_kernel` may have."""
-    if launches_kernels():
+    """The sum along the last axis; as a loop where `one_kernel` may have no other."""
+    if not makes_one_kernel():
         return jnp.sum(array, axis=-1)
 
     def add(place: Any, total: Any) -> Any:

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pjax import _compat
 from pjax._compat import one_kernel, row_sum
 
 #: A factor on the rounding error that orthonormal columns are found beside.
@@ -100,10 +101,10 @@ class Shape:
         first, count = self.places(member)
         if self.blocks and self.blocks[member]:
             return stack[first : first + count]
-        return stack[first]
+        return pick(stack, first)
 
     def split(self, stack: Array) -> list[Array]:
-        """The parts of all members, see `of`; within one kernel, since each is a kernel else."""
+        """The parts of all members, see `of`."""
         return [self.of(stack, member) for member in range(len(self.sizes))]
 
     def join(self, parts: Sequence[Array]) -> Array:
@@ -363,6 +364,22 @@ def between(left: Side | None, matrix: Array, right: Side) -> Array:
         return found
     part = along @ narrow
     return found + left.outside * (part if right.outside is None else right.outside * matrix + part)
+
+
+def pick(stack: Array, number: int) -> Array:
+    """`stack[number]`.
+
+    XLA compiles a kernel for each place that is read, but one for all sums of what a mask leaves.
+    """
+    if len(stack) == 1 or _compat.launches_kernels() or _compat.makes_one_kernel():
+        return stack[number]
+    mask = (np.arange(len(stack)) == number).reshape(-1, *(1,) * (stack.ndim - 1))
+    return jnp.sum(jnp.where(mask, stack, 0), axis=0)
+
+
+def entries(stack: Array) -> list[Array]:
+    """All of them, see `pick`."""
+    return [pick(stack, number) for number in range(len(stack))]
 
 
 def inverse(value: Array) -> Array:

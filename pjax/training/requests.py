@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from pjax._compat import one_kernel, row_sum
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
+from pjax.projections.spectrum import entries
 from pjax.training import moments
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.moments import Stacks
@@ -193,8 +194,8 @@ def _planned(
     keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
     done = 1 / (1 - keep**2 * keep**count)
     pace = _pace(units, memory, batch, products, count, settings)
-    kept = zip(keep, (1 - keep) * new, strict=True)
-    ahead = zip(keep**2 * done, (1 - keep**2) * new * done, strict=True)
+    kept = zip(entries(keep), entries((1 - keep) * new), strict=True)
+    ahead = zip(entries(keep**2 * done), entries((1 - keep**2) * new * done), strict=True)
     inputs, outputs = {}, {}
     for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
         shape = stack.shape
@@ -371,7 +372,7 @@ def _renew(
     inputs, outputs, kept = {}, {}, []
 
     def weights(keep: Array, rows: Array) -> tuple[Array, list[tuple[Array, Array]]]:
-        return 1 / rows, [(keep, share) for share in (1 - keep) / rows]
+        return 1 / rows, [(keep, share) for share in entries((1 - keep) / rows)]
 
     scales, combined = one_kernel(weights)(keep, batch.rows)
     for number, (unit, parts, own) in enumerate(zip(units.units, reads, memory.units, strict=True)):
@@ -443,7 +444,7 @@ def _with_noise(memory: Memory, batch: _Batch, age: _Age) -> Memory:
     def weights(memory: Memory, batch: _Batch, count: Array) -> list[tuple[Array, Array]]:
         new = batch._replace(way=way).request(memory)
         before = spectrum.inverse(1 - jnp.asarray(way.memory, new.dtype) ** count)
-        return list(zip(-before, new, strict=True))
+        return list(zip(entries(-before), entries(new), strict=True))
 
     def noise(memory: Memory, batch: _Batch, age: _Age, squares: Sequence[Array]) -> Array:
         scale = batch._replace(way=way).scale(memory)
@@ -520,7 +521,7 @@ def _dampings(
     trace, largest = (_stacked(part) for part in zip(*diagonals, strict=True))
     noise = memory.noise[np.asarray(numbers)]
     damping = _damping(np.asarray(strength), noise, trace, largest, count, settings)
-    return dict(zip(numbers, damping, strict=True))
+    return dict(zip(numbers, entries(damping), strict=True))
 
 
 __all__ = ["Memory", "Requests", "UnitMemory", "empty", "moves"]
