@@ -1,10 +1,11 @@
-"""How long training steps with Adam take to trace and lower, and to compile, beside backprop's.
+"""How long training steps take to trace and lower, and to compile, beside backprop's with Adam:
+those of the displacement with Adam and of pure projection.
 
     python -m benchmarks.compile_time [--networks "mlp 4x128" …] [--batch-size 32] [--repeats 3]
 
 Each is compiled in a fresh process, since what a process has compiled before it need not compile
 again; all of them in turn in each round. Prints medians over rounds of seconds and of ratios: of
-the displacement over backprop, and of a deep perceptron over a shallow one. The residual networks
+both over backprop, and of a deep perceptron over a shallow one. The residual networks
 have `--width` channels in their first stage and batches of `--batch-size`; the others are those of
 `benchmarks.suite`.
 """
@@ -29,15 +30,18 @@ import pjax
 from benchmarks import resnet
 from benchmarks.suite.cases import STEPS, Step, cases, measured
 
-#: What is compared: backprop and the displacement.
-COMPARED = STEPS[:2]
+#: What is compared: backprop, the displacement and pure projection.
+COMPARED = STEPS[:3]
 #: Names of residual networks, and whether they have batch norms.
 RESIDUAL = {"resnet18 with batch norm": True, "resnet18 without a norm": False}
 #: Names of the others, and their cases of the suite.
 CASES = {
+    "mlp 1x128": "networks/mlp 1x128",
     "mlp 4x128": "depth/4x128",
     "mlp 64x128": "depth/64x128",
+    "mlp 2x2048": "networks/mlp 2x2048",
     "cnn 32-64": "networks/cnn 32-64",
+    "rnn 64, length 32": "networks/rnn 64, length 32",
     "transformer 64": "networks/transformer 64",
 }
 
@@ -46,12 +50,22 @@ Key = tuple[str, Step]
 
 
 def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[[], Any]:
-    """What lowers a training step with Adam."""
+    """What lowers a training step."""
     if network in CASES:
         (case,) = (case for case in cases() if case.key == CASES[network])
         found = measured(case, step)
         return functools.partial(jax.jit(found.run).lower, *found.args)
     params, state, loss = resnet.make("resnet18", options.width, RESIDUAL[network], 0)
+    images = resnet.batch(options.batch_size)
+    if step == "projection":
+        pure = pjax.optim.Projection(has_aux=True, check=False)
+
+        def project(params: Any, memory: Any, state: Any, *images: Any) -> Any:
+            params, memory, info = pure.update(loss, params, memory, state, *images)
+            return params, memory, info.aux, info.loss
+
+        args = params, pure.init(loss, params, state, *images), state, *images
+        return functools.partial(jax.jit(project, donate_argnums=(0, 1)).lower, *args)
     of: Any = jax.value_and_grad if step == "backprop" else pjax.value_and_displacement
     direction, adam = of(loss, has_aux=True), optax.adam(1e-3)
 
@@ -60,7 +74,7 @@ def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[
         updates, moments = adam.update(found, moments)
         return optax.apply_updates(params, updates), moments, state, value
 
-    args = params, adam.init(params), state, *resnet.batch(options.batch_size)
+    args = params, adam.init(params), state, *images
     return functools.partial(jax.jit(descend, donate_argnums=(0, 1)).lower, *args)
 
 
@@ -97,12 +111,13 @@ def main() -> None:
                 runs.setdefault((network, step), []).append(run)
             print(f"round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
     columns = ("lower s", "compile s", "of cores s", "temp GB")
-    print(f"{'network':26s}{'step':14s}" + "".join(f"{column:>12s}" for column in columns))
+    print(f"{'network':26s}{'step':21s}" + "".join(f"{column:>12s}" for column in columns))
     for network in options.networks:
         for step in COMPARED:
             _print_row(network, step, runs[network, step], "12.3f")
-        ratios = _ratios(runs, (network, "displacement"), (network, "backprop"))
-        _print_row("", "ratio", ratios, "11.2f", "x")
+        for step in COMPARED[1:]:
+            ratios = _ratios(runs, (network, step), (network, COMPARED[0]))
+            _print_row("", f"{step}, ratio", ratios, "11.2f", "x")
     if {"mlp 4x128", "mlp 64x128"} <= set(options.networks):
         for step in COMPARED:
             ratios = _ratios(runs, ("mlp 64x128", step), ("mlp 4x128", step))
@@ -119,7 +134,7 @@ def _ratios(runs: dict[Key, list[tuple[float, ...]]], over: Key, under: Key) -> 
 
 def _print_row(name: str, label: str, rows: Sequence[Any], form: str, unit: str = "") -> None:
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-    print(f"{name:26s}{label:14s}" + "".join(f"{number:{form}}{unit}" for number in medians))
+    print(f"{name:26s}{label:21s}" + "".join(f"{number:{form}}{unit}" for number in medians))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ import contextlib
 import functools
 import os
 import sysconfig
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray as ShapedArray
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core as jex
 from jax.extend.core import primitives as P
 from jax.interpreters import ad, batching, mlir
@@ -244,59 +242,6 @@ def launches_kernels() -> bool:
     operations are faster than many small ones, where a CPU is as fast with either.
     """
     return jax.default_backend() != "cpu"
-
-
-#: How XLA's CPU compiler is told to make one kernel of a call. It is no public option: where it is
-#: not known, the call is compiled like any other.
-_ONE_KERNEL = {"xla_cpu_small_call": "true", "inlineable": "false"}
-#: What it cannot have in such a kernel: what it may hand to a library where arrays are large, as
-#: they are under `vmap`. See `row_sum`.
-_OF_LIBRARIES = ("reduce", "dot", "conv_", "arg", "cum", "sort", "eigh", "cholesky", "triangular")
-
-
-def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one kernel on a CPU: that compiles in a third of the time that the kernels of
-    its operations take, and it is launched once.
-
-    **Arguments:**
-
-    - `function`: from pytrees of small arrays to a pytree of them, without reductions, products of
-        matrices and decompositions; with any, it is computed as it is. It runs on one core.
-    """
-    if launches_kernels():
-        return function
-
-    def plain(*args: Any) -> Any:
-        with set_xla_metadata(**dict.fromkeys(_ONE_KERNEL)):
-            return function(*args)
-
-    def run(*args: Any) -> Any:
-        compiled = jax.jit(plain)
-        if _is_of_libraries(compiled.trace(*args).jaxpr.jaxpr):
-            return function(*args)
-        with set_xla_metadata(**_ONE_KERNEL):
-            return compiled(*args)
-
-    return run
-
-
-def _is_of_libraries(jaxpr: Any) -> bool:
-    return any(
-        equation.primitive.name.startswith(_OF_LIBRARIES)
-        or any(map(_is_of_libraries, jex.jaxprs_in_params(equation.params)))
-        for equation in jaxpr.eqns
-    )
-
-
-def row_sum(array: Any) -> Any:
-    """The sum along the last axis; on a CPU as a loop, that `one_kernel` may have."""
-    if launches_kernels():
-        return jnp.sum(array, axis=-1)
-
-    def add(place: Any, total: Any) -> Any:
-        return total + jax.lax.dynamic_index_in_dim(array, place, -1, keepdims=False)
-
-    return jax.lax.fori_loop(0, array.shape[-1], add, jnp.zeros_like(array[..., 0]))
 
 
 def run_once(function: Any, *args: Any) -> Any:

@@ -43,6 +43,11 @@ CEILINGS = {
     ("rnn", "displacement"): (3000, 2.5),
     ("transformer", "displacement"): (2560, 2.0),
 }
+#: Of a step of `pjax.optim.Projection` on a perceptron of four hidden layers: different kernels,
+#: and how many more they may be with four more.
+PURE_KERNELS, PURE_KERNELS_OF_FOUR_LAYERS = 255, 8
+#: Products of matrices of such a step, by the number of layers.
+PURE_PRODUCTS = {2: 43, 5: 110}
 
 
 def step_of(task: Task, kind: str) -> Any:
@@ -98,6 +103,22 @@ def test_deeper_networks_have_the_same_kernels():
     tasks = [Task("mnist", (24,) * depth, batch_size=ROWS) for depth in (18, 26)]
     counts = [kernels(traced(t, "displacement").lower().compile().as_text()) for t in tasks]
     assert counts[0] == counts[1]
+
+
+def test_pure_projection_has_the_same_kernels_for_equal_layers():
+    """Arrays of one shape share their kernels, and all layers those of their numbers."""
+    tasks = [Task("mnist", (24,) * depth, batch_size=ROWS) for depth in (4, 8)]
+    counts = [kernels(traced(t, "projection").lower().compile().as_text()) for t in tasks]
+    assert counts[1] - counts[0] <= PURE_KERNELS_OF_FOUR_LAYERS, counts
+    assert counts[0] <= PURE_KERNELS, counts
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_pure_projection_has_few_products(depth):
+    """A sweep, a solve and a renewal."""
+    task = Task("mnist", (24,) * (depth - 1), batch_size=ROWS)
+    found = products(traced(task, "projection").lower().compile().as_text())
+    assert found <= PURE_PRODUCTS[depth], found
 
 
 def test_a_residual_network_has_few_kernels():

@@ -27,7 +27,6 @@ parameters, and most of the time that XLA takes to compile a step is that of dif
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax._compat import one_kernel, row_sum
+from pjax import _compat
 
 #: A factor on the rounding error that orthonormal columns are found beside.
 _SHIFT = 4
@@ -93,17 +92,17 @@ class Shape:
         if len(self.owners) == len(self.sizes):
             return numbers
         same = self.owners[:, None] == self.owners
-        return row_sum(jnp.where(same, numbers, 0))
+        return jnp.sum(jnp.where(same, numbers, 0), axis=-1)
 
     def of(self, stack: Array, member: int) -> Array:
         """A member's part of an array for all spectra; without an axis of blocks if it has none."""
         first, count = self.places(member)
         if self.blocks and self.blocks[member]:
             return stack[first : first + count]
-        return stack[first]
+        return pick(stack, first)
 
     def split(self, stack: Array) -> list[Array]:
-        """The parts of all members, see `of`; within one kernel, since each is a kernel else."""
+        """The parts of all members, see `of`."""
         return [self.of(stack, member) for member in range(len(self.sizes))]
 
     def join(self, parts: Sequence[Array]) -> Array:
@@ -132,7 +131,7 @@ class Spectra(NamedTuple):
     def trace(self, shape: Shape) -> Float[Array, " spectra"]:
         """`tr C`."""
         others = (shape.lengths - shape.rank).astype(self.rest.dtype)
-        return row_sum(self.values) + others * self.rest
+        return jnp.sum(self.values, axis=-1) + others * self.rest
 
     @property
     def largest(self) -> Float[Array, " spectra"]:
@@ -188,7 +187,7 @@ def renew(
         return total, shape.split(kept), shape.split((1 - keep) * scale / unit)
 
     small = before._replace(vectors=()), trace, jnp.asarray(keep, dtype), scale
-    total, kept, shares = one_kernel(weights)(*small)
+    total, kept, shares = weights(*small)
 
     def step(_: Any, found: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
         vectors = found[0]
@@ -196,11 +195,9 @@ def renew(
             (u * own[..., None, :] + new * share[..., None, None]).astype(dtype)
             for u, new, own, share in zip(vectors, times(vectors), kept, shares, strict=True)
         ]
-        inside = one_kernel(functools.partial(_symmetric, shape))(
-            [_gram(u, p) for u, p in zip(vectors, products, strict=True)]
-        )
+        inside = _symmetric(shape, [_gram(u, p) for u, p in zip(vectors, products, strict=True)])
         turn, values = jax.lax.linalg.eigh(inside, symmetrize_input=False)
-        turns, values = one_kernel(functools.partial(_largest_first, shape))(turn, values, total)
+        turns, values = _largest_first(shape, turn, values, total)
         if shape.full:
             new = [u @ turn for u, turn in zip(vectors, turns, strict=True)]
         else:
@@ -211,7 +208,7 @@ def renew(
     start = before.vectors, before.values
     once = isinstance(iterations, int) and iterations == 1
     vectors, values = step(0, start) if once else jax.lax.fori_loop(0, iterations, step, start)
-    return Spectra(vectors, values, one_kernel(functools.partial(_rest, shape))(total, values))
+    return Spectra(vectors, values, _rest(shape, total, values))
 
 
 def _tiny(dtype: Any) -> Array:
@@ -237,7 +234,7 @@ def _rest(shape: Shape, total: Array, values: Array) -> Array:
     if shape.full:
         return jnp.zeros_like(total)
     others = (shape.lengths - shape.rank).astype(total.dtype)
-    return jnp.maximum(total - row_sum(values), 0) / others
+    return jnp.maximum(total - jnp.sum(values, axis=-1), 0) / others
 
 
 def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
@@ -261,10 +258,10 @@ def orthonormal(shape: Shape, columns: Sequence[Array]) -> list[Array]:
         return shape.split(jnp.swapaxes(turn * size[..., None, :], -1, -2))
 
     def once(_: Any, found: Sequence[Array]) -> list[Array]:
-        gram, size, ones = one_kernel(scaled)([_gram(column, column) for column in found])
+        gram, size, ones = scaled([_gram(column, column) for column in found])
         factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
         turn = jax.lax.linalg.triangular_solve(factor, ones, left_side=True, lower=True)
-        turns = one_kernel(split)(turn, size)
+        turns = split(turn, size)
         return [column @ turn for column, turn in zip(found, turns, strict=True)]
 
     return jax.lax.fori_loop(0, _PASSES, once, list(columns))
@@ -312,7 +309,7 @@ def equaliser(shape: Shape, spectra: Spectra, damping: float) -> Function:
         return 1 / jnp.sqrt(value * scale + damping)
 
     rest = spectra.rest[:, None]
-    left = row_sum(spectra.values * root(spectra.values) ** 2)
+    left = jnp.sum(spectra.values * root(spectra.values) ** 2, axis=-1)
     left = left + others * (rest * root(rest) ** 2)[:, 0]
     norm = jnp.where(left > 0, jnp.sqrt(trace * inverse(left)), 1)
     return _function(shape, spectra, lambda value: norm[:, None] * root(value))
@@ -363,6 +360,22 @@ def between(left: Side | None, matrix: Array, right: Side) -> Array:
         return found
     part = along @ narrow
     return found + left.outside * (part if right.outside is None else right.outside * matrix + part)
+
+
+def pick(stack: Array, number: int) -> Array:
+    """`stack[number]`.
+
+    XLA compiles a kernel for each place that is read, but one for all sums of what a mask leaves.
+    """
+    if len(stack) == 1 or _compat.launches_kernels():
+        return stack[number]
+    mask = (np.arange(len(stack)) == number).reshape(-1, *(1,) * (stack.ndim - 1))
+    return jnp.sum(jnp.where(mask, stack, 0), axis=0)
+
+
+def entries(stack: Array) -> list[Array]:
+    """All of them, see `pick`."""
+    return [pick(stack, number) for number in range(len(stack))]
 
 
 def inverse(value: Array) -> Array:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pjax._compat import one_kernel
 from pjax.layer import LayerSum
 from pjax.problem import Problem
 from pjax.projections import spectrum
@@ -43,7 +42,7 @@ class Stack(NamedTuple):
         return numbers[np.asarray(self.members)[self.shape.owners]].astype(self.dtype)
 
     def split(self, function: Function) -> dict[int, Part]:
-        """A function's numbers by unit; within one kernel."""
+        """A function's numbers by unit."""
         outside = None if self.shape.full else self.shape.split(function.outside)
         return {
             number: (inside, None if outside is None else outside[member][..., None, None])
@@ -135,7 +134,7 @@ def renewed(
             scale = stack.of(scales)
             return scale, scale * stack.shape.join([trace.astype(stack.dtype) for trace in traces])
 
-        scale, trace = one_kernel(scaled)(scales, [part.trace for part in own])
+        scale, trace = scaled(scales, [part.trace for part in own])
         found.append(
             spectrum.renew(
                 stack.shape, before, times, trace, keep.astype(stack.dtype), scale, iterations

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax._compat import one_kernel, row_sum
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
+from pjax.projections.spectrum import entries
 from pjax.training import moments
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.moments import Stacks
@@ -169,7 +169,7 @@ def moves(
 
     planned = functools.partial(_planned, units, stacks, way, lengths, settings)
     small = memory.small(), batch._replace(forces=(), way=()), products, diagonals, count
-    plan = one_kernel(planned)(*small)
+    plan = planned(*small)
     kept = [
         own._replace(asked=_combined(weights, own.asked, force))
         for own, force, weights in zip(memory.units, unit_forces, plan.kept, strict=True)
@@ -186,7 +186,7 @@ def moves(
     ]
     moved = {
         unit.node: move if unit.latent else (plan.pace * pace).astype(move.dtype) * move
-        for unit, move, pace in zip(units.units, found, plan.paces, strict=True)
+        for unit, move, pace in zip(units.units, found, entries(plan.paces), strict=True)
     }
     new = tuple(own._replace(move=move) for own, move in zip(kept, found, strict=True))
     return moved, memory._replace(units=new, force=batch.largest, pace=plan.pace, paces=plan.paces)
@@ -208,8 +208,8 @@ def _planned(
     keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
     done = 1 / (1 - keep**2 * keep**count)
     pace, paces = _paces(units, memory, batch, products, count, settings)
-    kept = zip(keep, (1 - keep) * new, strict=True)
-    ahead = zip(keep**2 * done, (1 - keep**2) * new * done, strict=True)
+    kept = zip(entries(keep), entries((1 - keep) * new), strict=True)
+    ahead = zip(entries(keep**2 * done), entries((1 - keep**2) * new * done), strict=True)
     inputs, outputs = {}, {}
     for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
         shape = stack.shape
@@ -223,7 +223,7 @@ def _planned(
         outputs |= stack.split(equaliser)
     dampings = _dampings(units, memory, diagonals, lengths, count, settings)
     squares = batch.scale(memory) ** 2 * batch.square / batch.rows
-    return Plan(pace, paces, squares, list(kept), list(ahead), inputs, outputs, dampings)
+    return Plan(pace, paces, entries(squares), list(kept), list(ahead), inputs, outputs, dampings)
 
 
 def _limit(explained: Array, square: Array) -> Array:
@@ -281,7 +281,7 @@ def _paces(
         pace = pace * jnp.exp(settings.pacing * agreement)
         return jnp.clip(pace, _SLOWEST, _FASTEST).astype(pace.dtype)
 
-    common = agreement(*(row_sum(jnp.where(real, part, 0)) for part in (met, expected)))
+    common = agreement(*(jnp.sum(jnp.where(real, part, 0)) for part in (met, expected)))
     # In the first batch there was no move yet.
     common = jnp.where(count > 0, common + _TOLERATED, 0)
     return paced(memory.pace, common), paced(memory.paces, agreement(met, expected))
@@ -357,7 +357,7 @@ class _Batch(NamedTuple):
             largest = jnp.maximum(settings.forget * before, loudness.astype(before.dtype))
             return jnp.maximum(_stacked([_total(part) for part in rows]), 1), largest, square
 
-        rows, largest, square = one_kernel(sums)(
+        rows, largest, square = sums(
             [[(reading.square, reading.entries) for reading in layer] for layer in layers],
             [[part.reading.rows for part in parts] for parts in reads],
             memory.force,
@@ -402,9 +402,9 @@ def _renew(
     inputs, outputs, kept = {}, {}, []
 
     def weights(keep: Array, rows: Array) -> tuple[Array, list[tuple[Array, Array]]]:
-        return 1 / rows, [(keep, share) for share in (1 - keep) / rows]
+        return 1 / rows, [(keep, share) for share in entries((1 - keep) / rows)]
 
-    scales, combined = one_kernel(weights)(keep, batch.rows)
+    scales, combined = weights(keep, batch.rows)
     for number, (unit, parts, own) in enumerate(zip(units.units, reads, memory.units, strict=True)):
         if own.diagonal is None:
             inputs[number] = moments.input_rows(problem, unit, parts, forces)
@@ -450,7 +450,7 @@ def _with_sizes(
         return first, output.astype(memory.output.dtype)
 
     parts = [[(reading.output_square, reading.entries) for reading in layer] for layer in layers]
-    first, output = one_kernel(sizes)(parts, memory.small(), count)
+    first, output = sizes(parts, memory.small(), count)
     return memory._replace(first=first, output=output)
 
 
@@ -483,7 +483,7 @@ def _with_noise(
     def weights(memory: Memory, batch: _Batch, count: Array) -> list[tuple[Array, Array]]:
         new = batch._replace(way=way).request(memory)
         before = spectrum.inverse(1 - jnp.asarray(way.memory, new.dtype) ** count)
-        return list(zip(-before, new, strict=True))
+        return list(zip(entries(-before), entries(new), strict=True))
 
     def noise(memory: Memory, batch: _Batch, age: _Age, whitened: Sequence[Any]) -> Array:
         scale = batch._replace(way=way).scale(memory)
@@ -497,11 +497,11 @@ def _with_noise(
     surprises = [
         _combined(own_weights, own.asked, force)
         for own, force, own_weights in zip(
-            memory.units, batch.forces, one_kernel(weights)(*small, age.count), strict=True
+            memory.units, batch.forces, weights(*small, age.count), strict=True
         )
     ]
     found = whitened(problem, units, stacks, surprises, memory, _UNSEEN)
-    return memory._replace(noise=one_kernel(noise)(*small, age, found))
+    return memory._replace(noise=noise(*small, age, found))
 
 
 def _damping(
@@ -538,7 +538,7 @@ def _dampings(
     ]
     noise = memory.noise[np.asarray(numbers)]
     damping = _damping(np.asarray(strength), noise, _stacked(diagonals), count, settings)
-    return dict(zip(numbers, damping, strict=True))
+    return dict(zip(numbers, entries(damping), strict=True))
 
 
 __all__ = ["Memory", "Requests", "UnitMemory", "empty", "moves"]

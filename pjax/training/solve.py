@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax._compat import one_kernel, row_sum
 from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Side, Spectra
@@ -36,7 +35,7 @@ class Plan(NamedTuple):
 
     pace: Array
     paces: Array
-    squares: Array
+    squares: list[Array]
     kept: list[tuple[Array, Array]]
     ahead: list[tuple[Array, Array]]
     inputs: dict[int, Part]
@@ -93,7 +92,7 @@ def whitened(
             matrix = _matrix(problem, units.units[number], arrays[number])
             along = jnp.swapaxes(vectors, -1, -2) @ matrix
             squares.append((jnp.sum(along**2, axis=-1), jnp.sum(matrix**2, axis=(-1, -2))))
-        numbers = one_kernel(functools.partial(_whitened, stack, unseen))
+        numbers = functools.partial(_whitened, stack, unseen)
         for number, pair in zip(
             stack.members, numbers(spectra._replace(vectors=()), squares), strict=True
         ):
@@ -108,15 +107,16 @@ def _whitened(
     along, whole = (shape.join(part) for part in zip(*squares, strict=True))
     small = unseen * spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
     inverses = spectrum.inverse(spectra.values + small[:, None])
-    square, count = row_sum(along * inverses), row_sum(spectra.values * inverses)
+    square = jnp.sum(along * inverses, axis=-1)
+    count = jnp.sum(spectra.values * inverses, axis=-1)
     if not shape.full:
         other = spectrum.inverse(spectra.rest + small)
-        square = square + jnp.maximum(whole - row_sum(along), 0) * other
+        square = square + jnp.maximum(whole - jnp.sum(along, axis=-1), 0) * other
         others = (shape.lengths - shape.rank).astype(spectra.rest.dtype)
         count = count + others * spectra.rest * other
     first = [shape.places(member)[0] for member in range(len(stack.members))]
     both = shape.sums(square), shape.sums(count)
-    return [(both[0][place], both[1][place]) for place in first]
+    return [(spectrum.pick(both[0], place), spectrum.pick(both[1], place)) for place in first]
 
 
 def _sides(
