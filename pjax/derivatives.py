@@ -103,8 +103,8 @@ def _is_derivative(eqn: Any, moving: Sequence[bool], shapes: Sequence[Any]) -> b
                 ways_in = [w for w, m in zip(ways, moving, strict=True) if m]
                 return jax.jvp(function, floats, ways_in)[1]
             out, back = jax.vjp(function, *floats)
-            rng = [jnp.resize(ways[0], o.shape).astype(o.dtype) for o in out]
-            return back(rng)
+            cotangents = [jnp.resize(ways[0], o.shape).astype(o.dtype) for o in out]
+            return back(cotangents)
 
         return by(lambda *xs: _compat.bind(eqn, xs)), by(_compat.as_function(body, consts))
 

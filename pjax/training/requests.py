@@ -14,7 +14,6 @@ For each unit (see `pjax.training.readers`):
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,9 +166,7 @@ def moves(
     diagonals = [jnp.max(diagonal) for diagonal in found]
     lengths = [math.prod(diagonal.shape[:-1]) for diagonal in found]
 
-    planned = functools.partial(_planned, units, stacks, way, lengths, settings)
-    small = memory.small(), batch._replace(forces=(), way=()), products, diagonals, count
-    plan = planned(*small)
+    plan = _planned(units, stacks, lengths, settings, memory, batch, products, diagonals, count)
     kept = [
         own._replace(asked=_combined(weights, own.asked, force))
         for own, force, weights in zip(memory.units, unit_forces, plan.kept, strict=True)
@@ -195,7 +192,6 @@ def moves(
 def _planned(
     units: Units,
     stacks: Stacks,
-    way: _Way,
     lengths: Sequence[int],
     settings: Requests,
     memory: Memory,
@@ -204,8 +200,7 @@ def _planned(
     diagonals: Sequence[Array],
     count: Array,
 ) -> Plan:
-    batch = batch._replace(way=way)
-    keep, new = jnp.asarray(way.memory, memory.force.dtype), batch.request(memory)
+    keep, new = jnp.asarray(batch.way.memory, memory.force.dtype), batch.request(memory)
     done = 1 / (1 - keep**2 * keep**count)
     pace, paces = _paces(units, memory, batch, products, count, settings)
     kept = zip(entries(keep), entries((1 - keep) * new), strict=True)
@@ -478,30 +473,20 @@ def _with_noise(
     alike. In the plain one the largest do, in which requests change from batch to batch by moves,
     not by noise. Rows that are there twice count once.
     """
-    way = batch.way
-
-    def weights(memory: Memory, batch: _Batch, count: Array) -> list[tuple[Array, Array]]:
-        new = batch._replace(way=way).request(memory)
-        before = spectrum.inverse(1 - jnp.asarray(way.memory, new.dtype) ** count)
-        return list(zip(entries(-before), entries(new), strict=True))
-
-    def noise(memory: Memory, batch: _Batch, age: _Age, whitened: Sequence[Any]) -> Array:
-        scale = batch._replace(way=way).scale(memory)
-        mean_square = scale**2 * batch.square / batch.rows
-        fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
-        squares, directions = (_stacked(part) for part in zip(*whitened, strict=True))
-        surprise = squares * spectrum.inverse(directions * mean_square)
-        return (fades * memory.noise + (1 - fades) * surprise).astype(memory.noise.dtype)
-
-    small = memory.small(), batch._replace(forces=(), way=())
+    new = batch.request(memory)
+    before = spectrum.inverse(1 - jnp.asarray(batch.way.memory, new.dtype) ** age.count)
+    weights = zip(entries(-before), entries(new), strict=True)
     surprises = [
         _combined(own_weights, own.asked, force)
-        for own, force, own_weights in zip(
-            memory.units, batch.forces, weights(*small, age.count), strict=True
-        )
+        for own, force, own_weights in zip(memory.units, batch.forces, weights, strict=True)
     ]
     found = whitened(problem, units, stacks, surprises, memory, _UNSEEN)
-    return memory._replace(noise=noise(*small, age, found))
+    squares, directions = (_stacked(part) for part in zip(*found, strict=True))
+    mean_square = batch.scale(memory) ** 2 * batch.square / batch.rows
+    surprise = squares * spectrum.inverse(directions * mean_square)
+    fades = jnp.where(age.count == 0, 0.0, _NOISE_MEMORY**age.gap)
+    noise = fades * memory.noise + (1 - fades) * surprise
+    return memory._replace(noise=noise.astype(memory.noise.dtype))
 
 
 def _damping(
