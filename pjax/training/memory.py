@@ -51,13 +51,5 @@ class Memory(NamedTuple):
     pace: Array
     paces: Float[Array, " units"]
 
-    def small(self) -> Memory:
-        """What there is of numbers, without the arrays of units."""
-        inputs, outputs = (
-            tuple(spectra._replace(vectors=()) for spectra in side)
-            for side in (self.inputs, self.outputs)
-        )
-        return self._replace(units=(), inputs=inputs, outputs=outputs)
-
 
 __all__ = ["Memory", "UnitMemory"]

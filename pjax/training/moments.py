@@ -130,11 +130,8 @@ def renewed(
         def times(vectors: Sequence[Array], own: Sequence[Rows] = own) -> list[Array]:
             return [part.times(directions) for part, directions in zip(own, vectors, strict=True)]
 
-        def scaled(scales: Array, traces: Sequence[Array], stack: Stack = stack) -> Any:
-            scale = stack.of(scales)
-            return scale, scale * stack.shape.join([trace.astype(stack.dtype) for trace in traces])
-
-        scale, trace = scaled(scales, [part.trace for part in own])
+        scale = stack.of(scales)
+        trace = scale * stack.shape.join([part.trace.astype(stack.dtype) for part in own])
         found.append(
             spectrum.renew(
                 stack.shape, before, times, trace, keep.astype(stack.dtype), scale, iterations

@@ -15,7 +15,7 @@ For each unit (see `pjax.training.readers`):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -343,21 +343,12 @@ class _Batch(NamedTuple):
         way: _Way,
         settings: Requests,
     ) -> _Batch:
-        def sums(layers: Any, rows: Any, before: Array) -> tuple[Array, ...]:
-            square = _stacked(
-                [_total(square for square, _ in layers[u.layer]) for u in units.units]
-            )
-            entries = [_total(entries for _, entries in layers[u.layer]) for u in units.units]
-            loudness = jnp.sqrt(square / jnp.maximum(_stacked(entries), 1))
-            largest = jnp.maximum(settings.forget * before, loudness.astype(before.dtype))
-            return jnp.maximum(_stacked([_total(part) for part in rows]), 1), largest, square
-
-        rows, largest, square = sums(
-            [[(reading.square, reading.entries) for reading in layer] for layer in layers],
-            [[part.reading.rows for part in parts] for parts in reads],
-            memory.force,
-        )
-        return cls(forces, rows, largest, square, way)
+        square = _sums(units, layers, lambda reading: reading.square)
+        count = _sums(units, layers, lambda reading: reading.entries)
+        loudness = jnp.sqrt(square / jnp.maximum(count, 1)).astype(memory.force.dtype)
+        largest = jnp.maximum(settings.forget * memory.force, loudness)
+        rows = _stacked([_total(part.reading.rows for part in parts) for parts in reads])
+        return cls(forces, jnp.maximum(rows, 1), largest, square, way)
 
     def scale(self, memory: Memory) -> Float[Array, " units"]:
         """From a force to a request."""
@@ -367,6 +358,13 @@ class _Batch(NamedTuple):
     def request(self, memory: Memory) -> Float[Array, " units"]:
         """From the sum of forces to `XᵀR/N`."""
         return self.scale(memory) / self.rows
+
+
+def _sums(
+    units: Units, layers: Sequence[Sequence[Reading]], number: Callable[[Reading], Array]
+) -> Float[Array, " units"]:
+    """For each unit the sum of a number of all readings of its layer."""
+    return _stacked([_total(map(number, layers[unit.layer])) for unit in units.units])
 
 
 def _total(parts: Iterable[Any]) -> Any:
@@ -396,10 +394,7 @@ def _renew(
     iterations = jnp.where(age.count == 0, _FIRST_ITERATIONS, 1)
     inputs, outputs, kept = {}, {}, []
 
-    def weights(keep: Array, rows: Array) -> tuple[Array, list[tuple[Array, Array]]]:
-        return 1 / rows, [(keep, share) for share in entries((1 - keep) / rows)]
-
-    scales, combined = weights(keep, batch.rows)
+    scales, shares = 1 / batch.rows, entries((1 - keep) / batch.rows)
     for number, (unit, parts, own) in enumerate(zip(units.units, reads, memory.units, strict=True)):
         if own.diagonal is None:
             inputs[number] = moments.input_rows(problem, unit, parts, forces)
@@ -409,7 +404,7 @@ def _renew(
                 for readers, reading in parts
                 for reader in readers
             )
-            own = own._replace(diagonal=_combined(combined[number], own.diagonal, diagonal))
+            own = own._replace(diagonal=_combined((keep, shares[number]), own.diagonal, diagonal))
         kept.append(own)
         if own.diagonal is None or own.asked.ndim > 1:
             outputs[number] = moments.force_rows(unit, parts, batch.forces[number])
@@ -433,19 +428,14 @@ def _with_sizes(
     What begins at zero has no size of its own: that of its input has to do.
     """
 
-    def sizes(layers: Any, memory: Memory, count: Array) -> tuple[Array, Array]:
-        square = _stacked([_total(square for square, _ in layers[u.layer]) for u in units.units])
-        entries = [_total(entries for _, entries in layers[u.layer]) for u in units.units]
-        size = jnp.sqrt(square / jnp.maximum(_stacked(entries), 1))
-        other = _input_sizes(units, stacks, memory)
-        begins = jnp.where(size > _NOTHING * other, size, other)
-        first = jnp.where(count == 0, begins, memory.first).astype(memory.first.dtype)
-        size = jnp.where(size > _NOTHING * first, size, first)
-        output = first ** (1 - _GROWTH) * size**_GROWTH
-        return first, output.astype(memory.output.dtype)
-
-    parts = [[(reading.output_square, reading.entries) for reading in layer] for layer in layers]
-    first, output = sizes(parts, memory.small(), count)
+    square = _sums(units, layers, lambda reading: reading.output_square)
+    rows = _sums(units, layers, lambda reading: reading.entries)
+    size = jnp.sqrt(square / jnp.maximum(rows, 1))
+    other = _input_sizes(units, stacks, memory)
+    begins = jnp.where(size > _NOTHING * other, size, other)
+    first = jnp.where(count == 0, begins, memory.first).astype(memory.first.dtype)
+    size = jnp.where(size > _NOTHING * first, size, first)
+    output = (first ** (1 - _GROWTH) * size**_GROWTH).astype(memory.output.dtype)
     return memory._replace(first=first, output=output)
 
 
