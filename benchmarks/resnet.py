@@ -2,13 +2,14 @@
 Adam's.
 
     python -m benchmarks.resnet sizes [--networks resnet18 resnet50] [--batch-size 128]
-    python -m benchmarks.resnet train --data-dir DIR [--width 8] [--batches 200] [--seeds 3]
+    python -m benchmarks.resnet train --data-dir DIR --width 8 --batch-size 64 [--batches 400]
+        [--seeds 3]
 
 The networks are Flax NNX modules with a 3x3 stem, with batch norm or without a norm (then the last
 convolution of each block begins at zero). `sizes` traces a training step and counts; `train`
-trains narrow networks on CIFAR-10 with Adam and Muon on gradients and with Adam on displacements,
-rates tuned by a seed of their own, and prints the mean loss of each quarter and of the last 20
-batches. How long a step takes to compile:
+trains narrow networks on CIFAR-10 by pure projection, with Adam and Muon on gradients and with Adam
+on displacements; rates and schedules are tuned by a seed of their own. It prints the mean loss of
+each quarter and of the last 20 batches. How long a step takes to compile:
 `benchmarks.compile_time`.
 """
 
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +40,15 @@ from pjax.solvers.base import layout_for
 from pjax.trace import trace
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-#: What is multiplied by minus the rate, for each method.
+SCHEDULES = ("constant", "cosine")
+PROJECTION = "projection"
+#: What is multiplied by minus the rate, for each method that has one.
 SCALES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
     "muon": lambda: baselines.scale_by_muon(matrices),
     "displacement-adam": optax.scale_by_adam,
 }
+METHODS = (PROJECTION, *SCALES)
 #: The batches at the end of which the mean loss is printed.
 LAST = 20
 TUNING_SEED = 1000
@@ -164,6 +170,16 @@ def show_sizes(options: argparse.Namespace) -> None:
             print(f"{name:10s}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
 
 
+class Setting(NamedTuple):
+    """How a method is set, for those that must be."""
+
+    rate: float
+    schedule: str
+
+    def __str__(self) -> str:
+        return f"{self.schedule} {self.rate:g}"
+
+
 def train(options: argparse.Namespace) -> None:
     """Losses of the first batches; each curve is kept, so that a killed command goes on."""
     found = data.load("cifar10", options.data_dir).standardised()
@@ -178,15 +194,21 @@ def train(options: argparse.Namespace) -> None:
         for kind in options.methods:
             step = _step(kind, options, norm == "batch")
             curve = functools.partial(_curve, step, kind, options, norm, images, found.train.y)
-            tuned = {rate: float(np.mean(curve(rate, TUNING_SEED)[-50:])) for rate in RATES}
-            best = min(tuned, key=lambda rate: tuned[rate] if np.isfinite(tuned[rate]) else np.inf)
+            best = None if kind == PROJECTION else _tuned(curve)
             curves = [curve(best, seed) for seed in range(options.seeds)]
             means[kind] = np.array(
                 [[part.mean() for part in (*np.array_split(c, 4), c[-LAST:])] for c in curves]
             )
-            _print_means(f"{norm:8s}{kind:20s}rate {best:<8g}", means[kind])
+            _print_means(f"{norm:8s}{kind:20s}{best or '':16}", means[kind])
         for kind in [name for name in means if name != "adam" and "adam" in means]:
-            _print_means(f"{norm:8s}{f'{kind} − adam':33s}", means[kind] - means["adam"])
+            _print_means(f"{norm:8s}{f'{kind} − adam':36s}", means[kind] - means["adam"])
+
+
+def _tuned(curve: Callable[[Setting, int], np.ndarray]) -> Setting:
+    """The setting with the least loss of the last batches, by a seed of its own."""
+    settings = itertools.starmap(Setting, itertools.product(RATES, SCHEDULES))
+    losses = {setting: float(np.mean(curve(setting, TUNING_SEED)[-LAST:])) for setting in settings}
+    return min(losses, key=lambda s: losses[s] if np.isfinite(losses[s]) else np.inf)
 
 
 def _print_means(label: str, rows: np.ndarray) -> None:
@@ -195,43 +217,63 @@ def _print_means(label: str, rows: np.ndarray) -> None:
     print(label + "".join(cells), flush=True)
 
 
-def _step(kind: str, options: argparse.Namespace, norm: bool) -> Callable[..., Any]:
+class Step(NamedTuple):
+    """A step of a method: `run(carry, rate, x, labels)` from a carry that `init` makes."""
+
+    init: Callable[..., Any]
+    run: Callable[..., tuple[Any, Array]]
+
+
+def _step(kind: str, options: argparse.Namespace, norm: bool) -> Step:
     _, _, loss = make("resnet18", options.width, norm, 0)
+    if kind == PROJECTION:
+        pure = pjax.optim.Projection(has_aux=True)
+
+        def project(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
+            params, state, memory = carry
+            params, memory, info = pure.update(loss, params, memory, state, x, labels)
+            return (params, info.aux, memory), info.loss
+
+        return Step(functools.partial(pure.init, loss), jax.jit(project))
     of = pjax.value_and_displacement if kind == "displacement-adam" else jax.value_and_grad
     direction = of(loss, has_aux=True)
 
-    @jax.jit
-    def step(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
+    def descend(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
         params, state, moments = carry
         (value, state), moved = direction(params, state, x, labels)
         updates, moments = SCALES[kind]().update(moved, moments, params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         return (params, state, moments), value
 
-    return step
+    return Step(lambda params, *_: SCALES[kind]().init(params), jax.jit(descend))
 
 
 def _curve(
-    step: Callable[..., Any],
+    step: Step,
     kind: str,
     options: argparse.Namespace,
     norm: str,
     images: np.ndarray,
     labels: np.ndarray,
-    rate: float,
+    setting: Setting | None,
     seed: int,
 ) -> np.ndarray:
-    setting = f"{kind}-{norm}-{options.width}-{options.batch_size}-{options.batches}"
-    file = options.cache / setting / f"{rate:g}-{seed}.npy"
+    folder = f"{kind}-{norm}-{options.width}-{options.batch_size}-{options.batches}"
+    name = "fixed" if setting is None else f"{setting.schedule}-{setting.rate:g}"
+    file = options.cache / folder / f"{name}-{seed}.npy"
     if file.exists():
         return np.load(file, allow_pickle=False)
     params, state, _ = make("resnet18", options.width, norm == "batch", seed)
-    carry = params, state, SCALES[kind]().init(params)
     order = np.random.default_rng(seed).permutation(len(images))
+    batches = order[: options.batches * options.batch_size].reshape(options.batches, -1)
+    first = images[batches[0]], labels[batches[0]]
+    carry = params, state, step.init(params, state, *first)
     values = []
-    for number in range(options.batches):
-        rows = order[number * options.batch_size : (number + 1) * options.batch_size]
-        carry, value = step(carry, rate, images[rows], labels[rows])
+    for number, rows in enumerate(batches):
+        rate = 0.0 if setting is None else setting.rate
+        if setting is not None and setting.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * number / options.batches))
+        carry, value = step.run(carry, rate, images[rows], labels[rows])
         values.append(float(value))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npy")
@@ -246,9 +288,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet18"], choices=list(NETWORKS))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--batches", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(SCALES), choices=list(SCALES))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--norms", nargs="+", default=["batch", "none"], choices=["batch", "none"])
     parser.add_argument("--cache", type=Path, default=Path("runs/resnet"))
     parser.add_argument("--data-dir", default=os.environ.get("PJAX_DATA_DIR"))

@@ -47,7 +47,7 @@ def _displaced(
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
     problem = Problem(found, leaves, consts, vectors)
-    state = solver.run(problem)
+    state = problem.sweep() if solver == CyclicProjections(steps=1) else solver.run(problem)
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and
     # each step of a solver hands on a request of its own.
     scale = problem.largest_coefficient / found.metric.prox_step / solver.steps

@@ -611,19 +611,44 @@ class Problem:
 
     def project(self, group: int, state: State) -> State:
         """The nearest point to `state` that satisfies every node of a group."""
-        return self._project(group, state, self._targets(self.layout.groups[group], state))
+        members = self.layout.groups[group]
+        new, outputs = self._project_nodes(members, state, self._targets(members, state))
+        written = list(new)
+        for index in sorted({i for node in outputs for i in self._readers[node]}):
+            written[index] = self._write(group, self.graph.slots[index], outputs, state)
+        return tuple(written)
 
-    def sweep(self) -> tuple[State, dict[int, Array]]:
-        """One cyclic sweep from the forward pass, and the force on the output of each layer.
+    def sweep(self, prepare: Callable[..., Any] | None = None, without: Any = frozenset()) -> State:
+        """The forces on parameters after one cyclic sweep from the forward pass.
 
-        For a metric whose parameters rest: then all forces on them are in the state. What makes
-        weights of parameters keeps the forces on it, for `leaf_moves`.
+        What reads an output is projected before it, so where outputs move to is of no use.
+
+        **Arguments:**
+
+        - `prepare`: called with the targets of nodes, which it may change, before these nodes are
+            projected.
+        - `without`: nodes that are left out.
+
+        **Returns:** a state for `parameter_forces` and `node_forces`.
         """
         state = self.at_rest()
-        latent = latent_nodes(self.graph)
-        forces: dict[int, Array] = {}
-        for group, members in enumerate(self.layout.groups):
+        for members in self.layout.groups:
             targets = self._targets(members, state)
+            if prepare is not None:
+                prepare(targets)
+            nodes = [index for index in members if index not in without]
+            state, _ = self._project_nodes(nodes, state, targets)
+        return state
+
+    def layer_forces(self) -> tuple[State, dict[int, Array]]:
+        """The state after a sweep, and the force on the output of each layer.
+
+        For a metric whose parameters rest. What makes weights of parameters keeps the forces on it,
+        for `leaf_moves`.
+        """
+        forces: dict[int, Array] = {}
+
+        def prepare(targets: dict[int, Array]) -> None:
             for index in targets:
                 node = self.graph.nodes[index]
                 if not isinstance(node.rule, LayerSum):
@@ -634,30 +659,23 @@ class Problem:
                 force = scaling.once(node.rule.force(reference.geometry, targets[index], weight))
                 forces[index] = force
                 self._references[index] = reference._replace(force=force)
-            state = self._project(group, state, targets, latent)
-        return state, forces
 
-    def _project(
-        self,
-        group: int,
-        state: State,
-        targets: dict[int, Array],
-        without: Collection[int] = frozenset(),
-    ) -> State:
-        graph = self.graph
-        members = [index for index in self.layout.groups[group] if index not in without]
+        return self.sweep(prepare, latent_nodes(self.graph)), forces
+
+    def _project_nodes(
+        self, nodes: Sequence[int], state: State, targets: dict[int, Array]
+    ) -> tuple[State, dict[int, Array]]:
+        """A state whose slots of these nodes are projected, and the deviations of their outputs."""
         new = list(state)
         outputs: dict[int, Array] = {}
-        for index in members:
-            node = graph.nodes[index]
+        for index in nodes:
+            node = self.graph.nodes[index]
             states, output = self._project_node(node, state, targets)
             for slot_index, moved in zip(node.slots, states, strict=True):
                 new[slot_index] = moved
             if output is not None:
                 outputs[index] = output
-        for index in sorted({i for node in outputs for i in self._readers[node]}):
-            new[index] = self._write(group, graph.slots[index], outputs, state)
-        return tuple(new)
+        return tuple(new), outputs
 
     def _project_node(
         self, node: Node, state: State, targets: dict[int, Array]
@@ -905,14 +923,6 @@ class Problem:
         """`ρ δ` of a slot."""
         mean = self.mean(state, slot)
         return scaling.times(self.weights[slot.index].mantissa, mean).astype(mean.dtype)
-
-    def reads(self, slot: Slot, node: int) -> Array:
-        """1 where a slot reads the output of a node, else 0."""
-        ones = [
-            jnp.ones_like(self.values[var]) if producer == node else None
-            for var, producer in zip(slot.route.sources, slot.producers, strict=True)
-        ]
-        return slot.route(ones, self.values)
 
     def pull(self, slot: Slot, node: int, entries: Array) -> Array:
         """For each entry of a node's output the sum of the `entries` of a slot that read it."""

@@ -7,6 +7,7 @@ moment is a diagonal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ import numpy as np
 from jaxtyping import Array
 
 from pjax.layer import LayerSum
-from pjax.problem import Problem
+from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.convolution import Convolution
 from pjax.projections.spectrum import Function, Shape, Spectra
 from pjax.training.readers import Reader, Unit, Units
-from pjax.training.readings import Read, Reading, row_squares
+from pjax.training.readings import Read, row_squares
 
 
 class Stack(NamedTuple):
@@ -152,10 +153,9 @@ def input_rows(
     ]
     # What has no rows counts as rows in all directions alike.
     others = [
-        jnp.mean(diagonal(problem, unit, reader, reading, forces))
-        for readers, reading in found
-        for reader in readers
-        if reader.kind != "product"
+        jnp.mean(diagonal(problem, unit, part, forces))
+        for part in found
+        if any(reader.matrix is None for reader in part.readers)
     ]
 
     def times(directions: Array) -> Array:
@@ -164,6 +164,49 @@ def input_rows(
 
     trace: Any = sum(matrix.trace(other, asked) for matrix, other, asked in parts)
     return Rows(times, trace + unit.matrix.rows * sum(others) if others else trace)
+
+
+def sums_of_forces(
+    problem: Problem, units: Units, reads: Sequence[Sequence[Read]], state: State
+) -> list[Array]:
+    """`XᵀG` for each unit: the sum of the forces of all readers.
+
+    Of a weight that several nodes read, such as the steps of a loop, by one product of all rows.
+    """
+    found: dict[int, Array] = {}
+    for unit, parts in zip(units.units, reads, strict=True):
+        if len(unit.readers) == 1 or len(parts) > 1 or unit.matrix is None:
+            continue
+        ((readers, reading),) = parts
+        operands = _operands(problem, readers)
+        if all(reader.matrix is not None for reader in readers) and len(operands) == 1:
+            ((_, rows),) = operands
+            found[unit.node] = from_matrix(
+                problem, unit, jnp.swapaxes(rows, -1, -2) @ reading.force
+            )
+    others = [unit.node for unit in units.units if unit.node not in found]
+    found |= problem.node_forces(others, state)
+    return [found[unit.node] for unit in units.units]
+
+
+def as_matrix(problem: Problem, unit: Unit, array: Array) -> Array:
+    """An array in the shape of a unit as the matrix that its first product reads."""
+    assert unit.slot is not None
+    assert unit.matrix is not None
+    slot = problem.graph.slots[unit.slot]
+    return unit.matrix.of(array if slot.route.direct else slot.route([array], problem.values))
+
+
+def from_matrix(problem: Problem, unit: Unit, matrix: Array) -> Array:
+    """The array in the shape of a unit that such a matrix stands for."""
+    assert unit.slot is not None
+    assert unit.matrix is not None
+    slot = problem.graph.slots[unit.slot]
+    array = unit.matrix.back(matrix)
+    if slot.route.direct:
+        return array
+    (back,) = slot.route.pull(array.astype(slot.dtype), problem.values)
+    return back
 
 
 def _operands(problem: Problem, readers: Sequence[Reader]) -> list[tuple[Any, Array]]:
@@ -213,24 +256,36 @@ def _other(problem: Problem, reader: Reader) -> Array:
     return rule.operand_beside(reader.place, reference)
 
 
-def diagonal(
-    problem: Problem,
-    unit: Unit,
-    reader: Reader,
-    reading: Reading,
-    forces: Mapping[int, Array],
+def diagonal(problem: Problem, unit: Unit, found: Read, forces: Mapping[int, Array]) -> Array:
+    """A bound on `JᵀJ` of the readers of a reading that have no matrix, in the unit's shape."""
+    total, first = jnp.zeros(()), 0
+    for reader in found.readers:
+        if reader.matrix is not None:
+            continue
+        if reader.wires is None:
+            total = total + _operand_diagonal(problem, unit, reader, forces)
+            continue
+        head = reader.wires.head
+        shape = jnp.shape(problem.values[head.target])
+        rows = math.prod(shape[:-1])
+        asked = found.reading.asked[first : first + rows].reshape(*shape[:-1], *shape[-1:] and (1,))
+        first += rows
+        dtype = problem.graph.program.deviation_dtype(head.target)
+        (part,) = head.pull(jnp.broadcast_to(asked, shape).astype(dtype), problem.values)
+        total = total + part
+    return total
+
+
+def _operand_diagonal(
+    problem: Problem, unit: Unit, reader: Reader, forces: Mapping[int, Array]
 ) -> Array:
-    """A bound on `JᵀJ`, in the shape of the unit."""
     slot = problem.graph.slots[reader.slot]
     node = problem.graph.nodes[slot.node]
-    if reader.kind == "entries":
-        entries = jnp.broadcast_to(reading.asked, slot.shape)
-    else:
-        assert isinstance(node.rule, LayerSum)
-        force = forces[node.index]
-        asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
-        asked = jnp.broadcast_to(asked, force.shape).astype(force.dtype)
-        entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
+    assert isinstance(node.rule, LayerSum)
+    force = forces[node.index]
+    asked = jnp.any(force != 0, axis=-1, keepdims=True) if force.ndim else force != 0
+    asked = jnp.broadcast_to(asked, force.shape).astype(force.dtype)
+    entries = node.rule.diagonal(reader.place, problem.reference(slot.node), asked)
     return problem.pull(slot, unit.node, entries)
 
 

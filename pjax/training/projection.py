@@ -104,7 +104,7 @@ def _solved(
     count: Array,
 ) -> _Solved:
     problem = Problem(layout, leaves, consts, vectors)
-    state, forces = problem.sweep()
+    state, forces = problem.layer_forces()
     units = _units(layout)
     moved, memory = requests.moves(problem, units, state, forces, memory, count, settings)
     moves = problem.leaf_moves(moved)

@@ -11,7 +11,8 @@ A reader is one of three kinds:
 - *linear*: any other operand of a layer: a bias, the scale of a norm. `JᵀJ` is bounded by a
   diagonal.
 - *entries*: what is read in any other way is asked for a move of its own entries, wherever they
-  are read: an embedding's rows, an operand of a function.
+  are read: an embedding's rows, an operand of a function. All that reads them through the same
+  wiring is one reader: of `embedding[tokens]`, that the steps of a loop have parts of, the rows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pjax.layer import Addend, LayerSum, Product
 from pjax.projections.bilinear import Bilinear, DotGeneral, Side, inverse
 from pjax.projections.convolution import Convolution
 from pjax.thresholds import Threshold, feeds_thresholds, latent_nodes
+from pjax.trace import Equation, Program
+from pjax.wiring import Route
 
 Kind = Literal["product", "linear", "entries"]
 
@@ -148,22 +151,39 @@ def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Wires:
+    """Entries that slots read through the same wiring.
+
+    **Attributes:**
+
+    - `head`: the way from the unit to what they have parts of.
+    - `slots`, `tails`: the slots by index, and the way from there to each.
+    """
+
+    head: Route
+    slots: tuple[int, ...]
+    tails: tuple[Route, ...]
+
+
 @dataclass(frozen=True)
 class Reader:
     """One way in which a unit is read.
 
     **Attributes:**
 
-    - `slot`: the index of the slot that reads it.
+    - `slot`: the index of the slot that reads it; of entries, of one of them.
     - `kind`: see the module.
     - `place`: of a layer's operand, the number of the slot among the node's.
     - `matrix`: of a product.
+    - `wires`: of entries.
     """
 
     slot: int
     kind: Kind
     place: int
     matrix: Matrix | None = None
+    wires: Wires | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +252,7 @@ def find_units(graph: Graph) -> Units:
         slot = None if first is None else first.slot
         blind = all(feeds_thresholds(graph, graph.slots[r.slot].node) for r in kept)
         reads = slot is not None and _multiplies_thresholds(graph, graph.slots[slot])
+        kept = (*(r for r in kept if r.kind != "entries"), *_entry_readers(graph, node, kept))
         units.append(
             Unit(node, kept, layer, first and first.matrix, slot, blind, reads, node in latent)
         )
@@ -260,6 +281,51 @@ def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:
         if matrix is not None and _size(graph, slot) == math.prod(slot.shape):
             return Reader(slot.index, "product", place, matrix)
     return Reader(slot.index, "linear", place)
+
+
+def _entry_readers(graph: Graph, producer: int, readers: Sequence[Reader]) -> list[Reader]:
+    """The readers of entries, those that have wiring in common as one."""
+    groups: dict[Any, list[Slot]] = {}
+    for slot in (graph.slots[r.slot] for r in readers if r.kind == "entries"):
+        for var, source in zip(slot.route.sources, slot.producers, strict=True):
+            if source == producer:
+                steps = _steps(slot, var)
+                groups.setdefault((var, steps[0] if len(steps) == 1 else None), []).append(slot)
+    found = []
+    for (var, step), slots in groups.items():
+        head, target = [], var
+        while step is not None and _only_reads(graph.program, step, target):
+            head.append(step)
+            (target,) = step.outputs
+            steps = {step for slot in slots for step in _steps(slot, target)}
+            ends = any(slot.route.target == target for slot in slots)
+            step = None if ends or len(steps) > 1 else steps.pop()
+        tails = [_tail(slot.route, var, head, target) for slot in slots]
+        wires = Wires(
+            Route(graph.program, (var,), tuple(head), target),
+            tuple(slot.index for slot in slots),
+            tuple(tails),
+        )
+        found.append(Reader(slots[0].index, "entries", 0, wires=wires))
+    return found
+
+
+def _steps(slot: Slot, variable: int) -> list[Equation]:
+    """The wires to a slot that read a variable."""
+    return [equation for equation in slot.route.equations if variable in equation.inputs]
+
+
+def _only_reads(program: Program, step: Equation, variable: int) -> bool:
+    """Whether a wire makes one array, and of no other variable."""
+    others = (a for a in step.inputs if isinstance(a, int) and a != variable)
+    return len(step.outputs) == 1 and not any(map(program.is_variable, others))
+
+
+def _tail(route: Route, source: int, head: Sequence[Equation], target: int) -> Route:
+    """The rest of a route behind its first wires."""
+    sources = tuple(target if var == source else var for var in route.sources)
+    equations = tuple(equation for equation in route.equations if equation not in head)
+    return replace(route, sources=sources, equations=equations)
 
 
 def _size(graph: Graph, slot: Slot) -> int:
@@ -310,4 +376,6 @@ def operand_at(rule: LayerSum, place: int) -> tuple[Product | Addend, Side]:
     raise IndexError(place)
 
 
-__all__ = ["Matrix", "Reader", "Unit", "Units", "find_units", "matrix_of", "operand_at"]
+__all__ = [
+    "Matrix", "Reader", "Unit", "Units", "Wires", "find_units", "matrix_of", "operand_at",
+]  # fmt: skip

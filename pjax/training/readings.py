@@ -1,12 +1,13 @@
 """What the readers of parameters made in one batch, and the forces on it.
 
 What reads the operands of a layer shares one reading, and so do the steps of a loop: their rows are
-one array, since they ask for moves of one weight.
+one array, since they ask for moves of one weight. Entries that are read in several places are one
+array too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxtyping import Array
 
 from pjax.problem import Problem, State
 from pjax.projections.convolution import Convolution
-from pjax.training.readers import Matrix, Reader, Units
+from pjax.training.readers import Matrix, Reader, Unit, Units
+from pjax.wiring import pull_together
 
 
 class Reading(NamedTuple):
@@ -59,22 +61,41 @@ def readings(
     nodes = _Nodes(problem, units, forces)
     found = []
     for unit in units.units:
-        parts: dict[Any, tuple[list[Reader], Reading]] = {}
+        parts: dict[Any, list[Reader]] = {}
         for reader in unit.readers:
-            slot = problem.graph.slots[reader.slot]
-            if reader.kind == "entries":
-                value, force = problem.values[slot.variable], problem.slot_force(slot, state)
-                if len(slot.producers) > 1:
-                    mask = problem.reads(slot, unit.node)
-                    value, force = value * mask, force * mask
-                parts["entries", reader.slot] = [reader], _reading(value, force)
-                continue
-            key = nodes.key(slot.node)
-            if key not in parts:
-                parts[key] = [], nodes.reading(key)
-            parts[key][0].append(reader)
-        found.append([Read(tuple(readers), reading) for readers, reading in parts.values()])
+            if reader.wires is None:
+                parts.setdefault(nodes.key(problem.graph.slots[reader.slot].node), []).append(
+                    reader
+                )
+        own = [Read(tuple(readers), nodes.reading(key)) for key, readers in parts.items()]
+        found.append(own + _entries(problem, unit, state))
     return found
+
+
+def _entries(problem: Problem, unit: Unit, state: State) -> list[Read]:
+    """The readings of what is read as entries: of all rows of one length."""
+    parts: dict[Any, list[tuple[Reader, Array, Array]]] = {}
+    for reader in unit.readers:
+        if reader.wires is None:
+            continue
+        slots = [problem.graph.slots[index] for index in reader.wires.slots]
+        forces = [problem.slot_force(slot, state) for slot in slots]
+        target = reader.wires.head.target
+        force = pull_together(reader.wires.tails, forces, problem.values)[target]
+        value = problem.values[target]
+        key = value.shape[-1:], value.dtype, force.dtype
+        parts.setdefault(key, []).append((reader, value, force))
+    found = []
+    for group in parts.values():
+        readers, values, own = zip(*group, strict=True)
+        found.append(Read(readers, _reading(_joined(values), _joined(own))))
+    return found
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """The rows of all, `[rows, entries]`."""
+    rows = [array.reshape(-1, array.shape[-1] if array.ndim else 1) for array in arrays]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
 
 class _Nodes:
@@ -86,7 +107,7 @@ class _Nodes:
         read_by: dict[int, set[int]] = {}
         for number, unit in enumerate(units.units):
             for reader in unit.readers:
-                if reader.kind != "entries":
+                if reader.wires is None:
                     node = problem.graph.slots[reader.slot].node
                     read_by.setdefault(node, set()).add(number)
                     if reader.matrix is not None:

@@ -140,9 +140,8 @@ def moves(
     - `forces`: on the output of each node that reads a unit.
     - `memory`, `count`: of the batches before, and how many there were.
     """
-    by_node = problem.node_forces([unit.node for unit in units.units], state)
-    unit_forces = [by_node[unit.node] for unit in units.units]
     reads = readings(problem, units, state, forces)
+    unit_forces = moments.sums_of_forces(problem, units, reads, state)
     stacks = _stacks(problem, units, settings)
     layers = _layers(units, reads)
     way = _Way.of(units, settings)
@@ -399,11 +398,7 @@ def _renew(
         if own.diagonal is None:
             inputs[number] = moments.input_rows(problem, unit, parts, forces)
         else:
-            diagonal: Any = sum(
-                moments.diagonal(problem, unit, reader, reading, forces)
-                for readers, reading in parts
-                for reader in readers
-            )
+            diagonal: Any = sum(moments.diagonal(problem, unit, part, forces) for part in parts)
             own = own._replace(diagonal=_combined((keep, shares[number]), own.diagonal, diagonal))
         kept.append(own)
         if own.diagonal is None or own.asked.ndim > 1:

@@ -16,7 +16,7 @@ from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Side, Spectra
 from pjax.training.memory import Memory
-from pjax.training.moments import Part, Stack, Stacks
+from pjax.training.moments import Part, Stack, Stacks, as_matrix, from_matrix
 from pjax.training.readers import Unit, Units
 
 
@@ -89,7 +89,7 @@ def whitened(
     for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
         squares = []
         for number, vectors in zip(stack.members, spectra.vectors, strict=True):
-            matrix = _matrix(problem, units.units[number], arrays[number])
+            matrix = as_matrix(problem, units.units[number], arrays[number])
             along = jnp.swapaxes(vectors, -1, -2) @ matrix
             squares.append((jnp.sum(along**2, axis=-1), jnp.sum(matrix**2, axis=(-1, -2))))
         numbers = functools.partial(_whitened, stack, unseen)
@@ -132,23 +132,8 @@ def _sides(
 
 def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side) -> Array:
     """The move of a matrix or kernel."""
-    assert unit.slot is not None
-    assert unit.matrix is not None
-    slot = problem.graph.slots[unit.slot]
-    matrix = _matrix(problem, unit, asked)
-    move = unit.matrix.back(spectrum.between(left, matrix, right)).astype(asked.dtype)
-    if slot.route.direct:
-        return move
-    (back,) = slot.route.pull(move.astype(slot.dtype), problem.values)
-    return back
-
-
-def _matrix(problem: Problem, unit: Unit, array: Array) -> Array:
-    """An array in the shape of a unit as the matrix that its first product reads."""
-    assert unit.slot is not None
-    assert unit.matrix is not None
-    slot = problem.graph.slots[unit.slot]
-    return unit.matrix.of(array if slot.route.direct else slot.route([array], problem.values))
+    move = spectrum.between(left, as_matrix(problem, unit, asked), right)
+    return from_matrix(problem, unit, move).astype(asked.dtype)
 
 
 __all__ = ["Plan", "solve", "whitened"]
