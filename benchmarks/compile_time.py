@@ -24,9 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
-import optax
 
-import pjax
 from benchmarks import resnet
 from benchmarks.suite.cases import STEPS, Step, cases, measured
 
@@ -54,28 +52,9 @@ def lowering(network: str, step: Step, options: argparse.Namespace) -> Callable[
     if network in CASES:
         (case,) = (case for case in cases() if case.key == CASES[network])
         found = measured(case, step)
-        return functools.partial(jax.jit(found.run).lower, *found.args)
-    params, state, loss = resnet.make("resnet18", options.width, RESIDUAL[network], 0)
-    images = resnet.batch(options.batch_size)
-    if step == "projection":
-        pure = pjax.optim.Projection(has_aux=True, check=False)
-
-        def project(params: Any, memory: Any, state: Any, *images: Any) -> Any:
-            params, memory, info = pure.update(loss, params, memory, state, *images)
-            return params, memory, info.aux, info.loss
-
-        args = params, pure.init(loss, params, state, *images), state, *images
-        return functools.partial(jax.jit(project, donate_argnums=(0, 1)).lower, *args)
-    of: Any = jax.value_and_grad if step == "backprop" else pjax.value_and_displacement
-    direction, adam = of(loss, has_aux=True), optax.adam(1e-3)
-
-    def descend(params: Any, moments: Any, state: Any, *images: Any) -> Any:
-        (value, state), found = direction(params, state, *images)
-        updates, moments = adam.update(found, moments)
-        return optax.apply_updates(params, updates), moments, state, value
-
-    args = params, adam.init(params), state, *images
-    return functools.partial(jax.jit(descend, donate_argnums=(0, 1)).lower, *args)
+    else:
+        found = resnet.measured(RESIDUAL[network], options.width, options.batch_size, step)
+    return functools.partial(jax.jit(found.run).lower, *found.args)
 
 
 def measure(network: str, step: Step, options: argparse.Namespace) -> tuple[float, ...]:

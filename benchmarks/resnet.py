@@ -34,6 +34,7 @@ from jaxtyping import Array
 
 import pjax
 from benchmarks.accuracy_methods import matrices
+from benchmarks.suite.cases import Measured
 from pjax.lab import baselines, data
 from pjax.problem import sizes
 from pjax.solvers.base import layout_for
@@ -145,6 +146,20 @@ def batch(size: int) -> tuple[Array, Array]:
     return x, jnp.arange(size) % 10
 
 
+def measured(norm: bool, width: int, batch_size: int, step: str) -> Measured:
+    """A training step of ResNet-18: parameters and statistics, and the optimiser's state."""
+    params, state, loss = make("resnet18", width, norm, 0)
+    images = batch(batch_size)
+    method = "adam" if step == "backprop" else PROJECTION if step == PROJECTION else f"{step}-adam"
+    taken = _step(method, loss)
+
+    def run(carry: Any, moments: Any, images: Any) -> Any:
+        carry, value = taken.run((*carry, moments), 1e-3, *images)
+        return value, carry[:2], carry[2]
+
+    return Measured(run, ((params, state), taken.init(params, state, *images), images))
+
+
 def show_sizes(options: argparse.Namespace) -> None:
     print(f"batch {options.batch_size}, width {options.width}; numbers in millions, bytes in GB")
     columns = ("norm", "params", "nodes", "layer: edges", "bytes", "neuron: edges", "bytes", "s")
@@ -192,14 +207,16 @@ def train(options: argparse.Namespace) -> None:
     for norm in options.norms:
         means: dict[str, np.ndarray] = {}
         for kind in options.methods:
-            step = _step(kind, options, norm == "batch")
+            _, _, loss = make("resnet18", options.width, norm == "batch", 0)
+            init, run = _step(kind, loss)
+            step = Step(init, jax.jit(run))
             curve = functools.partial(_curve, step, kind, options, norm, images, found.train.y)
             best = None if kind == PROJECTION else _tuned(curve)
             curves = [curve(best, seed) for seed in range(options.seeds)]
             means[kind] = np.array(
                 [[part.mean() for part in (*np.array_split(c, 4), c[-LAST:])] for c in curves]
             )
-            _print_means(f"{norm:8s}{kind:20s}{best or '':16}", means[kind])
+            _print_means(f"{norm:8s}{kind:20s}{best or ''!s:16}", means[kind])
         for kind in [name for name in means if name != "adam" and "adam" in means]:
             _print_means(f"{norm:8s}{f'{kind} − adam':36s}", means[kind] - means["adam"])
 
@@ -224,28 +241,27 @@ class Step(NamedTuple):
     run: Callable[..., tuple[Any, Array]]
 
 
-def _step(kind: str, options: argparse.Namespace, norm: bool) -> Step:
-    _, _, loss = make("resnet18", options.width, norm, 0)
+def _step(kind: str, loss: Callable[..., Any]) -> Step:
     if kind == PROJECTION:
         pure = pjax.optim.Projection(has_aux=True)
 
-        def project(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
+        def project(carry: Any, rate: Any, x: Array, labels: Array) -> tuple[Any, Array]:
             params, state, memory = carry
             params, memory, info = pure.update(loss, params, memory, state, x, labels)
             return (params, info.aux, memory), info.loss
 
-        return Step(functools.partial(pure.init, loss), jax.jit(project))
+        return Step(functools.partial(pure.init, loss), project)
     of = pjax.value_and_displacement if kind == "displacement-adam" else jax.value_and_grad
     direction = of(loss, has_aux=True)
 
-    def descend(carry: Any, rate: Array, x: Array, labels: Array) -> tuple[Any, Array]:
+    def descend(carry: Any, rate: Any, x: Array, labels: Array) -> tuple[Any, Array]:
         params, state, moments = carry
         (value, state), moved = direction(params, state, x, labels)
         updates, moments = SCALES[kind]().update(moved, moments, params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         return (params, state, moments), value
 
-    return Step(lambda params, *_: SCALES[kind]().init(params), jax.jit(descend))
+    return Step(lambda params, *_: SCALES[kind]().init(params), descend)
 
 
 def _curve(

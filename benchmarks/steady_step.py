@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +24,15 @@ import jax
 import jax.numpy as jnp
 
 import pjax
-from benchmarks.suite.cases import Case, Step, cases, measured
+from benchmarks import resnet
+from benchmarks.suite.cases import Measured, Step, cases, measured
 
-CASES = {case.name: case for case in cases() if case.group == "networks"}
+CASES: dict[str, Callable[[Step], Measured]] = {
+    case.name: functools.partial(measured, case) for case in cases() if case.group == "networks"
+} | {
+    f"resnet18, {name}, width 8": functools.partial(resnet.measured, norm, 8, 64)
+    for name, norm in (("batch norm", True), ("no norm", False))
+}
 COMPARED: tuple[Step, ...] = ("backprop", "projection")
 
 
@@ -38,9 +45,9 @@ class Compiled(NamedTuple):
     compile: float
 
 
-def compiled(case: Case, step: Step) -> Compiled:
+def compiled(case: Callable[[Step], Measured], step: Step) -> Compiled:
     """A step of a case; of projection from a batch on with which a period begins."""
-    found = measured(case, step)
+    found = case(step)
     begin = time.perf_counter()
     lowered = jax.jit(found.run).lower(*found.args)
     middle = time.perf_counter()
@@ -74,7 +81,7 @@ def main() -> None:
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, {options.rounds} rounds of "
           f"{every} steps")  # fmt: skip
     columns = ("backprop ms", "projection ms", "x step", "x lower", "x XLA")
-    print(f"{'network':20s}" + "".join(f"{column:>15s}" for column in columns))
+    print(f"{'network':28s}" + "".join(f"{column:>15s}" for column in columns))
     for name in options.networks:
         steps = [compiled(CASES[name], step) for step in COMPARED]
         rounds = []
@@ -89,7 +96,7 @@ def main() -> None:
             1e3 * statistics.median(base), 1e3 * statistics.median(own), ratio,
             second.lower / first.lower, second.compile / first.compile,
         )  # fmt: skip
-        print(f"{name:20s}" + "".join(f"{number:15.2f}" for number in numbers), flush=True)
+        print(f"{name:28s}" + "".join(f"{number:15.2f}" for number in numbers), flush=True)
 
 
 if __name__ == "__main__":
