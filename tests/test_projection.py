@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 
 import pjax
@@ -167,6 +168,79 @@ def test_a_convolution_of_one_tap_is_a_dense_layer(x64):
     np.testing.assert_allclose(found, dense, rtol=1e-6, atol=1e-9)
 
 
+def numpy_entry_moves(diagonal, asked, requests, kappa=0.4):
+    """The first move of what is solved for entry by entry.
+
+    **Arguments:** the diagonal of `XᵀX`, `XᵀR`, and the rows of requests.
+    """
+    diagonal, asked = diagonal / len(requests), asked / len(requests)
+    square = np.mean(np.sum(requests**2, axis=1))
+    inverses = 1 / (diagonal + 0.01 * np.mean(diagonal))
+    directions = np.sum(diagonal * inverses) / diagonal.shape[-1]
+    share = min(np.sum(asked**2 * inverses) / (directions * square), 1)
+    damping = kappa * np.prod(diagonal.shape[:-1]) * share * np.max(diagonal)
+    move = asked / (diagonal + damping)
+    return move * min(1, 0.3 * square / np.sum(move * asked))
+
+
+def requested(output, target, size=1.2):
+    """Requests of the outputs' size, along the forces of a squared error."""
+    force = target - output
+    return size * np.sqrt(np.mean(output**2)) * force / np.sqrt(np.mean(force**2))
+
+
+@pytest.mark.parametrize("kind", ["bias", "scale", "embedding", "embedding by steps"])
+def test_the_first_move_of_entries_is_a_weighted_mean(x64, kind):
+    """A bias by rows of ones, a scale by its inputs, an embedding by how often each row is read."""
+    rng = np.random.default_rng(4)
+    x, z, tokens = *rng.normal(size=(2, 12, 3)), np.array([0, 1, 3, 3, 3, 0, 2, 1, 3, 3, 0, 1])
+    params = {"p": rng.normal(size=3), "w": rng.normal(size=(3, 3))}
+    rows, layers = x @ params["w"], 1
+    if kind == "bias":
+        made = lambda p: x @ p["w"] + p["p"]  # noqa: E731
+        rows = np.ones((12, 3))
+    elif kind == "scale":
+        made = lambda p: (x @ p["w"]) * p["p"]  # noqa: E731
+        layers = 2
+    else:
+        params, rows = {"p": rng.normal(size=(5, 3))}, np.eye(5)[tokens][:, :, None]
+        made = lambda p: p["p"][tokens]  # noqa: E731
+        if kind == "embedding by steps":
+            made = lambda p: jnp.concatenate([p["p"][tokens[k : k + 4]] for k in (0, 4, 8)])  # noqa: E731
+    requests = requested(made(params), z, 1.2 / np.sqrt(layers))
+    across = requests if kind in ("bias", "scale") else requests[:, None, :]
+    diagonal = np.sum(rows**2, axis=0) * np.ones(across.shape[1:])
+    best = numpy_entry_moves(diagonal, np.sum(rows * across, axis=0), requests)
+    found = moves_of(
+        pjax.optim.Projection(requests=FULL),
+        lambda p: jnp.mean(pjax.squared_error(made(p), jnp.asarray(z))),
+        jax.tree.map(jnp.asarray, params),
+    )
+    np.testing.assert_allclose(found["p"], best, rtol=1e-8, atol=1e-12)
+
+
+def test_the_first_move_of_a_kernel_is_that_of_its_patches(x64):
+    rng = np.random.default_rng(5)
+    x, z, w = (rng.normal(size=s) for s in ((3, 6, 6, 2), (3, 3, 3, 4), (3, 3, 2, 4)))
+    padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # of SAME with a stride of 2
+    patches = np.stack([
+        padded[n, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].ravel()
+        for n in range(3) for i in range(3) for j in range(3)
+    ])  # fmt: skip
+    output, target = patches @ w.reshape(18, 4), z.reshape(-1, 4)
+    size = 1.2 * np.sqrt(np.mean(output**2))
+    best = numpy_moves([patches], [target - output], size).reshape(w.shape)
+
+    def loss(w):
+        out = jax.lax.conv_general_dilated(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(pjax.squared_error(out, jnp.asarray(z)))
+
+    found = moves_of(pjax.optim.Projection(requests=FULL), loss, jnp.asarray(w))
+    np.testing.assert_allclose(found, best, rtol=1e-8, atol=1e-9)
+
+
 # --- Equal problems, equal moves ----------------------------------------------------------------
 
 OPTIMIZER = pjax.optim.Projection()
@@ -301,6 +375,23 @@ def test_a_state_of_other_shapes_is_an_error():
 
 
 # --- In use -------------------------------------------------------------------------------------
+
+
+def test_a_state_that_orbax_has_kept_goes_on_as_it_was(tmp_path):
+    params, x, y = make_mlp(8, 2)
+    optimizer = pjax.optim.Projection(averaging=8.0)
+    carry = params, optimizer.init(mlp_loss, params, x, y)
+    for _ in range(3):
+        carry = optimizer.update(mlp_loss, *carry, x, y)[:2]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", carry)
+        checkpointer.wait_until_finished()
+        empty = jax.eval_shape(lambda: (params, optimizer.init(mlp_loss, params, x, y)))
+        kept = checkpointer.restore(tmp_path / "state", empty)
+    for _ in range(2):
+        carry = optimizer.update(mlp_loss, *carry, x, y)[:2]
+        kept = optimizer.update(mlp_loss, *kept, x, y)[:2]
+    jax.tree.map(np.testing.assert_array_equal, kept, carry)
 
 
 def test_a_small_network_is_fitted():

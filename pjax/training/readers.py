@@ -153,15 +153,14 @@ def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
 
 @dataclass(frozen=True, eq=False)
 class Wires:
-    """Entries that slots read through the same wiring.
+    """The wiring through which slots read a variable.
 
     **Attributes:**
 
-    - `head`: the way from the unit to what they have parts of.
-    - `slots`, `tails`: the slots by index, and the way from there to each.
+    - `slots`: by index.
+    - `tails`: the way to each, from where the readers' heads end.
     """
 
-    head: Route
     slots: tuple[int, ...]
     tails: tuple[Route, ...]
 
@@ -176,13 +175,15 @@ class Reader:
     - `kind`: see the module.
     - `place`: of a layer's operand, the number of the slot among the node's.
     - `matrix`: of a product.
-    - `wires`: of entries.
+    - `head`: of entries, the way from the unit to what all its slots have parts of.
+    - `wires`: the rest of the way, which several readers of entries may share.
     """
 
     slot: int
     kind: Kind
     place: int
     matrix: Matrix | None = None
+    head: Route | None = None
     wires: Wires | None = None
 
 
@@ -284,47 +285,57 @@ def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:
 
 
 def _entry_readers(graph: Graph, producer: int, readers: Sequence[Reader]) -> list[Reader]:
-    """The readers of entries, those that have wiring in common as one."""
-    groups: dict[Any, list[Slot]] = {}
-    for slot in (graph.slots[r.slot] for r in readers if r.kind == "entries"):
-        for var, source in zip(slot.route.sources, slot.producers, strict=True):
+    """The readers of entries: one for each array that wiring makes of them."""
+    reading: dict[int, list[Slot]] = {}
+    for slot in (graph.slots[reader.slot] for reader in readers if reader.kind == "entries"):
+        for variable, source in zip(slot.route.sources, slot.producers, strict=True):
             if source == producer:
-                steps = _steps(slot, var)
-                groups.setdefault((var, steps[0] if len(steps) == 1 else None), []).append(slot)
+                reading.setdefault(variable, []).append(slot)
     found = []
-    for (var, step), slots in groups.items():
-        head, target = [], var
-        while step is not None and _only_reads(graph.program, step, target):
-            head.append(step)
-            (target,) = step.outputs
-            steps = {step for slot in slots for step in _steps(slot, target)}
-            ends = any(slot.route.target == target for slot in slots)
-            step = None if ends or len(steps) > 1 else steps.pop()
-        tails = [_tail(slot.route, var, head, target) for slot in slots]
+    for variable, slots in reading.items():
+        heads = _heads(graph.program, variable, slots)
         wires = Wires(
-            Route(graph.program, (var,), tuple(head), target),
             tuple(slot.index for slot in slots),
-            tuple(tails),
+            tuple(_tail(slot.route, variable, heads) for slot in slots),
         )
-        found.append(Reader(slots[0].index, "entries", 0, wires=wires))
+        first = slots[0].index
+        found += [Reader(first, "entries", 0, head=head, wires=wires) for head in heads]
     return found
 
 
-def _steps(slot: Slot, variable: int) -> list[Equation]:
-    """The wires to a slot that read a variable."""
-    return [equation for equation in slot.route.equations if variable in equation.inputs]
+def _heads(program: Program, variable: int, slots: Sequence[Slot]) -> list[Route]:
+    """The ways from a variable to the arrays that slots have parts of."""
+    readers: dict[int, dict[Equation, None]] = {}
+    for slot in slots:
+        for equation in slot.route.equations:
+            for atom in equation.inputs:
+                if isinstance(atom, int):
+                    readers.setdefault(atom, {})[equation] = None
+    ends = {slot.route.target for slot in slots}
+
+    def follow(step: Equation, target: int) -> list[Equation] | None:
+        """This wire and those behind it; None if it makes several arrays, or of several ones."""
+        others = (a for a in step.inputs if isinstance(a, int) and a != target)
+        if len(step.outputs) > 1 or any(map(program.is_variable, others)):
+            return None
+        output = step.outputs[0]
+        steps = list(readers.get(output, ()))
+        more = follow(steps[0], output) if len(steps) == 1 and output not in ends else None
+        return [step, *(more or ())]
+
+    ways = [follow(step, variable) for step in readers.get(variable, ())]
+    if variable in ends or not all(ways):
+        return [Route(program, (variable,), (), variable)]
+    return [Route(program, (variable,), tuple(way), way[-1].outputs[0]) for way in ways if way]
 
 
-def _only_reads(program: Program, step: Equation, variable: int) -> bool:
-    """Whether a wire makes one array, and of no other variable."""
-    others = (a for a in step.inputs if isinstance(a, int) and a != variable)
-    return len(step.outputs) == 1 and not any(map(program.is_variable, others))
-
-
-def _tail(route: Route, source: int, head: Sequence[Equation], target: int) -> Route:
-    """The rest of a route behind its first wires."""
-    sources = tuple(target if var == source else var for var in route.sources)
-    equations = tuple(equation for equation in route.equations if equation not in head)
+def _tail(route: Route, source: int, heads: Sequence[Route]) -> Route:
+    """A route from where the heads of its source end."""
+    done = {equation for head in heads for equation in head.equations}
+    equations = tuple(equation for equation in route.equations if equation not in done)
+    read = {atom for equation in equations for atom in equation.inputs if isinstance(atom, int)}
+    ends = [head.target for head in heads if head.target in read | {route.target}]
+    sources = (*ends, *(variable for variable in route.sources if variable != source))
     return replace(route, sources=sources, equations=equations)
 
 

@@ -74,21 +74,23 @@ def readings(
 
 def _entries(problem: Problem, unit: Unit, state: State) -> list[Read]:
     """The readings of what is read as entries: of all rows of one length."""
+    pulled: dict[int, dict[int, Array]] = {}
     parts: dict[Any, list[tuple[Reader, Array, Array]]] = {}
     for reader in unit.readers:
-        if reader.wires is None:
+        if reader.wires is None or reader.head is None:
             continue
-        slots = [problem.graph.slots[index] for index in reader.wires.slots]
-        forces = [problem.slot_force(slot, state) for slot in slots]
-        target = reader.wires.head.target
-        force = pull_together(reader.wires.tails, forces, problem.values)[target]
-        value = problem.values[target]
+        wires, target = reader.wires, reader.head.target
+        if id(wires) not in pulled:
+            slots = [problem.graph.slots[index] for index in wires.slots]
+            forces = [problem.slot_force(slot, state) for slot in slots]
+            pulled[id(wires)] = pull_together(wires.tails, forces, problem.values)
+        value, force = problem.values[target], pulled[id(wires)][target]
         key = value.shape[-1:], value.dtype, force.dtype
         parts.setdefault(key, []).append((reader, value, force))
     found = []
     for group in parts.values():
-        readers, values, own = zip(*group, strict=True)
-        found.append(Read(readers, _reading(_joined(values), _joined(own))))
+        readers, values, forces = zip(*group, strict=True)
+        found.append(Read(readers, _reading(_joined(values), _joined(forces))))
     return found
 
 
