@@ -484,15 +484,15 @@ class _Finder:
 
         tail, times = self.tail, 1.0 if found is None else found.times
 
-        def count(values: Sequence[Any]) -> Array:
+        def count(values: Sequence[Any], every: Sequence[Any]) -> Array:
             data = dict(zip(tail.data, values, strict=True))
-            return shape.counts(tail.coefficient(shape.row_value, data), sign)
+            return shape.counts(tail.coefficient(shape.row_value, data), every, sign)
 
         def derive(*values: Any) -> list[Any]:
             """The coefficient of each row, then what the loss needs to know of data."""
-            counts = count(values[split:whole])
             given = iter(values)
             every = [next(given) if type(c) is int else c for c in chosen]
+            counts = count(values[split:whole], every)
             scales = shape.scales(every, counts)
             if found is None:
                 return [counts, *(s.astype(dtype) for s in scales)]
@@ -516,7 +516,7 @@ class _Finder:
         if places:
             return LossTerm(equation, counts)
         with _compat.compile_time_eval():
-            number = np.asarray(count(())) * times
+            number = np.asarray(count((), chosen)) * times
         return LossTerm(equation, _one_number(number))
 
     def _in_rows(self, shape: _Shape, source: str) -> int:
@@ -618,12 +618,19 @@ class _Shape:
         rest = [place for place in range(len(axes)) if place not in front]
         return jnp.transpose(array, (*front, *rest)).reshape((*self.row_shape, -1))
 
-    def counts(self, coefficient: Any, sign: float | None) -> Array:
+    def counts(self, coefficient: Any, heads: Sequence[Any], sign: float | None) -> Array:
         """How much each row counts, from the coefficient of `row_value`: the sum of the sizes of
         its entries (of a loss of entries the largest), negatively if the largest of them has not
-        the sign given, with which the loss is convex.
+        the sign given, with which the loss is convex. Where it is 0, that of another head.
         """
-        full = self._over(self.row_value, self._full(self.row_value, coefficient))
+        found = self._counts(self.row_value, coefficient, sign)
+        for head, own in zip(self.heads, heads, strict=True):
+            if head != self.row_value:
+                found = jnp.where(found == 0, self._counts(head, own, sign), found)
+        return found
+
+    def _counts(self, var: int, coefficient: Any, sign: float | None) -> Array:
+        full = self._over(var, self._full(var, coefficient))
         place = jnp.argmax(jnp.abs(full), axis=-1, keepdims=True)
         largest = jnp.take_along_axis(full, place, -1)[..., 0]
         counts = jnp.abs(largest) if self.separable else jnp.sum(jnp.abs(full), -1)
@@ -753,8 +760,9 @@ def _probe(program: Program, tail: _Tail, shape: _Shape) -> _Probe | None:
         every = dict(zip(tail.heads, tail.coefficients(values), strict=True))
         counted = tail.coefficient(shape.row_value, values)
         sign = jnp.where(jnp.sum(counted) < 0, -1.0, 1.0)
-        counts = jnp.abs(shape.counts(counted, None))
-        scales = shape.scales([every[head] for head in shape.heads], counts)
+        heads = [every[head] for head in shape.heads]
+        counts = jnp.abs(shape.counts(counted, heads, None))
+        scales = shape.scales(heads, counts)
         knowns = [values[a] for a in shape.knowns]
 
         def rows(x: Any) -> Any:

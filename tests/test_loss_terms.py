@@ -251,6 +251,22 @@ OF_PREDICTIONS = {
 }
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["number", "traced"])
+@pytest.mark.parametrize("first", [0.0, np.array([0.0, 1.0] * 4)], ids=["all", "some"])
+def test_of_two_losses_of_one_value_the_first_may_weigh_nothing(first, traced):
+    """They are one node, whose rows then count as the second has it."""
+
+    def of(first):
+        def fn(p):
+            out = net(p)
+            rows = jnp.log(1 + out * out), jnp.log(1 + jnp.square(out - 1))
+            return jnp.mean(first * rows[0].sum(1)) + 0.3 * jnp.mean(rows[1].sum(1))
+
+        return fn
+
+    assert_gradient(of(jnp.asarray(first) if traced else first))
+
+
 @pytest.mark.parametrize("weights", [SIGNED, -jnp.ones(8), -1.0], ids=["mixed", "all", "number"])
 @pytest.mark.parametrize(
     "name", mostly_slow(OF_PREDICTIONS, ("cross-entropy", "named", "squares", "entries"))
