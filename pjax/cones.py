@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from pjax import _compat, primitives
 from pjax._compat import P
 from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
+from pjax.operations import independent_axes
 from pjax.trace import Atom, Equation, Program, Scalar, canonical, read, run, widened
 
 _ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
@@ -147,7 +148,10 @@ def single(program: Program, equation: Equation, output: int) -> Piece:
     inputs = tuple(
         dict.fromkeys(a for a in equation.inputs if isinstance(a, int) and program.is_variable(a))
     )
-    return cut(program, (equation,), inputs, output)
+    piece = cut(program, (equation,), inputs, output)
+    shapes = [program.shape(var) for var in inputs]
+    rows = independent_axes(equation.primitive, equation.params, shapes, program.shape(output))
+    return replace(piece, rows=rows)
 
 
 # --- Which values are cones ----------------------------------------------------------------------

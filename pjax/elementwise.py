@@ -8,7 +8,8 @@ from pjax import _compat, primitives
 SMOOTH = _compat.find_primitives(
     "tanh", "logistic", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "cbrt", "square",
     "integer_pow", "pow", "erf", "erfc", "erf_inv", "sin", "cos", "tan", "asin", "acos", "atan",
-    "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "lgamma", "digamma",
+    "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "lgamma", "digamma", "polygamma", "zeta",
+    "igamma", "igammac", "regularized_incomplete_beta", "bessel_i0e", "bessel_i1e", "rem",
 )  # fmt: skip
 #: Elementwise functions that are piecewise linear, or a product or a quotient.
 _EXACT = _compat.find_primitives(

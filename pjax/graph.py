@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from pjax import _compat, fusion
@@ -24,6 +25,7 @@ from pjax.layer import Addend, LayerSum, Product
 from pjax.loss_terms import LossTerm, RowLoss, find_losses
 from pjax.normalizations import normal_form
 from pjax.numeric import ArrayFunction, Normalization, ScalarFunction
+from pjax.operations import is_function
 from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
@@ -198,7 +200,30 @@ def build_graph(
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
     """
-    return _Builder(program, splitting, fallback).build()
+    while True:
+        try:
+            return _Builder(program, splitting, fallback).build()
+        except _Rests as found:
+            program = _at_rest(program, found.variables)
+
+
+class _Rests(Exception):
+    """Conditions, counts and indices of parameters that are part of no piecewise linear function:
+    they are data, as for a gradient.
+    """
+
+    def __init__(self, variables: Sequence[Atom]):
+        super().__init__(variables)
+        self.variables = variables
+
+
+def _at_rest(program: Program, variables: Sequence[Atom]) -> Program:
+    """The same program, in which these variables do not follow the parameters."""
+    moving = set(program.variable) - set(variables)
+    for equation in program.equations:
+        if moving.isdisjoint(equation.inputs):
+            moving.difference_update(equation.outputs)
+    return replace(program, variable=frozenset(moving))
 
 
 def warn_unused(graph: Graph) -> None:
@@ -392,6 +417,8 @@ class _Builder:
         return fusion.sum_step(self.program, equation, term)
 
     def _unit(self, var: int) -> _Unit:
+        if not self._is_number(var):
+            raise _Rests([var])
         cone = self.cones[var]
         equation = self.definitions[var]
         piece = self.functions.piece(var)
@@ -416,10 +443,9 @@ class _Builder:
             return self._affine_unit(equation.name, terms, None, None, equation)
         return self._rule_unit(equation, var)
 
-    def _is_differentiable(self, equation: Equation, var: int) -> bool:
-        """Whether a numeric projection can move the operands: all of them real numbers."""
-        operands = [a for a in equation.inputs if self.program.is_variable(a)]
-        return all(jnp.issubdtype(self.program.dtype(a), jnp.floating) for a in (*operands, var))
+    def _is_number(self, atom: Atom) -> bool:
+        """Whether an operand is of a floating-point type: no condition, and no index."""
+        return bool(jnp.issubdtype(self.program.dtype(atom), jnp.floating))
 
     def _function_unit(self, piece: Piece, equation: Equation) -> _Unit:
         """A cone, or an operation without a rule, by a numeric projection."""
@@ -523,8 +549,15 @@ class _Builder:
     def _rule_unit(self, equation: Equation, var: int) -> _Unit:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
-            if self.fallback is not None and self._is_differentiable(equation, var):
-                return self._function_unit(single(self.program, equation, var), equation)
+            allowed = self.fallback is not None or is_function(equation.primitive)
+            moving = [a for a in equation.inputs if self.program.is_variable(a)]
+            resting = [a for a in moving if not self._is_number(a)]
+            if resting:
+                raise _Rests(resting)
+            if allowed and len(equation.outputs) == 1:
+                piece = single(self.program, equation, var)
+                _check_derivative(self.program, piece, equation)
+                return self._function_unit(piece, equation)
             raise TraceError(_no_rule(self.program, equation))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
@@ -536,11 +569,6 @@ class _Builder:
                 return unit
             terms = self._expand(SumTerm(var), own=True)
             return self._affine_unit(equation.name, terms, None, None, equation)
-        if not jnp.issubdtype(self.program.dtype(var), jnp.floating):
-            raise TraceError(
-                f"A comparison of values that depend on parameters is used as data "
-                f"({equation.source}); convert it to a floating-point array first."
-            )
         terms = self._expand(SumTerm(cone.base), own=False)
         name = "relu" if fusion.is_relu(cone.function) else equation.name
         return self._affine_unit(name, terms, cone.function, (cone.base, None), equation)
@@ -655,6 +683,26 @@ def _loss_spec(program: Program, equation: Equation) -> NodeSpec:
     builder = find_builder(loss)
     assert builder is not None
     return builder(program, equation)
+
+
+def _check_derivative(program: Program, piece: Piece, equation: Equation) -> None:
+    """Raises an error for an operation that cannot be linearised."""
+    inputs, knowns = (
+        [jax.ShapeDtypeStruct(program.shape(a), program.deviation_dtype(a)) for a in atoms]
+        for atoms in (piece.inputs, piece.knowns)
+    )
+
+    def derive(inputs: Any, knowns: Any) -> Any:
+        out, back = jax.vjp(lambda *xs: piece.function(xs, knowns), *inputs)
+        return back(out)
+
+    try:
+        jax.eval_shape(derive, inputs, knowns)
+    except Exception as error:
+        raise TraceError(
+            f"{_no_rule(program, equation)}\nIt has no derivative that could be used instead: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _cone_name(piece: Piece) -> str:

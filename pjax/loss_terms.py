@@ -229,8 +229,8 @@ def find_losses(program: Program) -> tuple[Program, tuple[LossTerm, ...]]:
 
     **Raises:** [`pjax.TraceError`][] if the function does not end in losses.
     """
-    # Errors name source lines.
-    key = (program.key, tuple(e.source for e in program.equations))
+    # Errors name source lines; what follows the parameters may be less than the equations say.
+    key = (program.key, tuple(e.source for e in program.equations), program.variable)
     if key not in _FOUND:
         _FOUND[key] = _Finder(program).find()
         if len(_FOUND) > _MAX_FOUND:
@@ -395,7 +395,13 @@ class _Finder:
     def _terms(self, group: list[int], coefficients: Mapping[int, Any]) -> list[LossTerm]:
         """The loss of heads that depend on one common value, or of each the linear one."""
         common = common_chain([self._chain(head) for head in group])
-        candidates = [b for b in common if group != [b] and b not in self.after_losses]
+        candidates = [
+            base
+            for base in common
+            if group != [base]
+            and base not in self.after_losses
+            and jnp.issubdtype(self.program.dtype(base), jnp.floating)
+        ]
         if candidates:
             shapes = [self._shape(group, b) for b in candidates]
             return [self._add(*self._choose(shapes), coefficients)]
