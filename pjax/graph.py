@@ -322,6 +322,7 @@ class _Builder:
             out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
         )
         self.predictions = [term.equation.inputs[0] for term in self.terms]
+        self.is_empty = any(0 in program.shape(var) for var in self.predictions)
         stop: Any = frozenset(self.predictions)
         self.cones = fusion.find_cones(program, stop, self.registered)
         self.functions = Cones(program, stop, self.registered)
@@ -417,7 +418,9 @@ class _Builder:
         return fusion.sum_step(self.program, equation, term)
 
     def _unit(self, var: int) -> _Unit:
-        if not self._is_number(var):
+        # What has no entries cannot move; an empty batch is an error of its own.
+        nothing = 0 in self.program.shape(var) and not self.is_empty
+        if nothing or not self._is_number(var):
             raise _Rests([var])
         cone = self.cones[var]
         equation = self.definitions[var]

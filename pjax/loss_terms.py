@@ -224,6 +224,17 @@ def is_linear(program: Program, equation: Equation) -> bool:
     return fusion.sum_step(program, equation, term) is not None
 
 
+def _is_inner_product(program: Program, equation: Equation) -> bool:
+    """Whether an equation is `Σ a b` of two values of parameters, over all but their batch axes."""
+    if equation.primitive is not P.dot_general_p or not all(map(program.is_variable, equation.inputs)):
+        return False
+    contracted, batch = equation.params["dimension_numbers"]
+    return all(
+        len(axes) + len(rows) == len(program.shape(atom))
+        for axes, rows, atom in zip(contracted, batch, equation.inputs, strict=True)
+    )
+
+
 def find_losses(program: Program) -> tuple[Program, tuple[LossTerm, ...]]:
     """The losses that a program ends in, and the program with equations for them.
 
@@ -373,7 +384,11 @@ class _Finder:
         equation = self.definitions.get(var)
         if equation is None or len(equation.outputs) != 1 or REGISTRATIONS[equation.primitive]:
             return []
-        if equation.primitive not in _IN_LOSSES and equation not in self.tail:
+        if (
+            equation.primitive not in _IN_LOSSES
+            and equation not in self.tail
+            and not _is_inner_product(self.program, equation)
+        ):
             return []
         return list(
             dict.fromkeys(a for a in equation.inputs if self.program.is_variable(a))  # pyright: ignore
