@@ -48,7 +48,6 @@ from pjax.wiring import (
     data_operands,
     find_route,
     is_wiring,
-    structure_depends_on_parameters,
 )
 
 Kind = Literal["parameter", "operation", "loss", "identity"]
@@ -182,6 +181,10 @@ class Graph:
         return self.terms[self.losses.index(node)]
 
 
+_STOPPED = _compat.find_primitives("stop_gradient")
+_ROUNDED = _compat.find_primitives("floor", "ceil")
+
+
 class UnusedParameterWarning(UserWarning):
     """A parameter that the loss does not depend on; it stays as it is."""
 
@@ -228,20 +231,41 @@ def _at_rest(program: Program, variables: Sequence[Atom]) -> Program:
 
 def warn_unused(graph: Graph) -> None:
     """Warns of each parameter that the function does not read at all (one at rest is meant to)."""
-    used = {atom for equation in graph.program.equations for atom in equation.inputs}
-    used |= {
-        graph.nodes[p].output
-        for slot in graph.slots
-        for p in slot.producers
-        if graph.nodes[p].kind == "parameter"
-    }
-    for number, leaf in enumerate(graph.program.leaves):
-        if leaf.trainable and number not in used:
-            warnings.warn(
-                f"`params{leaf.path}` {leaf.shape} is not used by the loss; it stays as it is.",
-                UnusedParameterWarning,
-                stacklevel=_levels_to_caller(),
+    program = graph.program
+    used = {atom for equation in program.equations for atom in equation.inputs}
+    nodes = {node.output for node in graph.parameters}
+    for number, leaf in enumerate(program.leaves):
+        if not leaf.trainable or number in nodes:
+            continue
+        if number not in used:
+            reason = "is not used by the loss; it stays as it is"
+        elif _decides(program, number):
+            reason = (
+                "is read by conditions, indices and roundings alone, which rest: it stays as it is, "
+                "and its gradient is 0, too. `pjax.step` in the place of a comparison would move it"
             )
+        else:
+            continue
+        warnings.warn(
+            f"`params{leaf.path}` {leaf.shape} {reason}.",
+            UnusedParameterWarning,
+            stacklevel=_levels_to_caller(),
+        )
+
+
+def _decides(program: Program, leaf: int) -> bool:
+    """Whether what is computed of a parameter becomes a condition, an index or a rounded number, and
+    no `stop_gradient` says that it is to rest.
+    """
+    seen = {leaf}
+    for equation in program.equations:
+        if seen.isdisjoint(equation.inputs) or equation.primitive in _STOPPED:
+            continue
+        seen.update(equation.outputs)
+        numbers = (jnp.issubdtype(program.dtype(out), jnp.floating) for out in equation.outputs)
+        if not all(numbers) or equation.primitive in _ROUNDED:
+            return True
+    return False
 
 
 def _levels_to_caller() -> int:
@@ -557,11 +581,11 @@ class _Builder:
             resting = [a for a in moving if not self._is_number(a)]
             if resting:
                 raise _Rests(resting)
-            if allowed and len(equation.outputs) == 1:
+            if allowed and len(equation.outputs) == 1 and equation.name not in _LOOPS:
                 piece = single(self.program, equation, var)
                 _check_derivative(self.program, piece, equation)
                 return self._function_unit(piece, equation)
-            raise TraceError(_no_rule(self.program, equation))
+            raise TraceError(_no_rule(equation, self.fallback))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
 
@@ -703,7 +727,7 @@ def _check_derivative(program: Program, piece: Piece, equation: Equation) -> Non
         jax.eval_shape(derive, inputs, knowns)
     except Exception as error:
         raise TraceError(
-            f"{_no_rule(program, equation)}\nIt has no derivative that could be used instead: "
+            f"{_no_rule(equation, 'gauss-newton')}\nIt has no derivative that could be used instead: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -716,33 +740,41 @@ def _cone_name(piece: Piece) -> str:
     return "-".join(dict.fromkeys(names))
 
 
-def _no_rule(program: Program, equation: Equation) -> str:
+def _no_rule(equation: Equation, fallback: Fallback | None) -> str:
     name = equation.name
     where = f" at {equation.source}" if equation.source else ""
     message = f"There is no projection for the operation `{name}`{where}."
-    if structure_depends_on_parameters(program, equation):
-        message += (
-            " Its indices (or its condition) depend on the parameters; as data, by "
-            "`jax.lax.stop_gradient`, it would need none."
-        )
-    if name in ("scan", "while", "cond"):
-        what_to_do = {
-            "scan": "unroll the loop in Python",
-            "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python "
-            "numbers, `jax.lax.scan`)",
-            "cond": "select with `jnp.where`, or choose the branch in Python",
-        }[name]
+    if name in _LOOPS:
         return (
-            f"{message} Control flow over parameters whose course depends on data is not "
-            f"supported: {what_to_do}."
+            f"{message} Control flow over parameters whose course depends on data is not supported: "
+            f"{_LOOPS[name]}; or make the function around it an operation of its own, with a "
+            "projection: `pjax.register_projection`."
         )
     if len(equation.outputs) != 1:
-        return f"{message} It has several outputs, and a node has one: none can be registered."
+        return (
+            f"{message} It has several outputs, and a node has one: make a function of it that "
+            "returns one array an operation of its own, `@pjax.register_projection(function)`."
+        )
     path = _compat.primitive_path(name.replace("-", "_")) or "the_primitive"
-    return (
+    message = (
         f"{message} Register one:\n"
         f"    @pjax.register_projection({path})\n"
         "    def project(inputs, target, input_weights, target_weight, **params): ...\n"
         "It returns the inputs nearest to `inputs` whose output is nearest to `target`; see "
         "`help(pjax.register_projection)`."
     )
+    if fallback is None:
+        message += (
+            '\nOr allow a numeric one, of the linearised operation: `fallback="gauss-newton"`, of '
+            "`pjax.value_and_displacement`, `pjax.optim.Projection` and all that train."
+        )
+    return message
+
+
+#: What to do about loops whose length is not known.
+_LOOPS = {
+    "scan": "unroll the loop in Python",
+    "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python numbers, "
+    "`jax.lax.scan`), the largest that may be needed, and keep what is done by "
+    "`jnp.where(is_running, new, old)`",
+}

@@ -226,7 +226,9 @@ def is_linear(program: Program, equation: Equation) -> bool:
 
 def _is_inner_product(program: Program, equation: Equation) -> bool:
     """Whether an equation is `Σ a b` of two values of parameters, over all but their batch axes."""
-    if equation.primitive is not P.dot_general_p or not all(map(program.is_variable, equation.inputs)):
+    if equation.primitive is not P.dot_general_p or not all(
+        map(program.is_variable, equation.inputs)
+    ):
         return False
     contracted, batch = equation.params["dimension_numbers"]
     return all(

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from pjax import _compat
 from pjax.complex_values import OfParts
-from pjax.elementwise import ELEMENTWISE
+from pjax.elementwise import ELEMENTWISE, REDUCTIONS
 
 if TYPE_CHECKING:
     from pjax.trace import Atom, Flattener
@@ -32,7 +32,7 @@ _MATRICES = _compat.find_primitives(
 )  # fmt: skip
 _FOURIER = _compat.find_primitives("fft")
 _SYSTEMS = _compat.find_primitives("linear_solve", "custom_linear_solve")
-_FUNCTIONS = ELEMENTWISE | _RUNNING | _MATRICES | _SYSTEMS
+_FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | _MATRICES | _SYSTEMS
 
 
 def is_function(primitive: Any) -> bool:
@@ -63,6 +63,9 @@ def independent_axes(
         kept = tuple(range(primitive.batch))
     elif primitive in ELEMENTWISE:
         kept = tuple(range(ndim))
+    elif primitive in REDUCTIONS:
+        # What is left of the axes in front; others move.
+        kept = tuple(range(min(params["axes"], default=ndim)))
     elif primitive in _RUNNING:
         kept = tuple(axis for axis in range(ndim) if axis != params["axis"])
     elif primitive in _MATRICES:

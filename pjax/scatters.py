@@ -37,6 +37,12 @@ def expand(
     """The outputs of a scatter by operations that have rules; None if it stays as it is."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return None
+    if eqn.primitive is P.scatter_p and not is_overwriting(eqn.params):
+        from pjax.trace import TraceError
+
+        raise TraceError(
+            f"`x.at[i].apply(f)` ({source}) has no derivative: write `x.at[i].set(f(x[i]))`."
+        )
     function = _find(flattener, eqn, inputs)
     return None if function is None else flattener.add_function(function, inputs, source)
 

@@ -292,7 +292,6 @@ def test_indices_inside_an_outer_jit():
     [
         lambda p: jnp.cumprod(p["a"], 1),
         lambda p: p["a"].at[0].add(1.0),
-        lambda p: p["a"].at[jnp.array([0, 0])].set(1.0),
         lambda p: jax.lax.reduce_precision(p["a"], 5, 10),  # deviations would underflow
     ],
 )
