@@ -40,7 +40,8 @@ _SUMS = _compat.find_primitives("add", "add_jaxvals", "sub")
 _SQUARES = _compat.find_primitives("square", "integer_pow")
 _PRODUCTS = _compat.find_primitives("mul", "dot_general", "conv_general_dilated")
 _OTHERS = ELEMENTWISE | _compat.find_primitives(
-    "fft", "cumprod", "reduce_prod", "triangular_solve", "cholesky", "linear_solve", "custom_linear_solve",
+    "fft", "cumprod", "reduce_prod", "triangular_solve", "cholesky", "linear_solve",
+    "custom_linear_solve",
     "reduce_precision",
 )  # fmt: skip
 

@@ -241,8 +241,9 @@ def warn_unused(graph: Graph) -> None:
             reason = "is not used by the loss; it stays as it is"
         elif _decides(program, number):
             reason = (
-                "is read by conditions, indices and roundings alone, which rest: it stays as it is, "
-                "and its gradient is 0, too. `pjax.step` in the place of a comparison would move it"
+                "is read by conditions, indices and roundings alone, which rest: it stays as it "
+                "is, and its gradient is 0, too. `pjax.step` in the place of a comparison would "
+                "move it"
             )
         else:
             continue
@@ -254,8 +255,8 @@ def warn_unused(graph: Graph) -> None:
 
 
 def _decides(program: Program, leaf: int) -> bool:
-    """Whether what is computed of a parameter becomes a condition, an index or a rounded number, and
-    no `stop_gradient` says that it is to rest.
+    """Whether what is computed of a parameter becomes a condition, an index or a rounded number,
+    and no `stop_gradient` says that it is to rest.
     """
     seen = {leaf}
     for equation in program.equations:
@@ -746,9 +747,9 @@ def _no_rule(equation: Equation, fallback: Fallback | None) -> str:
     message = f"There is no projection for the operation `{name}`{where}."
     if name in _LOOPS:
         return (
-            f"{message} Control flow over parameters whose course depends on data is not supported: "
-            f"{_LOOPS[name]}; or make the function around it an operation of its own, with a "
-            "projection: `pjax.register_projection`."
+            f"{message} Control flow over parameters whose course depends on data is not "
+            f"supported: {_LOOPS[name]}; or make the function around it an operation of its own, "
+            "with a projection: `pjax.register_projection`."
         )
     if len(equation.outputs) != 1:
         return (

@@ -102,7 +102,9 @@ def _segment_softmax(scores, segments):
 
 MATH: dict[str, Any] = {
     "free power": lambda h, p, d: jnp.abs(h) ** p["u"],
-    "power of rows": lambda h, p, d: (1 + jax.nn.softplus(h)) ** jax.nn.softplus(h @ p["u"])[:, None],
+    "power of rows": lambda h, p, d: (
+        (1 + jax.nn.softplus(h)) ** jax.nn.softplus(h @ p["u"])[:, None]
+    ),
     "power of a number": lambda h, p, d: 1.3**h,
     "generalised mean": lambda h, p, d: jnp.mean(jax.nn.softplus(h) ** p["scale"], -1) ** (
         1 / p["scale"]
@@ -144,13 +146,15 @@ MASKS: dict[str, Any] = {
     "not finite": lambda h, p, d: jnp.where(jnp.isfinite(h) & ~jnp.isnan(h), h, p["u"]),
     "of the largest": lambda h, p, d: h * (h == h.max(-1, keepdims=True)),
     "above the median": lambda h, p, d: h * (h >= jnp.sort(h, -1)[:, 2:3]),
-    "top two": lambda h, p, d: (h[..., None, :] * jax.nn.one_hot(jax.lax.top_k(h, 2)[1], WIDTH)).sum(
-        1
-    ),
+    "top two": lambda h, p, d: (
+        h[..., None, :] * jax.nn.one_hot(jax.lax.top_k(h, 2)[1], WIDTH)
+    ).sum(1),
     "spline": lambda h, p, d: _spline(h),
     "bucket": lambda h, p, d: jnp.take(p["u"], jnp.clip(h.astype(int), 0, 3)) * h,
     "digitize": lambda h, p, d: jnp.take(p["u"], jnp.clip(jnp.digitize(h, GRID), 0, 3)) * h,
-    "piecewise": lambda h, p, d: jnp.piecewise(h, [h < -0.5, h > 0.5], [-1, jnp.square, lambda x: x]),
+    "piecewise": lambda h, p, d: jnp.piecewise(
+        h, [h < -0.5, h > 0.5], [-1, jnp.square, lambda x: x]
+    ),
     "select": lambda h, p, d: jnp.select([h < -0.5, h > 0.5], [h * p["u"], h**2], h),
 }  # fmt: skip
 
@@ -258,7 +262,9 @@ FLOW: dict[str, Any] = {
     "cond on data": lambda h, p, d: jax.lax.cond(d["x"][0, 0] > 0, jnp.sin, lambda z: 2 * z, h),
     "cond on a value": lambda h, p, d: jax.lax.cond(h[0, 0] > 0, jnp.sin, lambda z: z * p["u"], h),
     "cond of several": lambda h, p, d: sum(
-        jax.lax.cond(h[0, 0] > 0, lambda a, b: (a, b * a), lambda a, b: (b + a, a), h, p["u"] + 0 * h)
+        jax.lax.cond(
+            h[0, 0] > 0, lambda a, b: (a, b * a), lambda a, b: (b + a, a), h, p["u"] + 0 * h
+        )
     ),
     "switch on data": lambda h, p, d: jax.lax.switch(
         d["segments"][1], [jnp.sin, jnp.cos, lambda z: 2 * z], h

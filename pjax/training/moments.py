@@ -224,7 +224,9 @@ def diagonal(
     slot = problem.graph.slots[reader.slot]
     node = problem.graph.nodes[slot.node]
     if reader.kind == "entries":
-        entries = jnp.broadcast_to(reading.asked, slot.shape)
+        # A number is a row of one entry.
+        asked = reading.asked if slot.shape else reading.asked.reshape(())
+        entries = jnp.broadcast_to(asked, slot.shape)
     else:
         assert isinstance(node.rule, LayerSum)
         force = forces[node.index]
