@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pjax import _compat, primitives
 from pjax._compat import P
-from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
+from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SERIES, SHAPES, SMOOTH
+from pjax.operations import independent_axes
 from pjax.trace import Atom, Equation, Program, Scalar, canonical, read, run, widened
 
 _ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
@@ -51,6 +52,11 @@ class Function:
         values: dict[int, Any] = dict(enumerate((*inputs, *knowns)))
         run(self.equations, values)
         return read(values, self.output)
+
+    @property
+    def noise(self) -> float:
+        """The size of numbers whose rounding its values have, however small these are."""
+        return 1.0 if any(e.primitive in SERIES for e in self.equations) else 0.0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Function) and self.key == other.key
@@ -147,7 +153,10 @@ def single(program: Program, equation: Equation, output: int) -> Piece:
     inputs = tuple(
         dict.fromkeys(a for a in equation.inputs if isinstance(a, int) and program.is_variable(a))
     )
-    return cut(program, (equation,), inputs, output)
+    piece = cut(program, (equation,), inputs, output)
+    shapes = [program.shape(var) for var in inputs]
+    rows = independent_axes(equation.primitive, equation.params, shapes, program.shape(output))
+    return replace(piece, rows=rows)
 
 
 # --- Which values are cones ----------------------------------------------------------------------
@@ -395,6 +404,8 @@ def _carried(
     if primitive in _ROW_LOSSES:
         lose(first[-1:])
         return first[:-1]
+    if primitive is P.dot_general_p:
+        return _multiplied(params["dimension_numbers"], equation.inputs, axes, shape, lose)
     if primitive is P.gather_p and operands == [equation.inputs[0]]:
         return _gathered(params["dimension_numbers"], first, shape, lose)
     for operand in operands:
@@ -416,6 +427,27 @@ def _joined(
             named = {None}
         found.append(named.pop())
     return tuple(found)
+
+
+def _multiplied(
+    numbers: Any,
+    operands: Sequence[Any],
+    axes: Mapping[int, tuple[int | None, ...]],
+    shape: tuple[int, ...],
+    lose: Any,
+) -> tuple[int | None, ...]:
+    """The batch axes of a product of arrays."""
+    kept = []
+    for place in range(len(numbers[1][0])):
+        here = {
+            axes[atom][batch[place]]
+            for atom, batch in zip(operands, numbers[1], strict=True)
+            if atom in axes
+        }
+        kept.append(here.pop() if len(here) == 1 else None)
+    for atom in operands:
+        lose([axis for axis in axes.get(atom, ()) if axis not in kept])
+    return (*kept, *(None,) * (len(shape) - len(kept)))
 
 
 def _gathered(

@@ -3,7 +3,9 @@
 - `scan` (and a `fori_loop` with fixed bounds, which is one) over values that depend on parameters
   is unrolled: its body once per step, the entries of `xs` and `ys` by wiring. A scan of known
   values alone stays one equation.
-- `cond` and `switch` take the branch of a predicate that the program fixes.
+- `cond` and `switch` take the branch of a predicate that the program fixes. Of any other predicate
+  all branches are computed, and it chooses between their results; it rests during a solve.
+- `while` loops whose condition the program fixes, step by step, are unrolled.
 - `sort` and `top_k` of values that depend on parameters read their operands in the order of the
   forward pass: the choice rests during a solve, like any other data, and what is chosen is wiring.
 """
@@ -29,6 +31,8 @@ _SORT = _compat.find_primitives("sort")
 _TOP_K = _compat.find_primitives("top_k")
 #: Larger arrays than this are not evaluated to find out which branch is taken.
 _MAX_STATIC_SIZE = 2**20
+#: Steps of a `while` loop.
+_MAX_STEPS = 10_000
 
 
 def expand(
@@ -41,6 +45,8 @@ def expand(
         return None
     if eqn.primitive is P.scan_p:
         return _unroll(flattener, eqn, inputs, source)
+    if eqn.primitive is P.while_p:
+        return _unroll_while(flattener, eqn, inputs, source)
     if eqn.primitive in _SORT:
         return flattener.add_function(_sorted(eqn.params), inputs, source)
     if eqn.primitive in _TOP_K:
@@ -129,14 +135,66 @@ def _take(operand: Any, indices: Any, axis: int) -> Any:
 def _branch(
     flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
 ) -> list[Atom] | None:
-    """The branch of a fixed predicate; None where the predicate is known only with the data."""
+    """The branch of a fixed predicate, or the choice between all; None where all is known."""
     which = static_value(flattener, inputs[0])
-    if which is None:
+    bodies = [_compat.open_jaxpr(branch) for branch in eqn.params["branches"]]
+
+    def take(place: int) -> list[Atom]:
+        jaxpr, consts = bodies[place]
+        captured = flattener.capture(jaxpr, consts)
+        return flattener.inline_body(jaxpr, captured, inputs[1:], source)
+
+    if which is not None:
+        return take(int(np.clip(int(which), 0, len(bodies) - 1)))
+    if not any(map(flattener.is_variable, inputs)):
         return None
-    branches = eqn.params["branches"]
-    jaxpr, consts = _compat.open_jaxpr(branches[int(np.clip(int(which), 0, len(branches) - 1))])
-    captured = flattener.capture(jaxpr, consts)
-    return flattener.inline_body(jaxpr, captured, inputs[1:], source)
+    results = [take(place) for place in range(len(bodies))]
+
+    def choose(which: Any, *cases: Any) -> list[Any]:
+        return [_choice(jax.lax.stop_gradient(which), cases)]
+
+    return [
+        flattener.add_function(choose, [inputs[0], *cases], source)[0]
+        for cases in zip(*results, strict=True)
+    ]
+
+
+def _choice(which: Any, cases: Sequence[Any]) -> Any:
+    if len(cases) == 2:
+        return jax.lax.select_n(which > 0, *cases)
+    return jax.lax.select_n(jnp.clip(which, 0, len(cases) - 1).astype(jnp.int32), *cases)
+
+
+def _unroll_while(
+    flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
+) -> list[Atom] | None:
+    """The steps of a loop whose condition the program fixes; None where it depends on data."""
+    test, test_consts = _compat.open_jaxpr(eqn.params["cond_jaxpr"])
+    body, body_consts = _compat.open_jaxpr(eqn.params["body_jaxpr"])
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    tested, shared = inputs[:first], inputs[first : first + second]
+    carry = list(inputs[first + second :])
+    captured = flattener.capture(body, body_consts), flattener.capture(test, test_consts)
+    for _ in range(_MAX_STEPS):
+        (goes_on,) = flattener.inline_body(test, captured[1], [*tested, *carry], source)
+        value = static_value(flattener, goes_on)
+        if value is None:
+            return None
+        if not value:
+            return carry
+        carry = [
+            _as_number(flattener, atom)
+            for atom in flattener.inline_body(body, captured[0], [*shared, *carry], source)
+        ]
+    return None
+
+
+def _as_number(flattener: Flattener, atom: Atom) -> Atom:
+    """A counter whose value the program fixes as a literal."""
+    if not isinstance(atom, int) or flattener.is_variable(atom) or flattener.avals[atom].ndim:
+        return atom
+    value = static_value(flattener, atom)
+    return atom if value is None else flattener.constant(value[()], flattener.avals[atom].dtype)
 
 
 def static_value(flattener: Flattener, atom: Atom) -> np.ndarray | None:

@@ -44,7 +44,10 @@ def expand(
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     # What the function closes over is an operand too, which its rule knows nothing of.
     moving = [flattener.is_variable(a) and _is_real(s) for a, s in zip(inputs, shapes, strict=True)]
-    if any(not _is_real(s) for s in eqn.outvars) or _is_derivative(eqn, moving, shapes):
+    complex_numbers = any(jnp.issubdtype(s.dtype, jnp.complexfloating) for s in shapes)
+    if complex_numbers or any(not _is_real(s) for s in eqn.outvars):
+        return None
+    if _is_derivative(eqn, moving, shapes):
         return None
     try:
         return flattener.add_function(_tangent(eqn, moving), inputs, source)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pjax import _compat, primitives
 
+#: Sums of terms that may be larger than the result: `log Γ` near 1 and 2.
+SERIES = _compat.find_primitives(
+    "lgamma", "digamma", "polygamma", "zeta", "igamma", "igammac", "regularized_incomplete_beta",
+    "bessel_i0e", "bessel_i1e", "erf_inv",
+)  # fmt: skip
 #: Elementwise functions without an exact rule of their own.
-SMOOTH = _compat.find_primitives(
+SMOOTH = SERIES | _compat.find_primitives(
     "tanh", "logistic", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "cbrt", "square",
-    "integer_pow", "pow", "erf", "erfc", "erf_inv", "sin", "cos", "tan", "asin", "acos", "atan",
-    "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "lgamma", "digamma",
+    "integer_pow", "pow", "erf", "erfc", "sin", "cos", "tan", "asin", "acos", "atan",
+    "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "rem",
 )  # fmt: skip
 #: Elementwise functions that are piecewise linear, or a product or a quotient.
 _EXACT = _compat.find_primitives(

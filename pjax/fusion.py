@@ -133,12 +133,13 @@ def _apply(program: Program, equation: Equation, functions: list[Function]) -> F
     primitive = equation.primitive
     source, out = program.dtype(equation.inputs[0]), program.dtype(equation.outputs[0])
     if primitive is P.convert_element_type_p:
-        # Of a condition, to a number; or to the same type. Other conversions are wiring.
-        return functions[0] if source == jnp.bool_ or source == out else None
+        # Of a condition or a whole number; or to the same type. Others are wiring, or round.
+        whole = source == jnp.bool_ or jnp.issubdtype(source, jnp.signedinteger)
+        return functions[0] if whole or source == out else None
     if not (source == out or jnp.bool_ in (source, out)):
         return None
     try:
-        if primitive is P.div_p:
+        if primitive is P.div_p and jnp.issubdtype(out, jnp.floating):
             divisor = program.uniform_value(equation.inputs[1])
             return functions[0].scale(1.0 / float(divisor)) if divisor else None
         if primitive is P.select_n_p:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from pjax import _compat, fusion
@@ -24,6 +25,7 @@ from pjax.layer import Addend, LayerSum, Product
 from pjax.loss_terms import LossTerm, RowLoss, find_losses
 from pjax.normalizations import normal_form
 from pjax.numeric import ArrayFunction, Normalization, ScalarFunction
+from pjax.operations import is_function
 from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
@@ -46,7 +48,6 @@ from pjax.wiring import (
     data_operands,
     find_route,
     is_wiring,
-    structure_depends_on_parameters,
 )
 
 Kind = Literal["parameter", "operation", "loss", "identity"]
@@ -180,6 +181,10 @@ class Graph:
         return self.terms[self.losses.index(node)]
 
 
+_STOPPED = _compat.find_primitives("stop_gradient")
+_ROUNDED = _compat.find_primitives("floor", "ceil")
+
+
 class UnusedParameterWarning(UserWarning):
     """A parameter that the loss does not depend on; it stays as it is."""
 
@@ -198,25 +203,70 @@ def build_graph(
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
     """
-    return _Builder(program, splitting, fallback).build()
+    while True:
+        try:
+            return _Builder(program, splitting, fallback).build()
+        except _Rests as found:
+            program = _at_rest(program, found.variables)
+
+
+class _Rests(Exception):
+    """Conditions, counts and indices of parameters that are part of no piecewise linear function:
+    they are data, as for a gradient.
+    """
+
+    def __init__(self, variables: Sequence[Atom]):
+        super().__init__(variables)
+        self.variables = variables
+
+
+def _at_rest(program: Program, variables: Sequence[Atom]) -> Program:
+    """The same program, in which these variables do not follow the parameters."""
+    moving = set(program.variable) - set(variables)
+    for equation in program.equations:
+        if moving.isdisjoint(equation.inputs):
+            moving.difference_update(equation.outputs)
+    return replace(program, variable=frozenset(moving))
 
 
 def warn_unused(graph: Graph) -> None:
     """Warns of each parameter that the function does not read at all (one at rest is meant to)."""
-    used = {atom for equation in graph.program.equations for atom in equation.inputs}
-    used |= {
-        graph.nodes[p].output
-        for slot in graph.slots
-        for p in slot.producers
-        if graph.nodes[p].kind == "parameter"
-    }
-    for number, leaf in enumerate(graph.program.leaves):
-        if leaf.trainable and number not in used:
-            warnings.warn(
-                f"`params{leaf.path}` {leaf.shape} is not used by the loss; it stays as it is.",
-                UnusedParameterWarning,
-                stacklevel=_levels_to_caller(),
+    program = graph.program
+    used = {atom for equation in program.equations for atom in equation.inputs}
+    nodes = {node.output for node in graph.parameters}
+    for number, leaf in enumerate(program.leaves):
+        if not leaf.trainable or number in nodes:
+            continue
+        if number not in used:
+            reason = "is not used by the loss; it stays as it is"
+        elif _decides(program, number):
+            reason = (
+                "is read by conditions, indices and roundings alone, which rest: it stays as it "
+                "is, and its gradient is 0, too. `pjax.step` in the place of a comparison would "
+                "move it"
             )
+        else:
+            continue
+        warnings.warn(
+            f"`params{leaf.path}` {leaf.shape} {reason}.",
+            UnusedParameterWarning,
+            stacklevel=_levels_to_caller(),
+        )
+
+
+def _decides(program: Program, leaf: int) -> bool:
+    """Whether what is computed of a parameter becomes a condition, an index or a rounded number,
+    and no `stop_gradient` says that it is to rest.
+    """
+    seen = {leaf}
+    for equation in program.equations:
+        if seen.isdisjoint(equation.inputs) or equation.primitive in _STOPPED:
+            continue
+        seen.update(equation.outputs)
+        numbers = (jnp.issubdtype(program.dtype(out), jnp.floating) for out in equation.outputs)
+        if not all(numbers) or equation.primitive in _ROUNDED:
+            return True
+    return False
 
 
 def _levels_to_caller() -> int:
@@ -297,6 +347,7 @@ class _Builder:
             out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
         )
         self.predictions = [term.equation.inputs[0] for term in self.terms]
+        self.is_empty = any(0 in program.shape(var) for var in self.predictions)
         stop: Any = frozenset(self.predictions)
         self.cones = fusion.find_cones(program, stop, self.registered)
         self.functions = Cones(program, stop, self.registered)
@@ -392,6 +443,10 @@ class _Builder:
         return fusion.sum_step(self.program, equation, term)
 
     def _unit(self, var: int) -> _Unit:
+        # What has no entries cannot move; an empty batch is an error of its own.
+        nothing = 0 in self.program.shape(var) and not self.is_empty
+        if nothing or not self._is_number(var):
+            raise _Rests([var])
         cone = self.cones[var]
         equation = self.definitions[var]
         piece = self.functions.piece(var)
@@ -416,10 +471,9 @@ class _Builder:
             return self._affine_unit(equation.name, terms, None, None, equation)
         return self._rule_unit(equation, var)
 
-    def _is_differentiable(self, equation: Equation, var: int) -> bool:
-        """Whether a numeric projection can move the operands: all of them real numbers."""
-        operands = [a for a in equation.inputs if self.program.is_variable(a)]
-        return all(jnp.issubdtype(self.program.dtype(a), jnp.floating) for a in (*operands, var))
+    def _is_number(self, atom: Atom) -> bool:
+        """Whether an operand is of a floating-point type: no condition, and no index."""
+        return bool(jnp.issubdtype(self.program.dtype(atom), jnp.floating))
 
     def _function_unit(self, piece: Piece, equation: Equation) -> _Unit:
         """A cone, or an operation without a rule, by a numeric projection."""
@@ -523,9 +577,16 @@ class _Builder:
     def _rule_unit(self, equation: Equation, var: int) -> _Unit:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
-            if self.fallback is not None and self._is_differentiable(equation, var):
-                return self._function_unit(single(self.program, equation, var), equation)
-            raise TraceError(_no_rule(self.program, equation))
+            allowed = self.fallback is not None or is_function(equation.primitive)
+            moving = [a for a in equation.inputs if self.program.is_variable(a)]
+            resting = [a for a in moving if not self._is_number(a)]
+            if resting:
+                raise _Rests(resting)
+            if allowed and len(equation.outputs) == 1 and equation.name not in _LOOPS:
+                piece = single(self.program, equation, var)
+                _check_derivative(self.program, piece, equation)
+                return self._function_unit(piece, equation)
+            raise TraceError(_no_rule(equation, self.fallback))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
 
@@ -536,11 +597,6 @@ class _Builder:
                 return unit
             terms = self._expand(SumTerm(var), own=True)
             return self._affine_unit(equation.name, terms, None, None, equation)
-        if not jnp.issubdtype(self.program.dtype(var), jnp.floating):
-            raise TraceError(
-                f"A comparison of values that depend on parameters is used as data "
-                f"({equation.source}); convert it to a floating-point array first."
-            )
         terms = self._expand(SumTerm(cone.base), own=False)
         name = "relu" if fusion.is_relu(cone.function) else equation.name
         return self._affine_unit(name, terms, cone.function, (cone.base, None), equation)
@@ -657,6 +713,26 @@ def _loss_spec(program: Program, equation: Equation) -> NodeSpec:
     return builder(program, equation)
 
 
+def _check_derivative(program: Program, piece: Piece, equation: Equation) -> None:
+    """Raises an error for an operation that cannot be linearised."""
+    inputs, knowns = (
+        [jax.ShapeDtypeStruct(program.shape(a), program.deviation_dtype(a)) for a in atoms]
+        for atoms in (piece.inputs, piece.knowns)
+    )
+
+    def derive(inputs: Any, knowns: Any) -> Any:
+        out, back = jax.vjp(lambda *xs: piece.function(xs, knowns), *inputs)
+        return back(out)
+
+    try:
+        jax.eval_shape(derive, inputs, knowns)
+    except Exception as error:
+        raise TraceError(
+            f"{_no_rule(equation, 'gauss-newton')}\nIt has no derivative that could be used instead: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
 def _cone_name(piece: Piece) -> str:
     """The operations that say what a cone is: those that have no exact rule."""
     names = [e.name for e in piece.function.equations if e.primitive in SMOOTH]
@@ -665,33 +741,41 @@ def _cone_name(piece: Piece) -> str:
     return "-".join(dict.fromkeys(names))
 
 
-def _no_rule(program: Program, equation: Equation) -> str:
+def _no_rule(equation: Equation, fallback: Fallback | None) -> str:
     name = equation.name
     where = f" at {equation.source}" if equation.source else ""
     message = f"There is no projection for the operation `{name}`{where}."
-    if structure_depends_on_parameters(program, equation):
-        message += (
-            " Its indices (or its condition) depend on the parameters; as data, by "
-            "`jax.lax.stop_gradient`, it would need none."
-        )
-    if name in ("scan", "while", "cond"):
-        what_to_do = {
-            "scan": "unroll the loop in Python",
-            "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python "
-            "numbers, `jax.lax.scan`)",
-            "cond": "select with `jnp.where`, or choose the branch in Python",
-        }[name]
+    if name in _LOOPS:
         return (
             f"{message} Control flow over parameters whose course depends on data is not "
-            f"supported: {what_to_do}."
+            f"supported: {_LOOPS[name]}; or make the function around it an operation of its own, "
+            "with a projection: `pjax.register_projection`."
         )
     if len(equation.outputs) != 1:
-        return f"{message} It has several outputs, and a node has one: none can be registered."
+        return (
+            f"{message} It has several outputs, and a node has one: make a function of it that "
+            "returns one array an operation of its own, `@pjax.register_projection(function)`."
+        )
     path = _compat.primitive_path(name.replace("-", "_")) or "the_primitive"
-    return (
+    message = (
         f"{message} Register one:\n"
         f"    @pjax.register_projection({path})\n"
         "    def project(inputs, target, input_weights, target_weight, **params): ...\n"
         "It returns the inputs nearest to `inputs` whose output is nearest to `target`; see "
         "`help(pjax.register_projection)`."
     )
+    if fallback is None:
+        message += (
+            '\nOr allow a numeric one, of the linearised operation: `fallback="gauss-newton"`, of '
+            "`pjax.value_and_displacement`, `pjax.optim.Projection` and all that train."
+        )
+    return message
+
+
+#: What to do about loops whose length is not known.
+_LOOPS = {
+    "scan": "unroll the loop in Python",
+    "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python numbers, "
+    "`jax.lax.scan`), the largest that may be needed, and keep what is done by "
+    "`jnp.where(is_running, new, old)`",
+}

@@ -224,13 +224,26 @@ def is_linear(program: Program, equation: Equation) -> bool:
     return fusion.sum_step(program, equation, term) is not None
 
 
+def _is_inner_product(program: Program, equation: Equation) -> bool:
+    """Whether an equation is `Σ a b` of two values of parameters, over all but their batch axes."""
+    if equation.primitive is not P.dot_general_p or not all(
+        map(program.is_variable, equation.inputs)
+    ):
+        return False
+    contracted, batch = equation.params["dimension_numbers"]
+    return all(
+        len(axes) + len(rows) == len(program.shape(atom))
+        for axes, rows, atom in zip(contracted, batch, equation.inputs, strict=True)
+    )
+
+
 def find_losses(program: Program) -> tuple[Program, tuple[LossTerm, ...]]:
     """The losses that a program ends in, and the program with equations for them.
 
     **Raises:** [`pjax.TraceError`][] if the function does not end in losses.
     """
-    # Errors name source lines.
-    key = (program.key, tuple(e.source for e in program.equations))
+    # Errors name source lines; what follows the parameters may be less than the equations say.
+    key = (program.key, tuple(e.source for e in program.equations), program.variable)
     if key not in _FOUND:
         _FOUND[key] = _Finder(program).find()
         if len(_FOUND) > _MAX_FOUND:
@@ -373,7 +386,11 @@ class _Finder:
         equation = self.definitions.get(var)
         if equation is None or len(equation.outputs) != 1 or REGISTRATIONS[equation.primitive]:
             return []
-        if equation.primitive not in _IN_LOSSES and equation not in self.tail:
+        if (
+            equation.primitive not in _IN_LOSSES
+            and equation not in self.tail
+            and not _is_inner_product(self.program, equation)
+        ):
             return []
         return list(
             dict.fromkeys(a for a in equation.inputs if self.program.is_variable(a))  # pyright: ignore
@@ -395,7 +412,13 @@ class _Finder:
     def _terms(self, group: list[int], coefficients: Mapping[int, Any]) -> list[LossTerm]:
         """The loss of heads that depend on one common value, or of each the linear one."""
         common = common_chain([self._chain(head) for head in group])
-        candidates = [b for b in common if group != [b] and b not in self.after_losses]
+        candidates = [
+            base
+            for base in common
+            if group != [base]
+            and base not in self.after_losses
+            and jnp.issubdtype(self.program.dtype(base), jnp.floating)
+        ]
         if candidates:
             shapes = [self._shape(group, b) for b in candidates]
             return [self._add(*self._choose(shapes), coefficients)]

@@ -252,7 +252,8 @@ class Spectral(Metric):
             asked = measures.reader_weight(index, weights)
             largest = asked.mantissa
             if jnp.ndim(largest):
-                largest = jnp.max(largest)
+                # Of what data leave unread, as the other branch of a choice, it is 0.
+                largest = jnp.maximum(jnp.max(largest), 2.0**-30)
             for slot, rows in zip(node.slots, copies, strict=True):
                 if not wanted[slot]:
                     weights[slot] = Weight(1.0, INFINITE)

@@ -69,7 +69,7 @@ class _Numeric(Rule):
         def rise(points: Sequence[Array]) -> Array:
             return numeric.difference(
                 self._call(reference), reference.inputs, self._value(reference), points,
-                geometry.exponent,
+                geometry.exponent, self.function.noise,
             )  # fmt: skip
 
         at_rest = all(state is None for state in states)
@@ -90,7 +90,8 @@ class _Numeric(Rule):
             there = call(*point)
             linear = scaling.from_unit(height + length * change, unit)
             curved = (there - value) - linear
-            rounding = 16 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(there))
+            size = jnp.abs(value) + jnp.abs(there) + self.function.noise
+            rounding = 16 * jnp.finfo(value.dtype).eps * size
             return jnp.where(jnp.abs(curved) <= rounding, 0, scaling.to_unit(curved, unit))
 
         # In units of the request, whose square might underflow.

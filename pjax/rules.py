@@ -26,6 +26,7 @@ from pjax.projections import quantize as quantizer
 from pjax.projections.bilinear import Bilinear, DotGeneral, Multiply, Side
 from pjax.projections.convolution import Convolution
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
+from pjax.scatters import scatter_add
 from pjax.slots import Compact, Dense, Lifted, Storage, Structured
 from pjax.trace import REGISTRATIONS, Atom, Equation, Program, canonical, widened
 
@@ -229,6 +230,67 @@ class Affine(Rule):
             summed = math.prod(value.shape[axis] for axis in term.axes)
             largest = c**2 if np.ndim(c) == 0 else jnp.max(jnp.square(c))
             found.append(slope**2 * largest * summed)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class ScatterAdd(Rule):
+    """`y = x + Σ u`, with each entry of the updates `u` added to the entry of `y` that a known
+    index names.
+
+    Each entry of an operand is read by one entry of `y` at most, so of `y = A (x, u)` the matrix
+    `A Aᵀ` is diagonal: with `D = A (1/ρ)` and `e = W (z − A s)/(1 + W D)` the nearest point of `s`
+    is `s + Aᵀe/ρ`.
+
+    **Attributes:**
+
+    - `moves`: whether `x` and `u` are slots; what is data does not deviate.
+    - `shapes`: of both.
+    - `key`, `params`: the primitive's parameters; first in a hashable form.
+    """
+
+    exactness: ClassVar[Exactness] = "exact"
+
+    moves: tuple[bool, bool]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    key: Any
+    params: Mapping[str, Any] = field(compare=False)
+    name: str = "scatter-add"
+
+    def _sum(self, indices: Array, slots: Sequence[Any], dtype: Any) -> Array:
+        """`A s`; a number stands for an array of it."""
+        given = iter(slots)
+        x, updates = (
+            jnp.broadcast_to(jnp.asarray(next(given) if moves else 0, dtype), shape)
+            for moves, shape in zip(self.moves, self.shapes, strict=True)
+        )
+        return scatter_add(x, indices, updates, self.params)
+
+    def project(self, reference, states, weights, target, target_weight):
+        (indices,), dtype = reference.knowns, target.dtype
+
+        def apply(*slots: Any) -> Array:
+            return self._sum(indices, slots, dtype)
+
+        value = apply(*states)
+        gain = apply(*(1 / jnp.asarray(weight, dtype) for weight in weights))
+        target_weight = jnp.asarray(target_weight, dtype)
+        force = target_weight * (target - value) / (1 + target_weight * gain)
+        structs = [jax.ShapeDtypeStruct(state.shape, dtype) for state in states]
+        pulled = jax.linear_transpose(apply, *structs)(force)
+        moved = tuple(
+            state + pull / jnp.asarray(weight, dtype)
+            for state, pull, weight in zip(states, pulled, weights, strict=True)
+        )
+        return moved, value + gain * force
+
+    def gains(self, reference, wanted, vectors):
+        (indices,), count = reference.knowns, len(wanted)
+        found: list[Any] = [0.0] * count
+        for place in range(count):
+            if wanted[place]:
+                ones = [float(i == place) for i in range(count)]
+                found[place] = jnp.max(self._sum(indices, ones, reference.output.dtype))
         return tuple(found)
 
 
@@ -624,6 +686,17 @@ def _reduce_max(program: Program, equation: Equation) -> NodeSpec:
     sign = 1 if equation.primitive is P.reduce_max_p else -1
     rule = Extremum(tuple(map(int, equation.params["axes"])), sign, equation.name)
     return NodeSpec(rule, equation.inputs)
+
+
+@_builder(P.scatter_add_p)
+def _scatter_add(program: Program, equation: Equation) -> NodeSpec:
+    x, indices, updates = equation.inputs
+    moves = program.is_variable(x), program.is_variable(updates)
+    shapes = program.shape(x), program.shape(updates)
+    params = dict(equation.params)
+    rule = ScatterAdd(moves, shapes, canonical(params), params)
+    slots = tuple(a for a, moving in zip((x, updates), moves, strict=True) if moving)
+    return NodeSpec(rule, slots, (indices,))
 
 
 @_builder(P.round_p)

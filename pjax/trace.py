@@ -24,7 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax import _compat, control_flow, derivatives, rewrites, windows
+from pjax import (
+    _compat,
+    complex_values,
+    control_flow,
+    derivatives,
+    operations,
+    rewrites,
+    scatters,
+    windows,
+)
 from pjax._compat import P
 
 
@@ -256,7 +265,7 @@ _INTEGER_ARITHMETIC = _UNIFORM_WIRING | _compat.find_primitives(
     "concatenate", "stack", "reduce_sum", "reduce_max", "reduce_min", "dot_general",
 )  # fmt: skip
 #: What does not follow its operands in a solve.
-_RESTING = control_flow.INDICES | _compat.find_primitives("stop_gradient")
+_RESTING = control_flow.INDICES | _compat.find_primitives("stop_gradient", "floor", "ceil")
 
 
 class Flattener:
@@ -270,6 +279,8 @@ class Flattener:
         self.constants: dict[int, Any] = {}
         self.integer_leaves: dict[int, str] = {}
         self.definitions: dict[int, Equation] = {}
+        #: Of complex variables the real and the imaginary part.
+        self._parts: dict[int, Any] = {}
         # By identity: the equation is kept, so that no other one takes its place.
         self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -460,6 +471,48 @@ class Flattener:
         captured = self.capture(closed.jaxpr, closed.consts)
         return self.inline_body(closed.jaxpr, captured, inputs, source)
 
+    def add_operation(
+        self,
+        operation: Any,
+        inputs: Sequence[Atom],
+        shape: Sequence[int],
+        dtype: Any,
+        source: str,
+    ) -> int:
+        """The output of something that stands where a primitive with one output does."""
+        number = self._number(_compat.ShapedArray(tuple(shape), np.dtype(dtype)))
+        self._add(Equation(operation, tuple(inputs), (number,), {}, source))
+        return number
+
+    def aval(self, atom: Atom) -> Any:
+        """The shape and the type of an operand."""
+        return atom if isinstance(atom, Scalar) else self.avals[atom]
+
+    def zeros(self, aval: Any, source: str) -> Atom:
+        """An array of zeros, of the type of the parts of complex numbers."""
+        shape, dtype = aval.shape, complex_values.real_type(aval.dtype)
+        return self.add_function(lambda: [jnp.zeros(shape, dtype)], [], source)[0]
+
+    def parts(self, atom: Atom, source: str) -> tuple[Atom | None, Atom | None]:
+        """The real and the imaginary part of a complex operand; None for one that is 0."""
+        if isinstance(atom, Scalar):
+            dtype = complex_values.real_type(atom.dtype)
+            both = np.real(atom.value), np.imag(atom.value)
+            return tuple(Scalar(x.item(), dtype) if x else None for x in map(np.asarray, both))  # pyright: ignore
+        if atom not in self._parts:
+            both = self.add_function(lambda z: [jnp.real(z), jnp.imag(z)], (atom,), source)
+            self._parts[atom] = tuple(both)
+        return self._parts[atom]
+
+    def define_parts(self, parts: Sequence[Atom | None], aval: Any, source: str) -> int:
+        """A complex variable with these parts; only an auxiliary output reads it as it is."""
+        full = [self.zeros(aval, source) if part is None else part for part in parts]
+        number = self._number(aval)
+        self._add(Equation(P.complex_p, tuple(full), (number,), {}, source))
+        if self.is_variable(number):
+            self._parts[number] = tuple(parts)
+        return number
+
     def _source(self, eqn: Any, caller: str) -> str:
         # A body of a loop is met once per step, and tracebacks are slow to read.
         key = (id(eqn), caller)
@@ -480,10 +533,8 @@ class Flattener:
                 results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
             else:
                 results = control_flow.expand(self, eqn, inputs, source)
-            if results is None:
-                results = self._expand_windows(eqn, inputs, source)
             if results is None and any(map(self.is_variable, inputs)):
-                results = rewrites.expand(self, eqn, inputs, source)
+                results = self._expand(eqn, inputs, source)
             if results is not None:
                 for var, out in zip(eqn.outvars, results, strict=True):
                     if not isinstance(var, _compat.DropVar):
@@ -498,12 +549,20 @@ class Flattener:
             outputs = tuple(self._new(env, var) for var in eqn.outvars)
             self._add(Equation(eqn.primitive, inputs, outputs, eqn.params, source))
 
-    def _expand_windows(self, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
-        """The output of a reduction over windows by other operations; None if `eqn` is none."""
-        if REGISTRATIONS[eqn.primitive] or not any(map(self.is_variable, inputs)):
-            return None
-        function = windows.find(eqn.primitive, eqn.params)
-        return None if function is None else self.add_function(function, inputs, source)
+    def _expand(self, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
+        """The outputs of an equation of parameters by operations that have rules, or None."""
+        results = complex_values.expand(self, eqn, inputs, source)
+        if results is not None:
+            return results
+        if not REGISTRATIONS[eqn.primitive]:
+            function = windows.find(eqn.primitive, eqn.params)
+            if function is not None:
+                return self.add_function(function, inputs, source)
+            for module in (scatters, operations):
+                results = module.expand(self, eqn, inputs, source)
+                if results is not None:
+                    return results
+        return rewrites.expand(self, eqn, inputs, source)
 
     def is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable
@@ -513,7 +572,8 @@ class Flattener:
         self.definitions.update(dict.fromkeys(equation.outputs, equation))
         # What a `stop_gradient` returns rests during a solve, like any other data; so does the
         # index of a choice.
-        if equation.primitive not in _RESTING and any(map(self.is_variable, equation.inputs)):
+        rests = equation.primitive in _RESTING and not REGISTRATIONS[equation.primitive]
+        if not rests and any(map(self.is_variable, equation.inputs)):
             self.variable.update(equation.outputs)
             return
         self._propagate_uniform(equation)

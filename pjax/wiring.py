@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from pjax import _compat
 from pjax._compat import P
+from pjax.scatters import is_overwriting
 from pjax.trace import Atom, Equation, Program, Scalar, read
 
 #: Wiring primitives, and which of their operands are structure (indices, predicates), not data.
@@ -50,7 +51,10 @@ def is_wiring(program: Program, equation: Equation) -> bool:
     if structure is None or structure_depends_on_parameters(program, equation):
         return False
     # Where one entry is written twice, which of the two stays is not determined.
-    return equation.primitive is not P.scatter_p or equation.params["unique_indices"]
+    params = equation.params
+    return equation.primitive is not P.scatter_p or (
+        params["unique_indices"] and is_overwriting(params)
+    )
 
 
 def data_operands(equation: Equation) -> list[Atom]:

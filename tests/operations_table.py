@@ -17,6 +17,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import public_operations
 from catalogue import Case
 
 import pjax
@@ -33,7 +34,7 @@ SPLITTINGS = ("layer", "neuron")
 REWRITTEN = {
     "scan": "unrolled",
     "while": "unrolled",
-    "cond": "the branch that the program fixes",
+    "cond": "the branch that the program fixes, or a choice between all",
     "clamp": "`max` and `min`",
     "psum": "`reduce_sum`",
     "reduce_window_sum": "windows by wiring, `reduce_sum`",
@@ -43,6 +44,48 @@ REWRITTEN = {
     "cumsum": "a product with a triangle of ones",
     "sort": "wiring in the order of the forward pass",
     "top_k": "wiring in the order of the forward pass",
+}
+
+
+#: What handles the operations of each group in `public_operations`.
+OTHERS = {
+    "scatters": (
+        "Sums over segments, and `x.at[i]`",
+        "Indices are constants or data. A sum is one exact constraint (`ScatterAdd`); what is "
+        "written over others is wiring; a maximum is the mean of all that are as large, and "
+        "which ones these are rests. A product over a segment has a rule where its factors "
+        "are data or `unique_indices=True`.",
+    ),
+    "math": (
+        "Powers, running products, special functions",
+        "Each one function of its operands, linearised numerically (`ScalarFunction`, "
+        "`ArrayFunction`); a running sum is a product with a triangle of ones. `floor` and "
+        "`ceil` rest, so that `x - floor(x)` moves as `x` does.",
+    ),
+    "masks": (
+        "Masks made of activations",
+        "A comparison is part of the piecewise linear function of a value (`relu` as `x * (x "
+        "> 0)`), a threshold that training moves values over (a spike, in whatever type), or "
+        "else it rests, like any condition, count or index, as it does for the gradient. A "
+        "parameter that nothing else reads is named in a warning.",
+    ),
+    "linear": (
+        "Linear algebra",
+        "Decompositions and solutions are functions of whole matrices, linearised "
+        "numerically, each of a batch by itself. What is no number of them (a permutation) "
+        "rests.",
+    ),
+    "complex": (
+        "Complex values between real parameters and a real loss",
+        "Pairs of real numbers: sums and wiring by parts, products as sums of real products, "
+        "other functions (a Fourier transform, `exp`, `abs`) as one function of both parts.",
+    ),
+    "flow": (
+        "Control flow",
+        "Of a `cond` or `switch` whose predicate is data or depends on parameters all "
+        "branches are computed, and it chooses; a `while_loop` is unrolled where the program "
+        "fixes its length.",
+    ),
 }
 
 
@@ -229,6 +272,7 @@ def page() -> str:
     rules = {rule for case in catalogue.CASES for rule in find(case).rules}
     for rule in sorted({(type(r).__name__, r.exactness, _summary(r)) for r in rules}):
         lines.append(f"| {' | '.join(rule)} |")
+    lines += _others()
     for library, title in ((catalogue.FLAX, "Flax NNX"), (catalogue.EQUINOX, "Equinox")):
         tried: dict[str, list[str]] = {}
         for case in catalogue.CASES:
@@ -257,6 +301,36 @@ def page() -> str:
         )
         lines += ["", f"Without a forward pass of numbers that parameters reach: {rest}."]
     return "\n".join(lines) + "\n"
+
+
+def _others() -> list[str]:
+    """What handles operations that no layer of these libraries needs."""
+    lines = [
+        "",
+        "## Other operations",
+        "",
+        "Each way of use is tried between a layer and a loss by `tests/test_operations.py`: in the",
+        "stiff limit its displacement is the gradient, and pure projection lowers the loss.",
+    ]
+    for group, (title, text) in OTHERS.items():
+        tried = ", ".join(public_operations.GROUPS[group])
+        lines += ["", f"### {title}", "", text, "", f"Tried: {tried}."]
+    lines += [
+        "",
+        "### Losses",
+        "",
+        f"Tried: {', '.join(public_operations.LOSSES)}.",
+        "",
+        "### What is refused",
+        "",
+    ]
+    lines += [
+        "An operation without a rule is an error that names it and its line; `pjax.register_projection`",
+        'gives it one, and `fallback="gauss-newton"` linearises it. Refused in any case: loops whose',
+        "length data decide, `x.at[i].apply(f)`, products over segments of values that move, and",
+        "operations with complex results that are not listed above, such as `jnp.linalg.eig`.",
+    ]
+    return lines
 
 
 if __name__ == "__main__":

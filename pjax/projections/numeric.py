@@ -33,6 +33,7 @@ def difference(
     value: Array,
     move: Sequence[Array],
     exponent: Any = 0,
+    noise: float = 0.0,
 ) -> Array:
     """`φ(x + δ) − φ(x)`, also where `δ` is far below the rounding of `x`.
 
@@ -45,6 +46,7 @@ def difference(
     - `function`: `φ`, of several arrays.
     - `at`, `value`: `x`, and `φ(x)`.
     - `move`: `δ`, in a unit of `2**−exponent`, like the result.
+    - `noise`: of numbers of this size has `φ` the rounding, where its value is smaller.
     """
     real = [scaling.from_unit(m, exponent) for m in move]
     direct = function(*(x + m for x, m in zip(at, real, strict=True))) - value
@@ -54,7 +56,8 @@ def difference(
         _, slope = jax.jvp(function, points, tuple(move))
         integral = integral + 0.5 * slope
     small = scaling.from_unit(integral, exponent)
-    rounding = 16 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value + direct))
+    size = jnp.abs(value) + jnp.abs(value + direct) + noise
+    rounding = 16 * jnp.finfo(value.dtype).eps * size
     agree = jnp.abs(small - direct) <= rounding
     return jnp.where(agree & jnp.isfinite(integral), integral, scaling.to_unit(direct, exponent))
 

@@ -268,7 +268,8 @@ def diagonal(problem: Problem, unit: Unit, found: Read, forces: Mapping[int, Arr
             continue
         shape = jnp.shape(problem.values[head.target])
         rows = math.prod(shape[:-1])
-        asked = found.reading.asked[first : first + rows].reshape(*shape[:-1], *shape[-1:] and (1,))
+        asked = found.reading.asked[first : first + rows]
+        asked = asked.reshape((*shape[:-1], 1) if shape else ())
         first += rows
         dtype = problem.graph.program.deviation_dtype(head.target)
         (part,) = head.pull(jnp.broadcast_to(asked, shape).astype(dtype), problem.values)
