@@ -19,6 +19,7 @@ from pjax import _compat, fusion
 from pjax._compat import P
 from pjax.colouring import two_colour
 from pjax.cones import SMOOTH, Cones, Piece, single
+from pjax.derivatives import CustomRule, CustomRuleWarning
 from pjax.fusion import Cone, SumTerm
 from pjax.layer import Addend, LayerSum, Product
 from pjax.loss_terms import LossTerm, RowLoss, find_losses
@@ -39,7 +40,7 @@ from pjax.rules import (
     find_builder,
 )
 from pjax.thresholds import as_threshold
-from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError
+from pjax.trace import REGISTRATIONS, Atom, Equation, Leaf, Program, Scalar, TraceError
 from pjax.wiring import (
     Route,
     broadcast_step,
@@ -96,6 +97,7 @@ class Node:
     - `inner`: `(u, offset)` for a piecewise linear node `y = f(u − offset)`: the reference of `f`.
     - `colour`: `"A"` or `"B"`; A holds the (first) loss.
     - `source`: the user's source line.
+    - `fallback`: whether its operation has no rule, and `fallback="gauss-newton"` gave it one.
     """
 
     index: int
@@ -108,6 +110,7 @@ class Node:
     inner: tuple[int, Atom | None] | None = None
     colour: Literal["A", "B"] = "A"
     source: str = ""
+    fallback: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +204,32 @@ def build_graph(
     return _Builder(program, splitting, fallback).build()
 
 
-def warn_unused(graph: Graph) -> None:
-    """Warns of each parameter that the function does not read at all (one at rest is meant to)."""
+def warn(graph: Graph) -> None:
+    """Warns of what may not be meant: each parameter that the function does not read at all (one at
+    rest is), and each derivative rule of the user's that forces follow.
+    """
+    level = _levels_to_caller()
+    for leaf in unused(graph):
+        warnings.warn(
+            f"`params{leaf.path}` {leaf.shape} is not used by the loss; it stays as it is.",
+            UnusedParameterWarning,
+            stacklevel=level,
+        )
+    for rule in graph.program.custom_rules:
+        warnings.warn(honoured(rule), CustomRuleWarning, stacklevel=level)
+
+
+def honoured(rule: CustomRule) -> str:
+    """What there is to say of a derivative rule that forces follow."""
+    return (
+        f"The derivative rule of `{rule.name}` ({rule.source}) is not the derivative of its "
+        "function: forces follow the rule, as gradients do. "
+        f"`inspect.unwrap({rule.name})` is the function without its rule."
+    )
+
+
+def unused(graph: Graph) -> list[Leaf]:
+    """The parameters that could move and that the function does not read at all."""
     used = {atom for equation in graph.program.equations for atom in equation.inputs}
     used |= {
         graph.nodes[p].output
@@ -210,13 +237,8 @@ def warn_unused(graph: Graph) -> None:
         for p in slot.producers
         if graph.nodes[p].kind == "parameter"
     }
-    for number, leaf in enumerate(graph.program.leaves):
-        if leaf.trainable and number not in used:
-            warnings.warn(
-                f"`params{leaf.path}` {leaf.shape} is not used by the loss; it stays as it is.",
-                UnusedParameterWarning,
-                stacklevel=_levels_to_caller(),
-            )
+    leaves = enumerate(graph.program.leaves)
+    return [leaf for number, leaf in leaves if leaf.trainable and number not in used]
 
 
 def _levels_to_caller() -> int:
@@ -284,6 +306,7 @@ class _Unit:
     spec: NodeSpec
     inner: tuple[int, Atom | None] | None
     source: str
+    fallback: bool = False
 
 
 class _Builder:
@@ -524,7 +547,8 @@ class _Builder:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
             if self.fallback is not None and self._is_differentiable(equation, var):
-                return self._function_unit(single(self.program, equation, var), equation)
+                unit = self._function_unit(single(self.program, equation, var), equation)
+                return replace(unit, fallback=True)
             raise TraceError(_no_rule(self.program, equation))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
@@ -640,6 +664,7 @@ class _Builder:
             output=output,
             inner=unit.inner,
             source=unit.source,
+            fallback=unit.fallback,
         )
 
 

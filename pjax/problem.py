@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from pjax import _compat
-from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
+from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn
 from pjax.layer import LayerSum
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
@@ -102,7 +102,9 @@ def layout(
     key = (program.key, metric, fanout, splitting, grouping, reflecting, fallback)
     found = _LAYOUTS.get(key)
     if found is None:
-        found = _make_layout(program, metric, fanout, splitting, grouping, reflecting, fallback)
+        found = make_layout(program, metric, fanout, splitting, grouping, reflecting, fallback)
+        warn(found.graph)
+        _warn_large(found)
         _LAYOUTS[key] = found
         if len(_LAYOUTS) > _MAX_LAYOUTS:
             _LAYOUTS.popitem(last=False)
@@ -110,7 +112,7 @@ def layout(
     return found
 
 
-def _make_layout(
+def make_layout(
     program: Program,
     metric: Metric,
     fanout: Fanout,
@@ -119,8 +121,8 @@ def _make_layout(
     reflecting: bool,
     fallback: Fallback | None,
 ) -> Layout:
+    """A new layout, without warnings."""
     graph = build_graph(program, splitting, fallback)
-    warn_unused(graph)
     for slot in graph.slots:
         if 0 in slot.shape:
             node = graph.nodes[slot.node]
@@ -145,7 +147,7 @@ def _make_layout(
             for index, form, several in zip(node.slots, forms, shared, strict=True):
                 apart = several and isinstance(form, Dense) and _is_join(graph.slots[index])
                 storages[index] = Joined(graph.slots[index].route) if apart else form
-    found = Layout(
+    return Layout(
         graph=graph,
         groups=tuple(tuple(group) for group in groups),
         storages=tuple(storages),
@@ -158,8 +160,6 @@ def _make_layout(
         grouping=grouping,
         reflecting=reflecting,
     )
-    _warn_large(found)
-    return found
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
@@ -211,7 +211,7 @@ def _warn_large(layout: Layout) -> None:
             f"`{node.name}` ({node.source}). AlternatingProjections and CyclicProjections store "
             "none; a smaller batch stores fewer.",
             LargeStateWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -104,6 +104,8 @@ class Program:
     variable: frozenset[int]
     uniform: Mapping[int, Any]
     key: Any
+    #: Functions whose own derivative rule forces follow.
+    custom_rules: tuple[derivatives.CustomRule, ...] = ()
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
         return atom.shape if isinstance(atom, Scalar) else tuple(self.avals[atom].shape)
@@ -270,6 +272,8 @@ class Flattener:
         self.constants: dict[int, Any] = {}
         self.integer_leaves: dict[int, str] = {}
         self.definitions: dict[int, Equation] = {}
+        #: The derivative rules that forces follow; a dictionary for its order.
+        self.honoured: dict[derivatives.CustomRule, None] = {}
         # By identity: the equation is kept, so that no other one takes its place.
         self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -402,6 +406,7 @@ class Flattener:
             variable=frozenset(number[old] for old in self.variable if old in number),
             uniform={number[old]: v for old, v in self.uniform.items() if old in number},
             key=key,
+            custom_rules=tuple(self.honoured),
         )
         return program, [self.constants[old] for old in captured]
 
