@@ -74,7 +74,7 @@ def expand(
         raise TraceError(
             f"The backward rule of `{_name(eqn)}` ({source}) is not linear in the cotangents (or "
             "has no transpose), as that of a clipped gradient: forces cannot follow it. Clip the "
-            f"displacements, or call `{_name(eqn)}.__wrapped__`, the function without its rule."
+            f"displacements, or call `inspect.unwrap({_name(eqn)})`, the function without its rule."
         ) from error
 
 
