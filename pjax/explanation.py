@@ -29,7 +29,7 @@ from pjax.problem import Layout, default_metric, make_layout, sizes
 from pjax.projections.bilinear import Bilinear
 from pjax.rules import Exactness
 from pjax.thresholds import latent_nodes
-from pjax.trace import Program, live, run, trace
+from pjax.trace import Program, live, require_function, run, trace
 from pjax.training import readers
 from pjax.training.readers import find_units
 
@@ -242,6 +242,7 @@ def explain(
     **Raises:** [`pjax.TraceError`][] if `fn` does not end in a loss, or has an operation that no
     numeric projection can stand for.
     """
+    require_function(fn, "fn")
     # NumPy arrays become arrays first, so that they are known again among the captured ones.
     args, kwargs = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) and x.ndim else x, (args, kwargs)

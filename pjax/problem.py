@@ -31,7 +31,7 @@ from pjax.projections.gains import PowerIteration, largest
 from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import feeds_thresholds, latent_nodes
-from pjax.trace import Program, TraceError, read, trace, widened
+from pjax.trace import Program, TraceError, read, require_function, trace, widened
 from pjax.wiring import pull_together
 
 Fanout = Literal["exact", "paper"]
@@ -215,6 +215,13 @@ def _warn_large(layout: Layout) -> None:
         )
 
 
+#: What there is to say where the power iterations of another problem were handed on.
+OTHER_STATE = (
+    "`state` belongs to another function, or to parameters or a batch of other shapes. Make one by "
+    "`init` with these."
+)
+
+
 class NodeSize(NamedTuple):
     """Edge variables of one node's slots: as the paper counts them, and as they are stored.
 
@@ -306,6 +313,8 @@ class Problem:
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
         self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
+        if len(self.vectors) != len(self.graph.slots):
+            raise ValueError(OTHER_STATE)
         weighing = layout.metric.weigh(self)
         #: The weight of each slot; of one that stands for copies, of each copy.
         self.weights = weighing.weights
@@ -477,6 +486,10 @@ class Problem:
                 if wanted[slot]:
                     found[slot] = bound
         unfinished = [i for i, bound in enumerate(found) if isinstance(bound, PowerIteration)]
+        for i in unfinished:
+            start = found[i].start
+            if start is not None and jnp.shape(start) != found[i].shape:
+                raise ValueError(OTHER_STATE)
         results = largest([found[i] for i in unfinished], iterations)
         for slot, (bound, vector) in zip(unfinished, results, strict=True):
             found[slot], vectors[slot] = bound, vector
@@ -1117,6 +1130,7 @@ def feasibility_problem(
     **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph, naming the operation and its
     source line.
     """
+    require_function(fn, "fn")
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(
         program,

@@ -26,6 +26,7 @@ import numpy as np
 
 from pjax import _compat, control_flow, derivatives, rewrites, windows
 from pjax._compat import P
+from pjax.parameters import leaves_of
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,17 @@ class TraceError(ValueError):
     """The function cannot become a graph of constraints; the message says why and what to do."""
 
 
+def require_function(fn: Any, name: str) -> None:
+    """Raises `TypeError` if what should be the loss is none, as the argument `name` of a call."""
+    if not callable(fn):
+        raise TypeError(
+            f"`{name}` must be the loss as a function, and got {_describe(fn)}: pass the function "
+            "itself, `loss_fn`, not what it returns, `loss_fn(params)`, or its gradient."
+        )
+
+
 def trace(
-    fn: Callable[[Any], Any], params: Any, has_aux: bool = False
+    fn: Callable[[Any], Any], params: Any, has_aux: bool = False, scalar: bool = False
 ) -> tuple[Program, list[Any], list[Any], Any]:
     """Traces `fn(params)` into a flat program.
 
@@ -157,8 +167,10 @@ def trace(
 
     - `fn`: a JAX function of the parameters; what it closes over is data.
     - `has_aux`: `fn` returns `(loss, aux)`, with any pytree of arrays as `aux`.
+    - `scalar`: `fn` must return one number, as for `jax.grad`; without it an array will do, whose
+      sum is the loss.
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
-      leaves are known values, and stay as they are.
+      leaves are known values, and stay as they are. See `pjax.parameters`.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
@@ -167,9 +179,8 @@ def trace(
     **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
     needs, or is an integer that the function uses as a number.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
+    apart = leaves_of(params)
+    paths, leaves = apart.paths, apart.arrays
     for path, leaf in zip(paths, leaves, strict=True):
         if not _is_array_like(leaf):
             raise TypeError(
@@ -185,7 +196,7 @@ def trace(
     num_outputs: list[int] = []
 
     def flat(*flat_leaves: Any) -> Any:
-        out = fn(jax.tree_util.tree_unflatten(treedef, flat_leaves))
+        out = fn(apart.tree(flat_leaves))
         if has_aux:
             if not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError(
@@ -195,10 +206,14 @@ def trace(
             out, aux = out
             aux_leaves, structure = jax.tree_util.tree_flatten(aux)
             out_leaves = jax.tree_util.tree_leaves(out)
+            if scalar:
+                _require_scalar(out, out_leaves)
             num_outputs.append(len(out_leaves))
             tree_out.append(structure)
             return [*out_leaves, *aux_leaves]
         out_leaves, structure = jax.tree_util.tree_flatten(out)
+        if scalar:
+            _require_scalar(out, out_leaves)
         num_outputs.append(len(out_leaves))
         tree_out.append(structure)
         return out_leaves
@@ -208,9 +223,25 @@ def trace(
     return program, leaves, consts, tree_out[0]
 
 
+def _require_scalar(out: Any, leaves: Sequence[Any]) -> None:
+    if len(leaves) == 1 and jnp.shape(leaves[0]) == ():
+        return
+    what_to_do = (
+        "Take the mean or the sum of the losses of its rows; of logits take a loss first, such as "
+        "`optax.softmax_cross_entropy`."
+    )
+    if len(leaves) != 1:
+        what_to_do = "With a pair `(loss, aux)` give `has_aux=True`."
+    raise TypeError(
+        f"The loss must be one number, and the function returned {_describe(out)}. {what_to_do}"
+    )
+
+
 def _describe(out: Any) -> str:
     if isinstance(out, tuple):
         return f"a tuple of {len(out)}"
+    if hasattr(out, "shape") and hasattr(out, "dtype"):
+        return f"an array of shape {tuple(out.shape)}"
     return f"{'an' if type(out).__name__[0] in 'AEIOUaeiou' else 'a'} {type(out).__name__}"
 
 
