@@ -4,8 +4,11 @@ from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
 from pjax import solvers as solvers
+from pjax.derivatives import CustomRuleWarning as CustomRuleWarning
 from pjax.displacements import displacement as displacement
 from pjax.displacements import value_and_displacement as value_and_displacement
+from pjax.explanation import Explanation as Explanation
+from pjax.explanation import explain as explain
 from pjax.graph import Graph as Graph
 from pjax.graph import UnusedParameterWarning as UnusedParameterWarning
 from pjax.numpy import add as add

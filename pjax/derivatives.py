@@ -7,13 +7,13 @@ becomes its value in the forward pass plus what the rule makes of a move,
 
     y = f(x₀) + D(x₀) (x − x₀),  x₀ = stop_gradient(x),
 
-which is linear in what moves.
+which is linear in what moves. Integer results are those of the forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,23 @@ _COMPARED: dict[Any, bool] = {}
 _MAX_COMPARED = 256
 
 
+class CustomRule(NamedTuple):
+    """A function whose own derivative rule forces follow in place of the function.
+
+    **Attributes:**
+
+    - `name`: of the function.
+    - `source`: the user's line that calls it.
+    """
+
+    name: str
+    source: str
+
+
+class CustomRuleWarning(UserWarning):
+    """Forces follow a derivative rule of the user's that is not the derivative of its function."""
+
+
 def expand(
     flattener: Flattener, eqn: Any, inputs: Sequence[Atom], source: str
 ) -> list[Atom] | None:
@@ -44,20 +61,23 @@ def expand(
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     # What the function closes over is an operand too, which its rule knows nothing of.
     moving = [flattener.is_variable(a) and _is_real(s) for a, s in zip(inputs, shapes, strict=True)]
-    complex_numbers = any(jnp.issubdtype(s.dtype, jnp.complexfloating) for s in shapes)
-    if complex_numbers or any(not _is_real(s) for s in eqn.outvars):
+    types = [aval.dtype for aval in (*avals, *(var.aval for var in eqn.outvars))]
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in types):
         return None
-    if _is_derivative(eqn, moving, shapes):
+    # Of integer results nothing is asked; a function of integers alone has no effect on forces.
+    if not any(map(_is_real, eqn.outvars)) or _is_derivative(eqn, moving, shapes):
         return None
     try:
-        return flattener.add_function(_tangent(eqn, moving), inputs, source)
+        results = flattener.add_function(_tangent(eqn, moving), inputs, source)
+        flattener.honoured[CustomRule(_name(eqn), source)] = None
+        return results
     except Exception as error:
         from pjax.trace import TraceError
 
         raise TraceError(
             f"The backward rule of `{_name(eqn)}` ({source}) is not linear in the cotangents (or "
             "has no transpose), as that of a clipped gradient: forces cannot follow it. Clip the "
-            f"displacements, or call `{_name(eqn)}.__wrapped__`, the function without its rule."
+            f"displacements, or call `inspect.unwrap({_name(eqn)})`, the function without its rule."
         ) from error
 
 
@@ -87,12 +107,25 @@ def _tangent(eqn: Any, moving: Sequence[bool]) -> Any:
         moves = [x - r for x, r, m in zip(args, rest, moving, strict=True) if m]
         if eqn.primitive in _compat.CUSTOM_JVP:
             out, moved = jax.jvp(function, floats, moves)
+            moved = [m for o, m in zip(out, moved, strict=True) if _is_real(o)]
         else:
             out, back = jax.vjp(function, *floats)
-            moved = jax.linear_transpose(lambda *g: back(list(g)), *out)(tuple(moves))
-        return [o + m for o, m in zip(out, moved, strict=True)]
+            real = [o for o in out if _is_real(o)]
+            back_real = lambda *g: back(_cotangents(out, g))  # noqa: E731
+            moved = jax.linear_transpose(back_real, *real)(tuple(moves))
+        found = iter(moved)
+        return [o + next(found) if _is_real(o) else o for o in out]
 
     return linear
+
+
+def _cotangents(out: Sequence[Any], real: Sequence[Any]) -> list[Any]:
+    """Cotangents of all results, from those of the real ones."""
+    given = iter(real)
+    return [
+        next(given) if _is_real(o) else np.zeros(o.shape, jax.dtypes.float0)  # pyright: ignore
+        for o in out
+    ]
 
 
 def _is_derivative(eqn: Any, moving: Sequence[bool], shapes: Sequence[Any]) -> bool:
@@ -104,10 +137,11 @@ def _is_derivative(eqn: Any, moving: Sequence[bool], shapes: Sequence[Any]) -> b
             function, floats = _of_moving(moving, points, bind)
             if eqn.primitive in _compat.CUSTOM_JVP:
                 ways_in = [w for w, m in zip(ways, moving, strict=True) if m]
-                return jax.jvp(function, floats, ways_in)[1]
+                moved = jax.jvp(function, floats, ways_in)[1]
+                return [m for m, o in zip(moved, eqn.outvars, strict=True) if _is_real(o)]
             out, back = jax.vjp(function, *floats)
-            cotangents = [jnp.resize(ways[0], o.shape).astype(o.dtype) for o in out]
-            return back(cotangents)
+            real = [jnp.resize(ways[0], o.shape).astype(o.dtype) for o in out if _is_real(o)]
+            return back(_cotangents(out, real))
 
         return by(lambda *xs: _compat.bind(eqn, xs)), by(_compat.as_function(body, consts))
 
@@ -149,4 +183,4 @@ def _agree(compare: Any, shapes: Sequence[Any]) -> bool:
     return True
 
 
-__all__ = ["expand"]
+__all__ = ["CustomRule", "CustomRuleWarning", "expand"]

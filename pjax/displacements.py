@@ -20,11 +20,12 @@ from jaxtyping import Array
 
 from pjax.graph import Fallback, Splitting
 from pjax.metrics import Metric
+from pjax.parameters import leaves_of
 from pjax.problem import Fanout, Layout, Problem, default_metric
 from pjax.rolling import rolled
 from pjax.solvers import CyclicProjections, Solver
 from pjax.solvers.base import first_vectors, layout_for
-from pjax.trace import read, trace
+from pjax.trace import Program, read, require_function, trace
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,27 +94,40 @@ class ValueAndDisplacement:
     has_aux: bool
     argnums: int | tuple[int, ...]
     fallback: Fallback | None = None
+    allow_int: bool = True
 
-    def __call__(self, *args: Any) -> tuple[Any, Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(value, displacement)`, or `((value, aux), displacement)` with `has_aux`."""
-        found, _ = self._solve(args, None)
+        found, _ = self._solve(args, kwargs, None)
         return found
 
-    def init(self, *args: Any) -> DisplacementState:
+    def init(self, *args: Any, **kwargs: Any) -> DisplacementState:
         """A state for `update`, from arguments of the right shapes."""
+        params, fn = self._of_params(args, kwargs)
+        program, leaves, consts, _ = trace(fn, params, self.has_aux, scalar=True)
+        found = self._layout(program)
         return DisplacementState(
-            first_vectors(lambda given: self._solve(given, None)[1].vectors, args)
+            first_vectors(lambda *given: Problem(found, *given).vectors, leaves, consts)
         )
 
     def update(
-        self, state: DisplacementState, *args: Any
+        self, state: DisplacementState, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, Any], DisplacementState]:
-        """As a call, with the state that the batch before handed on; returns the next one too."""
-        return self._solve(args, state)
+        """As a call, with the state that the batch before handed on; returns the next one too.
 
-    def _solve(
-        self, args: tuple[Any, ...], state: DisplacementState | None
-    ) -> tuple[tuple[Any, Any], DisplacementState]:
+        **Raises:** `TypeError` for what is no state, `ValueError` for one of other shapes.
+        """
+        if not isinstance(state, DisplacementState):
+            raise TypeError(
+                "`update(state, params, *args)` takes the state of `init` first; it got a "
+                f"{type(state).__name__}."
+            )
+        return self._solve(args, kwargs, state)
+
+    def _of_params(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Callable[[Any], Any]]:
+        """The parameters among the arguments, and the function of these alone."""
         numbers = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         for number in numbers:
             if not -len(args) <= number < len(args):
@@ -128,19 +142,34 @@ class ValueAndDisplacement:
         def fn(params: Any) -> Any:
             given = (params,) if isinstance(self.argnums, int) else params
             replaced = dict(zip(numbers, given, strict=True))
-            return self.fn(*(replaced.get(place, arg) for place, arg in enumerate(args)))
+            return self.fn(*(replaced.get(place, arg) for place, arg in enumerate(args)), **kwargs)
 
-        program, leaves, consts, aux_tree = trace(fn, params, self.has_aux)
+        return params, fn
+
+    def _layout(self, program: Program) -> Layout:
+        return layout_for(
+            self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
+        )
+
+    def _solve(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: DisplacementState | None
+    ) -> tuple[tuple[Any, Any], DisplacementState]:
+        params, fn = self._of_params(args, kwargs)
+        program, leaves, consts, aux_tree = trace(fn, params, self.has_aux, scalar=True)
+        for leaf in program.leaves if not self.allow_int else ():
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"`params{leaf.path}` has the type {leaf.dtype}, which cannot move: give "
+                    "`allow_int=True`, or let the function have it in another argument."
+                )
         value, aux, moved, vectors = _displace(
-            layout_for(
-                self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
-            ),
+            self._layout(program),
             self.solver,
             leaves,
             consts,
             None if state is None else state.vectors,
         )
-        displacement = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
+        displacement = leaves_of(params).moves(moved)
         result = value
         if self.has_aux:
             result = value, jax.tree_util.tree_unflatten(aux_tree, aux)
@@ -156,6 +185,7 @@ def value_and_displacement(
     fanout: Fanout = "exact",
     has_aux: bool = False,
     argnums: int | Sequence[int] = 0,
+    allow_int: bool = True,
     fallback: Fallback | None = None,
 ) -> ValueAndDisplacement:
     """`(value, displacement)`, the drop-in for `jax.value_and_grad`: what a solver moves each
@@ -176,8 +206,14 @@ def value_and_displacement(
     - `metric`: from `pjax.metrics`; by default [`pjax.metrics.Spectral`][] for layers.
     - `fanout`: see [`pjax.feasibility_problem`][].
     - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
-    - `argnums`: which arguments are parameters: a number, or several. The others are data.
+    - `argnums`: which arguments are parameters: a number, or several. The others, and all that are
+        given by name, are data.
+    - `allow_int`: whether parameters may be integers; `jax.grad` has False for its default.
     - `fallback`: see [`pjax.feasibility_problem`][].
+
+    A whole Equinox module may be a parameter, or be inside of one: its floating-point arrays are
+    displaced, and everything else in it has None in their place, as
+    `equinox.filter_value_and_grad` has it.
 
     Integer parameters have displacements of `float0`, as with `jax.grad(…, allow_int=True)`. Optax
     does not take those: let `fn` have such leaves in an argument that `argnums` leaves out, or give
@@ -187,8 +223,9 @@ def value_and_displacement(
     **Returns:** a [`ValueAndDisplacement`][], called with the arguments of `fn`. Its `init` and
     `update` carry a state from batch to batch, which saves most of the power iteration.
 
-    **Raises:** when called, [`pjax.TraceError`][] if `fn` cannot become a graph, and `TypeError`
-    for parameters that are not arrays.
+    **Raises:** `TypeError` if `fn` is no function. When called, [`pjax.TraceError`][] if `fn`
+    cannot become a graph, and `TypeError` for parameters that are not arrays and for a loss that
+    is not one number.
 
     ```python
     step = pjax.value_and_displacement(loss_fn)
@@ -196,6 +233,7 @@ def value_and_displacement(
     updates, opt_state = tx.update(displacement, opt_state, params)
     ```
     """
+    require_function(fn, "fn")
     return ValueAndDisplacement(
         fn,
         CyclicProjections(steps=1) if solver is None else solver,
@@ -205,6 +243,7 @@ def value_and_displacement(
         has_aux,
         argnums if isinstance(argnums, int) else tuple(argnums),
         fallback,
+        allow_int,
     )
 
 
@@ -218,8 +257,8 @@ def displacement(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """
     both = value_and_displacement(fn, **options)
 
-    def displace(*args: Any) -> Any:
-        value, moved = both(*args)
+    def displace(*args: Any, **kwargs: Any) -> Any:
+        value, moved = both(*args, **kwargs)
         return (moved, value[1]) if both.has_aux else moved
 
     return displace

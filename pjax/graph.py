@@ -20,6 +20,7 @@ from pjax import _compat, fusion
 from pjax._compat import P
 from pjax.colouring import two_colour
 from pjax.cones import SMOOTH, Cones, Piece, single
+from pjax.derivatives import CustomRule, CustomRuleWarning
 from pjax.fusion import Cone, SumTerm
 from pjax.layer import Addend, LayerSum, Product
 from pjax.loss_terms import LossTerm, RowLoss, find_losses
@@ -41,7 +42,7 @@ from pjax.rules import (
     find_builder,
 )
 from pjax.thresholds import as_threshold
-from pjax.trace import REGISTRATIONS, Atom, Equation, Program, Scalar, TraceError
+from pjax.trace import REGISTRATIONS, Atom, Equation, Leaf, Program, Scalar, TraceError
 from pjax.wiring import (
     Route,
     broadcast_step,
@@ -97,6 +98,7 @@ class Node:
     - `inner`: `(u, offset)` for a piecewise linear node `y = f(u − offset)`: the reference of `f`.
     - `colour`: `"A"` or `"B"`; A holds the (first) loss.
     - `source`: the user's source line.
+    - `fallback`: whether its operation has no rule, and `fallback="gauss-newton"` gave it one.
     """
 
     index: int
@@ -109,6 +111,7 @@ class Node:
     inner: tuple[int, Atom | None] | None = None
     colour: Literal["A", "B"] = "A"
     source: str = ""
+    fallback: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,29 +232,48 @@ def _at_rest(program: Program, variables: Sequence[Atom]) -> Program:
     return replace(program, variable=frozenset(moving))
 
 
-def warn_unused(graph: Graph) -> None:
-    """Warns of each parameter that the function does not read at all (one at rest is meant to)."""
+def warn(graph: Graph) -> None:
+    """Warns of what may not be meant: each parameter that the function does not read at all (one at
+    rest is), and each derivative rule of the user's that forces follow.
+    """
+    level = _levels_to_caller()
+    for leaf, reason in unused(graph):
+        message = f"`params{leaf.path}` {leaf.shape} {reason}."
+        warnings.warn(message, UnusedParameterWarning, stacklevel=level)
+    for rule in graph.program.custom_rules:
+        warnings.warn(honoured(rule), CustomRuleWarning, stacklevel=level)
+
+
+def honoured(rule: CustomRule) -> str:
+    """What there is to say of a derivative rule that forces follow."""
+    return (
+        f"The derivative rule of `{rule.name}` ({rule.source}) is not the derivative of its "
+        "function: forces follow the rule, as gradients do. "
+        f"`inspect.unwrap({rule.name})` is the function without its rule."
+    )
+
+
+def unused(graph: Graph) -> list[tuple[Leaf, str]]:
+    """The parameters that could move and that nothing reads of which they would be moved, and what
+    there is to say of each.
+    """
     program = graph.program
     used = {atom for equation in program.equations for atom in equation.inputs}
     nodes = {node.output for node in graph.parameters}
+    found = []
     for number, leaf in enumerate(program.leaves):
         if not leaf.trainable or number in nodes:
             continue
         if number not in used:
-            reason = "is not used by the loss; it stays as it is"
+            found.append((leaf, "is not used by the loss; it stays as it is"))
         elif _decides(program, number):
             reason = (
                 "is read by conditions, indices and roundings alone, which rest: it stays as it "
                 "is, and its gradient is 0, too. `pjax.step` in the place of a comparison would "
                 "move it"
             )
-        else:
-            continue
-        warnings.warn(
-            f"`params{leaf.path}` {leaf.shape} {reason}.",
-            UnusedParameterWarning,
-            stacklevel=_levels_to_caller(),
-        )
+            found.append((leaf, reason))
+    return found
 
 
 def _decides(program: Program, leaf: int) -> bool:
@@ -334,6 +356,7 @@ class _Unit:
     spec: NodeSpec
     inner: tuple[int, Atom | None] | None
     source: str
+    fallback: bool = False
 
 
 class _Builder:
@@ -577,16 +600,17 @@ class _Builder:
     def _rule_unit(self, equation: Equation, var: int) -> _Unit:
         builder = find_builder(equation.primitive)
         if builder is None or len(equation.outputs) != 1:
-            allowed = self.fallback is not None or is_function(equation.primitive)
+            general = is_function(equation.primitive)
             moving = [a for a in equation.inputs if self.program.is_variable(a)]
             resting = [a for a in moving if not self._is_number(a)]
             if resting:
                 raise _Rests(resting)
+            allowed = general or self.fallback is not None
             if allowed and len(equation.outputs) == 1 and equation.name not in _LOOPS:
                 piece = single(self.program, equation, var)
                 _check_derivative(self.program, piece, equation)
-                return self._function_unit(piece, equation)
-            raise TraceError(_no_rule(equation, self.fallback))
+                return replace(self._function_unit(piece, equation), fallback=not general)
+            raise TraceError(_no_rule(equation, self.fallback is not None))
         spec = builder(self.program, equation)
         return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
 
@@ -696,6 +720,7 @@ class _Builder:
             output=output,
             inner=unit.inner,
             source=unit.source,
+            fallback=unit.fallback,
         )
 
 
@@ -728,7 +753,7 @@ def _check_derivative(program: Program, piece: Piece, equation: Equation) -> Non
         jax.eval_shape(derive, inputs, knowns)
     except Exception as error:
         raise TraceError(
-            f"{_no_rule(equation, 'gauss-newton')}\nIt has no derivative that could be used instead: "
+            f"{_no_rule(equation, True)}\nIt has no derivative that could be used instead: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -741,7 +766,7 @@ def _cone_name(piece: Piece) -> str:
     return "-".join(dict.fromkeys(names))
 
 
-def _no_rule(equation: Equation, fallback: Fallback | None) -> str:
+def _no_rule(equation: Equation, has_fallback: bool) -> str:
     name = equation.name
     where = f" at {equation.source}" if equation.source else ""
     message = f"There is no projection for the operation `{name}`{where}."
@@ -764,7 +789,7 @@ def _no_rule(equation: Equation, fallback: Fallback | None) -> str:
         "It returns the inputs nearest to `inputs` whose output is nearest to `target`; see "
         "`help(pjax.register_projection)`."
     )
-    if fallback is None:
+    if not has_fallback:
         message += (
             '\nOr allow a numeric one, of the linearised operation: `fallback="gauss-newton"`, of '
             "`pjax.value_and_displacement`, `pjax.optim.Projection` and all that train."

@@ -11,10 +11,11 @@ again.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,13 @@ from jaxtyping import Array, PyTree
 from pjax import solvers
 from pjax.graph import Fallback
 from pjax.metrics import Metric, Spectral, Uniform
+from pjax.parameters import leaves_of
 from pjax.problem import Fanout, Layout, Problem, Splitting
 from pjax.rolling import rolled
 from pjax.solvers import ResidualHistory, Solver
 from pjax.solvers.base import first_vectors, layout_for
 from pjax.trace import Program, trace
+from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, NonFiniteError, raise_if_unsound
 from pjax.training.checks import check as check_solve
 from pjax.training.projection import Info, Projection, ProjectionState
@@ -100,8 +103,11 @@ class Optimizer:
     check: bool = True
     fallback: Fallback | None = None
 
-    def init(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> OptimizerState:
+    def init(
+        self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array] = MISSING
+    ) -> OptimizerState:
         """A state for `update`, from a function and parameters of the right shapes."""
+        require_own_call(self, fn, params)
         program, leaves, consts, _ = trace(fn, params)
         found = self.layout(program)
         return OptimizerState(
@@ -126,7 +132,7 @@ class Optimizer:
     def update(
         self,
         fn: Callable[[PyTree[Array]], Array],
-        params: PyTree[Array],
+        params: PyTree[Array] = MISSING,
         state: OptimizerState | None = None,
         *,
         relaxation: Any = 1.0,
@@ -143,15 +149,18 @@ class Optimizer:
         **Returns:** `(params, residual)`: the new parameters, and the [`ResidualHistory`][] of
         the solve; with a state `(params, residual, state)`.
 
-        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` (see `check`).
+        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` (see `check`),
+        `TypeError` for a call as Optax makes it.
         """
+        kinds = (OptimizerState, type(None))
+        require_own_call(self, fn, params, state, kinds)
         program, leaves, consts, _ = trace(fn, params)
         moved, history, checks, new = _solve(
             self.layout(program), self.solver, self.check, leaves, consts, state, relaxation
         )
         if checks is not None:
             raise_if_unsound(program, consts, checks)
-        result = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), moved)
+        result = leaves_of(params).tree(moved)
         return (result, history) if new is None else (result, history, new)
 
     def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
@@ -255,6 +264,20 @@ DouglasRachford = _define(solvers.DouglasRachford)
 CyclicDouglasRachford = _define(solvers.CyclicDouglasRachford)
 DifferenceMap = _define(solvers.DifferenceMap)
 AlternatingReflections = _define(solvers.AlternatingReflections)
+
+if not TYPE_CHECKING:  # type checkers would take every name
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = difflib.get_close_matches(name, __all__, 1)
+        meant = f" Did you mean `{near[0]}`?" if near else ""
+        raise AttributeError(
+            f"`pjax.optim` has no `{name}`.{meant} It has `Projection` (recommended: no learning "
+            "rate) and the solvers of the paper. Optimisers that take gradients, such as Adam, are "
+            "Optax's: give them displacements, `pjax.value_and_displacement(loss_fn)`."
+        )
+
 
 __all__ = [
     "AlternatingProjections",

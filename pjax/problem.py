@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from pjax import _compat
-from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn_unused
+from pjax.graph import Fallback, Graph, Node, Slot, Splitting, bipartite, build_graph, warn
 from pjax.layer import LayerSum
 from pjax.metrics import Metric, Spectral, Uniform, Weight
 from pjax.projections import scaling
@@ -31,7 +31,7 @@ from pjax.projections.gains import PowerIteration, largest
 from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import feeds_thresholds, latent_nodes
-from pjax.trace import Program, TraceError, read, trace, widened
+from pjax.trace import Program, TraceError, read, require_function, trace, widened
 from pjax.wiring import pull_together
 
 Fanout = Literal["exact", "paper"]
@@ -102,7 +102,9 @@ def layout(
     key = (program.key, metric, fanout, splitting, grouping, reflecting, fallback)
     found = _LAYOUTS.get(key)
     if found is None:
-        found = _make_layout(program, metric, fanout, splitting, grouping, reflecting, fallback)
+        found = make_layout(program, metric, fanout, splitting, grouping, reflecting, fallback)
+        warn(found.graph)
+        _warn_large(found)
         _LAYOUTS[key] = found
         if len(_LAYOUTS) > _MAX_LAYOUTS:
             _LAYOUTS.popitem(last=False)
@@ -110,7 +112,7 @@ def layout(
     return found
 
 
-def _make_layout(
+def make_layout(
     program: Program,
     metric: Metric,
     fanout: Fanout,
@@ -119,8 +121,8 @@ def _make_layout(
     reflecting: bool,
     fallback: Fallback | None,
 ) -> Layout:
+    """A new layout, without warnings."""
     graph = build_graph(program, splitting, fallback)
-    warn_unused(graph)
     for slot in graph.slots:
         if 0 in slot.shape:
             node = graph.nodes[slot.node]
@@ -145,7 +147,7 @@ def _make_layout(
             for index, form, several in zip(node.slots, forms, shared, strict=True):
                 apart = several and isinstance(form, Dense) and _is_join(graph.slots[index])
                 storages[index] = Joined(graph.slots[index].route) if apart else form
-    found = Layout(
+    return Layout(
         graph=graph,
         groups=tuple(tuple(group) for group in groups),
         storages=tuple(storages),
@@ -158,8 +160,6 @@ def _make_layout(
         grouping=grouping,
         reflecting=reflecting,
     )
-    _warn_large(found)
-    return found
 
 
 def _reader_counts(slot: Slot) -> tuple[float | None, ...]:
@@ -211,8 +211,15 @@ def _warn_large(layout: Layout) -> None:
             f"`{node.name}` ({node.source}). AlternatingProjections and CyclicProjections store "
             "none; a smaller batch stores fewer.",
             LargeStateWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+
+
+#: What there is to say where the power iterations of another problem were handed on.
+OTHER_STATE = (
+    "`state` belongs to another function, or to parameters or a batch of other shapes. Make one by "
+    "`init` with these."
+)
 
 
 class NodeSize(NamedTuple):
@@ -306,6 +313,8 @@ class Problem:
             node.index: self._reference(node) for node in self.graph.nodes if node.rule is not None
         }
         self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
+        if len(self.vectors) != len(self.graph.slots):
+            raise ValueError(OTHER_STATE)
         weighing = layout.metric.weigh(self)
         #: The weight of each slot; of one that stands for copies, of each copy.
         self.weights = weighing.weights
@@ -477,6 +486,10 @@ class Problem:
                 if wanted[slot]:
                     found[slot] = bound
         unfinished = [i for i, bound in enumerate(found) if isinstance(bound, PowerIteration)]
+        for i in unfinished:
+            start = found[i].start
+            if start is not None and jnp.shape(start) != found[i].shape:
+                raise ValueError(OTHER_STATE)
         results = largest([found[i] for i in unfinished], iterations)
         for slot, (bound, vector) in zip(unfinished, results, strict=True):
             found[slot], vectors[slot] = bound, vector
@@ -1127,6 +1140,7 @@ def feasibility_problem(
     **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph, naming the operation and its
     source line.
     """
+    require_function(fn, "fn")
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(
         program,

@@ -35,6 +35,7 @@ from pjax import (
     windows,
 )
 from pjax._compat import P
+from pjax.parameters import leaves_of
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class Program:
     variable: frozenset[int]
     uniform: Mapping[int, Any]
     key: Any
+    #: Functions whose own derivative rule forces follow.
+    custom_rules: tuple[derivatives.CustomRule, ...] = ()
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
         return atom.shape if isinstance(atom, Scalar) else tuple(self.avals[atom].shape)
@@ -155,8 +158,17 @@ class TraceError(ValueError):
     """The function cannot become a graph of constraints; the message says why and what to do."""
 
 
+def require_function(fn: Any, name: str) -> None:
+    """Raises `TypeError` if what should be the loss is none, as the argument `name` of a call."""
+    if not callable(fn):
+        raise TypeError(
+            f"`{name}` must be the loss as a function, and got {_describe(fn)}: pass the function "
+            "itself, `loss_fn`, not what it returns, `loss_fn(params)`, or its gradient."
+        )
+
+
 def trace(
-    fn: Callable[[Any], Any], params: Any, has_aux: bool = False
+    fn: Callable[[Any], Any], params: Any, has_aux: bool = False, scalar: bool = False
 ) -> tuple[Program, list[Any], list[Any], Any]:
     """Traces `fn(params)` into a flat program.
 
@@ -164,8 +176,10 @@ def trace(
 
     - `fn`: a JAX function of the parameters; what it closes over is data.
     - `has_aux`: `fn` returns `(loss, aux)`, with any pytree of arrays as `aux`.
+    - `scalar`: `fn` must return one number, as for `jax.grad`; without it an array will do, whose
+      sum is the loss.
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
-      leaves are known values, and stay as they are.
+      leaves are known values, and stay as they are. See `pjax.parameters`.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
@@ -174,9 +188,8 @@ def trace(
     **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
     needs, or is an integer that the function uses as a number.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
+    apart = leaves_of(params)
+    paths, leaves = apart.paths, apart.arrays
     for path, leaf in zip(paths, leaves, strict=True):
         if not _is_array_like(leaf):
             raise TypeError(
@@ -192,7 +205,7 @@ def trace(
     num_outputs: list[int] = []
 
     def flat(*flat_leaves: Any) -> Any:
-        out = fn(jax.tree_util.tree_unflatten(treedef, flat_leaves))
+        out = fn(apart.tree(flat_leaves))
         if has_aux:
             if not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError(
@@ -202,10 +215,14 @@ def trace(
             out, aux = out
             aux_leaves, structure = jax.tree_util.tree_flatten(aux)
             out_leaves = jax.tree_util.tree_leaves(out)
+            if scalar:
+                _require_scalar(out, out_leaves)
             num_outputs.append(len(out_leaves))
             tree_out.append(structure)
             return [*out_leaves, *aux_leaves]
         out_leaves, structure = jax.tree_util.tree_flatten(out)
+        if scalar:
+            _require_scalar(out, out_leaves)
         num_outputs.append(len(out_leaves))
         tree_out.append(structure)
         return out_leaves
@@ -215,9 +232,25 @@ def trace(
     return program, leaves, consts, tree_out[0]
 
 
+def _require_scalar(out: Any, leaves: Sequence[Any]) -> None:
+    if len(leaves) == 1 and jnp.shape(leaves[0]) == ():
+        return
+    what_to_do = (
+        "Take the mean or the sum of the losses of its rows; of logits take a loss first, such as "
+        "`optax.softmax_cross_entropy`."
+    )
+    if len(leaves) != 1:
+        what_to_do = "With a pair `(loss, aux)` give `has_aux=True`."
+    raise TypeError(
+        f"The loss must be one number, and the function returned {_describe(out)}. {what_to_do}"
+    )
+
+
 def _describe(out: Any) -> str:
     if isinstance(out, tuple):
         return f"a tuple of {len(out)}"
+    if hasattr(out, "shape") and hasattr(out, "dtype"):
+        return f"an array of shape {tuple(out.shape)}"
     return f"{'an' if type(out).__name__[0] in 'AEIOUaeiou' else 'a'} {type(out).__name__}"
 
 
@@ -281,6 +314,8 @@ class Flattener:
         self.definitions: dict[int, Equation] = {}
         #: Of complex variables the real and the imaginary part.
         self._parts: dict[int, Any] = {}
+        #: The derivative rules that forces follow; a dictionary for its order.
+        self.honoured: dict[derivatives.CustomRule, None] = {}
         # By identity: the equation is kept, so that no other one takes its place.
         self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -413,6 +448,7 @@ class Flattener:
             variable=frozenset(number[old] for old in self.variable if old in number),
             uniform={number[old]: v for old, v in self.uniform.items() if old in number},
             key=key,
+            custom_rules=tuple(self.honoured),
         )
         return program, [self.constants[old] for old in captured]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ PARAMS = {
     "a": jax.random.normal(jax.random.key(1), (3, 6)),
     "b": 0.5 * jax.random.normal(jax.random.key(2), (6, 1)),
 }
+#: Most functions here have a rule that is not their derivative; one test asks for the warning.
+pytestmark = pytest.mark.filterwarnings("ignore::pjax.CustomRuleWarning")
 STIFF = pjax.metrics.Spectral(activations=1e4, prox_step=1e-4)
 
 
@@ -77,6 +80,26 @@ def _(primals, tangents):
     return two(v, w), (t * w + jnp.floor(v) * s, 0.5 * t)
 
 
+@jax.custom_vjp
+def nearest(v):
+    """As a codebook: values, and which they are."""
+    return jnp.round(v), jnp.argmax(v, -1)
+
+
+nearest.defvjp(lambda v: (nearest(v), None), lambda _, g: (g[0],))
+
+
+@jax.custom_jvp
+def counted(v):
+    return jnp.sum(v > 0), jnp.floor(v)
+
+
+@counted.defjvp
+def _(primals, tangents):
+    (v,), (t,) = primals, tangents
+    return counted(v), (np.zeros((), jax.dtypes.float0), 2 * t)
+
+
 @jax.custom_jvp
 def careful(v):
     return jnp.log1p(jnp.exp(v))
@@ -101,6 +124,9 @@ FUNCTIONS = {
     "inside": inside,
     "reversed": lambda v: jnp.tanh(reverse(v, jnp.asarray(0.7))),
     "rows": rows,
+    "with indices": lambda v: nearest(v)[0],
+    "with indices that count": lambda v: nearest(v)[0] * (1.0 + nearest(v)[1][:, None]),
+    "with a number": lambda v: counted(v)[1] + counted(v)[0],
     "two results": lambda v: jnp.add(*two(v, 1.0 + v**2)),
     "mapped": jax.vmap(jax.vmap(spike)),
     "compiled": jax.jit(straight),
@@ -165,3 +191,15 @@ def test_equal_functions_compile_once():
 def test_a_rule_that_is_not_linear_is_refused():
     with pytest.raises(pjax.TraceError, match=r"`clipped` \(.*test_derivatives.*not linear"):
         pjax.displacement(loss_of(clipped))(PARAMS)
+
+
+def test_a_rule_that_forces_follow_is_named_once():
+    """With its function and the line that calls it; a rule that is the derivative is not named."""
+    with pytest.warns(pjax.CustomRuleWarning, match=r"`straight` \(.*test_derivatives") as found:
+        pjax.displacement(loss_of(lambda v: 1.5 * straight(v)))(PARAMS)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pjax.displacement(loss_of(lambda v: 1.5 * straight(v)))(PARAMS)
+        pjax.displacement(loss_of(lambda v: 1.5 * careful(v)))(PARAMS)

@@ -622,10 +622,12 @@ def test_a_leaf_that_is_no_array_is_named(leaf):
         trace(lambda p: loss(mlp(p, X)), {"a": [leaf], **mlp_params()})
 
 
-def test_the_function_leaf_of_an_equinox_model_is_named():
+def test_of_an_equinox_model_the_floating_point_arrays_are_leaves():
     net = eqx.nn.MLP(INPUTS, CLASSES, 4, 1, key=jax.random.key(0))
-    with pytest.raises(TypeError, match=r"`params.activation.*` is a .*eqx.partition"):
-        trace(lambda m: loss(jax.vmap(m)(X)), net)
+    program, leaves, *_ = trace(lambda m: loss(jax.vmap(m)(X)), net)
+    arrays = jax.tree_util.tree_flatten_with_path(eqx.filter(net, eqx.is_inexact_array))[0]
+    assert [leaf.path for leaf in program.leaves] == [jax.tree_util.keystr(p) for p, _ in arrays]
+    assert all(a is b for a, (_, b) in zip(leaves, arrays, strict=True))
 
 
 def test_a_single_array_of_parameters_is_called_params():

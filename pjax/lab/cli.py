@@ -25,6 +25,7 @@ from pjax.lab import (
     commands,
     data_cli,
     experiment_cli,
+    explain_cli,
     plots,
     problem_plots,
     terminal,
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = tyro.cli(
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[Graph, tyro.conf.subcommand("graph")]
+            | Annotated[explain_cli.Explain, tyro.conf.subcommand("explain")]
             | Annotated[
                 commands.Train,
                 tyro.conf.subcommand("train", default=commands.from_file(given, commands.Train)),
@@ -120,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return demo(command, *_prepare(command), console)
             case Graph():
                 return graph(command, *_prepare(command), console)
+            case explain_cli.Explain():
+                return explain_cli.run(command)
             case commands.Train():
                 return commands.train(command, console)
             case commands.Compare():

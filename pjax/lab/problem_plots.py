@@ -5,7 +5,6 @@ Each function returns a Matplotlib figure: `figure.savefig("name.pdf")`.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pjax.explanation import label
 from pjax.graph import Graph, Node
 from pjax.lab.plots import CYCLE, literal
 from pjax.lab.terminal import in_bytes
@@ -35,15 +35,6 @@ _WHOLE, _ROWS = 40, 80
 _CURVES, _NAMED = len(CYCLE), 150
 
 Detail = Literal["auto", "nodes", "layers"]
-
-
-def label(name: str) -> str:
-    """A node's or parameter's name as a person writes it: `['dense1.weight']` is `dense1.weight`.
-
-    `['blocks'][0]['scale'].value` is `blocks.0.scale`.
-    """
-    parts = re.findall(r"[^\[\]'\"]+", name.removesuffix(".value"))
-    return ".".join(part.strip(".") for part in parts) or name
 
 
 def draw_graph(graph: Graph, detail: Detail = "auto") -> Figure:

@@ -13,12 +13,14 @@ from jaxtyping import Array, PyTree
 
 from pjax.graph import Fallback
 from pjax.metrics import Spectral
+from pjax.parameters import leaves_of
 from pjax.problem import Layout, Problem
 from pjax.rolling import rolled
 from pjax.solvers import CyclicProjections
 from pjax.solvers.base import layout_for
 from pjax.trace import read, trace
 from pjax.training import requests
+from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, check, raise_if_unsound
 from pjax.training.readers import Units, find_units
 from pjax.training.requests import Memory, Requests
@@ -168,18 +170,25 @@ class Projection:
     fallback: Fallback | None = None
     requests: Requests = Requests()  # noqa: RUF009 - frozen
 
-    def init(self, fn: Callable[..., Any], params: PyTree[Array], *args: Any) -> ProjectionState:
+    def init(
+        self, fn: Callable[..., Any], params: PyTree[Array] = MISSING, *args: Any, **kwargs: Any
+    ) -> ProjectionState:
         """The state before the first batch.
 
         **Arguments:**
 
-        - `fn`: `fn(params, *args)` is the loss, or `(loss, aux)` with `has_aux`.
-        - `params`: a pytree of arrays.
-        - `args`: a batch, for its shapes.
+        - `fn`: `fn(params, *args, **kwargs)` is the loss, or `(loss, aux)` with `has_aux`.
+        - `params`: a pytree of arrays, or an Equinox module, of which the floating-point arrays
+            move.
+        - `args`, `kwargs`: a batch, for its shapes.
 
-        **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph.
+        **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph; `TypeError` for a call as
+        Optax makes it.
         """
-        program, leaves, consts, _ = trace(lambda p: fn(p, *args), params, self.has_aux)
+        require_own_call(self, fn, params)
+        program, leaves, consts, _ = trace(
+            lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True
+        )
         memory, vectors = _start(self._layout(program), self.requests, leaves, consts)
         mean = (None,) * len(leaves) if self.averaging is None else tuple(leaves)
         return ProjectionState(jnp.zeros((), jnp.int32), memory, vectors, mean)
@@ -187,10 +196,11 @@ class Projection:
     def update(
         self,
         fn: Callable[..., Any],
-        params: PyTree[Array],
-        state: ProjectionState,
+        params: PyTree[Array] = MISSING,
+        state: ProjectionState = MISSING,
         *args: Any,
         relaxation: Any = 1.0,
+        **kwargs: Any,
     ) -> tuple[PyTree[Array], ProjectionState, Info]:
         """The parameters after one batch.
 
@@ -198,22 +208,22 @@ class Projection:
 
         - `fn`, `params`: as in `init`.
         - `state`: from `init` or the update before.
-        - `args`: the batch.
+        - `args`, `kwargs`: the batch.
         - `relaxation`: a factor on the move, such as a schedule from 1 to 0.
 
         **Returns:** `(params, state, info)`, see [`Info`][].
 
         **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of
-        other shapes.
+        other shapes, `TypeError` for a call as Optax makes it.
         """
-        moves, state, info = self._moves(fn, params, state, args)
-        leaves, structure = jax.tree_util.tree_flatten(params)
+        moves, state, info = self._moves(fn, params, state, args, kwargs)
+        leaves = leaves_of(params)
         keep = 1 - relaxation * self.weight_decay
         moved = [
             leaf
             if move is None
             else (keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
-            for leaf, move in zip(leaves, moves, strict=True)
+            for leaf, move in zip(leaves.arrays, moves, strict=True)
         ]
         if self.averaging is not None:
             share = (self.averaging + 1) / (state.count + self.averaging)
@@ -222,10 +232,15 @@ class Projection:
                 for before, leaf, move in zip(state.mean, moved, moves, strict=True)
             )
             state = ProjectionState(state.count, state.memory, state.vectors, mean)
-        return jax.tree_util.tree_unflatten(structure, moved), state, info
+        return leaves.tree(moved), state, info
 
     def displacement(
-        self, fn: Callable[..., Any], params: PyTree[Array], state: ProjectionState, *args: Any
+        self,
+        fn: Callable[..., Any],
+        params: PyTree[Array],
+        state: ProjectionState,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[PyTree[Array], ProjectionState, Info]:
         """The move with its sign changed, in the place of a gradient: for schedules, weight decay
         and clipping of Optax.
@@ -237,13 +252,13 @@ class Projection:
 
         **Returns:** `(displacement, state, info)`.
         """
-        moves, state, info = self._moves(fn, params, state, args)
-        leaves, structure = jax.tree_util.tree_flatten(params)
+        moves, state, info = self._moves(fn, params, state, args, kwargs)
+        leaves = leaves_of(params)
         found = [
             jnp.zeros_like(leaf) if move is None else (-move).astype(jnp.result_type(leaf))
-            for leaf, move in zip(leaves, moves, strict=True)
+            for leaf, move in zip(leaves.arrays, moves, strict=True)
         ]
-        return jax.tree_util.tree_unflatten(structure, found), state, info
+        return leaves.moves(found), state, info
 
     def average(self, params: PyTree[Array], state: ProjectionState) -> PyTree[Array]:
         """The mean of the iterates so far, for evaluation at any time; no schedule is needed.
@@ -254,13 +269,20 @@ class Projection:
         """
         if self.averaging is None:
             raise ValueError("There is no average: make the optimiser with `averaging=8.0`, say.")
-        structure = jax.tree_util.tree_structure(params)
-        return jax.tree_util.tree_unflatten(structure, state.mean)
+        return leaves_of(params).tree(state.mean)
 
     def _moves(
-        self, fn: Callable[..., Any], params: Any, state: ProjectionState, args: tuple[Any, ...]
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        state: ProjectionState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[list[Array | None], ProjectionState, Info]:
-        program, leaves, consts, aux_tree = trace(lambda p: fn(p, *args), params, self.has_aux)
+        require_own_call(self, fn, params, state, ProjectionState)
+        program, leaves, consts, aux_tree = trace(
+            lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True
+        )
         layout = self._layout(program)
         _check_state(layout, state)
         found = _solve(

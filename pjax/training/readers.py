@@ -316,9 +316,9 @@ def _heads(program: Program, variable: int, slots: Sequence[Slot]) -> list[Route
     def follow(step: Equation, target: int) -> list[Equation] | None:
         """This wire and those behind it; None if it makes several arrays, or of several ones."""
         others = (a for a in step.inputs if isinstance(a, int) and a != target)
-        if len(step.outputs) > 1 or any(map(program.is_variable, others)):
+        if len(step.outputs) != 1 or any(map(program.is_variable, others)):
             return None
-        output = step.outputs[0]
+        (output,) = step.outputs
         steps = list(readers.get(output, ()))
         more = follow(steps[0], output) if len(steps) == 1 and output not in ends else None
         return [step, *(more or ())]
