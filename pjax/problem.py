@@ -31,7 +31,7 @@ from pjax.projections.gains import PowerIteration, largest
 from pjax.rules import Exactness, Force, Geometry, Reference
 from pjax.slots import Compact, Dense, Joined, Lifted, Storage
 from pjax.thresholds import feeds_thresholds, latent_nodes
-from pjax.trace import Program, TraceError, read, trace, widened
+from pjax.trace import Program, TraceError, read, require_function, trace, widened
 from pjax.wiring import pull_together
 
 Fanout = Literal["exact", "paper"]
@@ -1117,6 +1117,7 @@ def feasibility_problem(
     **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph, naming the operation and its
     source line.
     """
+    require_function(fn)
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(
         program,

@@ -162,9 +162,11 @@ def trace(
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
     (of `aux` if there is one).
 
-    **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
-    needs, or is an integer that the function uses as a number.
+    **Raises:** `TypeError` for what is no function or returns a gradient, and for a leaf that is
+    not an array, is complex or narrower than a deviation needs, or is an integer that the function
+    uses as a number.
     """
+    require_function(fn)
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
@@ -197,6 +199,12 @@ def trace(
             tree_out.append(structure)
             return [*out_leaves, *aux_leaves]
         out_leaves, structure = jax.tree_util.tree_flatten(out)
+        like_params = structure == treedef and not jax.tree_util.treedef_is_leaf(structure)
+        if like_params and list(map(jnp.shape, out_leaves)) == list(map(jnp.shape, flat_leaves)):
+            raise TypeError(
+                "The function returns a pytree like `params`, as a gradient is: give the loss "
+                "function itself, `loss_fn` and not `jax.grad(loss_fn)`."
+            )
         num_outputs.append(len(out_leaves))
         tree_out.append(structure)
         return out_leaves
@@ -204,6 +212,15 @@ def trace(
     closed = jax.make_jaxpr(flat)(*leaves)
     program, consts = Flattener().flatten(closed, paths, num_outputs[0])
     return program, leaves, consts, tree_out[0]
+
+
+def require_function(fn: Any) -> None:
+    """Raises `TypeError` for a loss or a gradient where the function belongs."""
+    if not callable(fn):
+        raise TypeError(
+            f"The first argument must be the loss function, got {_describe(fn)}: give `loss_fn`, "
+            "and not its value or its gradient, `loss_fn(params, …)` or `jax.grad(loss_fn)(…)`."
+        )
 
 
 def _describe(out: Any) -> str:

@@ -17,7 +17,7 @@ from pjax.problem import Layout, Problem
 from pjax.rolling import rolled
 from pjax.solvers import CyclicProjections
 from pjax.solvers.base import layout_for
-from pjax.trace import read, trace
+from pjax.trace import read, require_function, trace
 from pjax.training import requests
 from pjax.training.checks import Checks, check, raise_if_unsound
 from pjax.training.readers import Units, find_units
@@ -179,7 +179,7 @@ class Projection:
 
         **Raises:** [`pjax.TraceError`][] if `fn` cannot become a graph.
         """
-        program, leaves, consts, _ = trace(lambda p: fn(p, *args), params, self.has_aux)
+        program, leaves, consts, _ = self._traced(fn, params, args)
         memory, vectors = _start(self._layout(program), self.requests, leaves, consts)
         mean = (None,) * len(leaves) if self.averaging is None else tuple(leaves)
         return ProjectionState(jnp.zeros((), jnp.int32), memory, vectors, mean)
@@ -204,7 +204,7 @@ class Projection:
         **Returns:** `(params, state, info)`, see [`Info`][].
 
         **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of
-        other shapes.
+        other shapes, `TypeError` for a loss or a gradient in the place of `fn`.
         """
         moves, state, info = self._moves(fn, params, state, args)
         leaves, structure = jax.tree_util.tree_flatten(params)
@@ -260,7 +260,12 @@ class Projection:
     def _moves(
         self, fn: Callable[..., Any], params: Any, state: ProjectionState, args: tuple[Any, ...]
     ) -> tuple[list[Array | None], ProjectionState, Info]:
-        program, leaves, consts, aux_tree = trace(lambda p: fn(p, *args), params, self.has_aux)
+        if not isinstance(state, ProjectionState):
+            raise TypeError(
+                f"`state` must come from `init`, got {type(state).__name__}: the order is "
+                "`update(loss_fn, params, state, x, y)`."
+            )
+        program, leaves, consts, aux_tree = self._traced(fn, params, args)
         layout = self._layout(program)
         _check_state(layout, state)
         found = _solve(
@@ -278,6 +283,21 @@ class Projection:
         aux = jax.tree_util.tree_unflatten(aux_tree, found.aux) if self.has_aux else None
         new = ProjectionState(state.count + 1, found.memory, found.vectors, state.mean)
         return found.moves, new, Info(found.loss, found.residual, aux)
+
+    def _traced(self, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
+        require_function(fn)
+        try:
+            return trace(lambda p: fn(p, *args), params, self.has_aux)
+        except (TypeError, ValueError) as error:
+            rows = [
+                jnp.shape(leaf)[0] for leaf in jax.tree_util.tree_leaves(args) if jnp.ndim(leaf)
+            ]
+            if len(set(rows)) > 1:
+                error.add_note(
+                    f"The arrays after `params` and `state` have {', '.join(map(str, rows))} rows: "
+                    "a batch and its labels must have as many."
+                )
+            raise
 
     def _layout(self, program: Any) -> Layout:
         solver = CyclicProjections(steps=1)
