@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pjax.lab import comparison, plots
 from pjax.lab.comparison import Line
@@ -135,11 +135,9 @@ def _cost(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> None
             label = _named(method, splitting)
             axes.plot(*zip(*sorted(points), strict=True), **_style(method, members[0], label))
         axes.set(
-            xlabel=_literal(experiment.x),
-            ylabel="ms for one step",
-            xscale="log",
-            yscale="log",
+            xlabel=_literal(experiment.x), ylabel="ms for one step", xscale="log", yscale="log"
         )
+        _plain_ticks(axes)
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path)
@@ -186,6 +184,7 @@ def _sizes(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> Non
                     x, used, **style | {"linestyle": ":", "label": f"{name}: XLA's temporaries"}
                 )
         axes.set(xlabel=_literal(experiment.x), ylabel="MB", xscale="log", yscale="log")
+        _plain_ticks(axes)
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path, sharey=True)
@@ -207,8 +206,11 @@ def _panels(
         draw(axes, [entry for entry in experiment.entries if entry.panel == panel])
         axes.set_title(_literal(panel))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:
+            # Two columns of long words would be wider than the panel.
+            columns = 2 if max(map(len, labels)) < 34 else 1
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": columns}
             axes.legend(fontsize=8, **below)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -272,6 +274,14 @@ def _whole_ticks(axes: Any, values: Sequence[float | None]) -> None:
     if known:
         axes.set_xticks(known, [f"{value:g}" for value in known])
         axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times powers of ten on a logarithmic vertical axis."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    )
 
 
 def _save(figure: Figure, experiment: Experiment, path: Path) -> None:
