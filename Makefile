@@ -1,4 +1,4 @@
-# make demo      train on scikit-learn's digits by projection, beside Adam and SGD; PNGs in runs/demo
+# make demo      projection beside tuned Adam and the paper's methods, on digits; PNGs in runs/demo
 # make test      the test suite and the doctests
 # make lint      ruff and pyright
 # make examples  every script in examples/

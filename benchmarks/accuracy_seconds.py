@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks.accuracy import Run, Trainer
 from benchmarks.accuracy_methods import METHODS
 from benchmarks.accuracy_tasks import ROWS
+from pjax.lab.config import NAMES
+from pjax.lab.plots import COLOURS
 
 #: The tuned settings of `benchmarks.accuracy` for the row; pure projection has none. Those of Muon
 #: and schedule-free AdamW are the best of three rates over two epochs.
@@ -41,8 +43,9 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
     for name, found in runs.items():
         points = found[0].validation
         scores = [100 * point.score for point in points]
-        axes[0].plot([point.seconds for point in points], scores, label=name)
-        axes[1].plot([point.batch for point in points], scores, label=name)
+        style = {"color": COLOURS[name], "label": NAMES[name]}
+        axes[0].plot([point.seconds for point in points], scores, **style)
+        axes[1].plot([point.batch for point in points], scores, **style)
     for axis, label in zip(axes, ("seconds of training", "batches of 256"), strict=True):
         axis.set_xlabel(label)
         axis.axhline(97, color="grey", linewidth=0.7)

@@ -1,4 +1,28 @@
-"""pjax: neural-network training by projection, for JAX."""
+"""Neural networks trained by projecting onto constraints, for JAX.
+
+Training without a learning rate, of any JAX function that returns a loss:
+
+    optimizer = pjax.optim.Projection()
+    state = optimizer.init(loss_fn, params, x, y)
+    for x, y in batches:
+        params, state, info = optimizer.update(loss_fn, params, state, x, y)
+
+Where to look:
+
+- `pjax.optim.Projection`: the recommended way, with nothing to tune.
+- `pjax.value_and_displacement(loss_fn)`: stands where `jax.value_and_grad(loss_fn)` does, for an
+  optimiser of Optax.
+- `pjax.optim.DouglasRachford`, `AlternatingProjections`, `CyclicProjections`, …: the paper's
+  solvers, which take many steps on each batch.
+- `pjax.cross_entropy`, `squared_error`, `margin_loss`: losses; those of Optax do as well.
+- `pjax.step`, `pjax.quantize` (and `jnp.sign`): functions without a gradient that train.
+- `pjax.register_projection`: an operation of your own.
+- `pjax.feasibility_problem(fn, params)`, `pjax.profile`: the constraints, to look at.
+- `pjax.nn`, `pjax.numpy`: the interface of the paper's library.
+- `pjax.lab` (extra `lab`): data sets, training runs, comparisons; on the command line `pjax`.
+"""
+
+from types import ModuleType as _Module
 
 from pjax import metrics as metrics
 from pjax import nn as nn
@@ -50,3 +74,14 @@ from pjax.rules import register_projection as register_projection
 from pjax.trace import TraceError as TraceError
 
 __version__ = "0.1.0"
+
+#: Modules that users use; the others are found by their names.
+_MODULES = ("lab", "metrics", "nn", "numpy", "optim", "solvers")
+
+
+def __dir__() -> list[str]:
+    return [
+        name
+        for name, value in globals().items()
+        if not isinstance(value, _Module) or name in _MODULES
+    ]

@@ -185,11 +185,13 @@ def trace(
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
     (of `aux` if there is one).
 
-    **Raises:** `TypeError` for a leaf that is not an array, is complex or narrower than a deviation
-    needs, or is an integer that the function uses as a number.
+    **Raises:** `TypeError` for what is no function or returns a gradient, and for a leaf that is
+    not an array, is complex or narrower than a deviation needs, or is an integer that the function
+    uses as a number.
     """
     apart = leaves_of(params)
     paths, leaves = apart.paths, apart.arrays
+    given = jax.tree_util.tree_structure(params)
     for path, leaf in zip(paths, leaves, strict=True):
         if not _is_array_like(leaf):
             raise TypeError(
@@ -221,6 +223,12 @@ def trace(
             tree_out.append(structure)
             return [*out_leaves, *aux_leaves]
         out_leaves, structure = jax.tree_util.tree_flatten(out)
+        like_params = structure == given and not jax.tree_util.treedef_is_leaf(structure)
+        if like_params and list(map(jnp.shape, out_leaves)) == list(map(jnp.shape, leaves)):
+            raise TypeError(
+                "The function returns a pytree like `params`, as a gradient is: give the loss "
+                "function itself, `loss_fn` and not `jax.grad(loss_fn)`."
+            )
         if scalar:
             _require_scalar(out, out_leaves)
         num_outputs.append(len(out_leaves))

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import struct
+import typing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from pjax.lab import cli, plots, problem_plots, terminal
-from pjax.lab.train import Record, Run
+import pjax
+from pjax.lab import cli, commands, comparison, config, plots, problem_plots, terminal
+from pjax.lab import demo as demo_module
+from pjax.lab.comparison import Cell, Line
+from pjax.lab.train import Record
 
-SMALL = ["--hidden", "8", "--batch-size", "32", "--projection-steps", "3"]
+SMALL = ["--hidden", "8", "--batch-size", "32"]
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -24,60 +30,154 @@ def png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
+def demo(tmp_path: Path, *arguments: str) -> int:
+    return cli.main(["demo", *SMALL, *arguments, "--runs-dir", str(tmp_path / "deep")])
+
+
 def test_demo_prints_a_table_and_writes_results_and_plots(tmp_path: Path, capsys) -> None:
-    out = tmp_path / "deep" / "folder"
-    arguments = ["demo", *SMALL, "--steps", "6", "--method", "ap", "sgd", "--output-dir", str(out)]
-    assert cli.main(arguments) == 0
+    methods = ["projection", "adam", "ap"]
+    assert demo(tmp_path, "--steps", "6", "--seeds", "0", "1", "--methods", *methods) == 0
     printed = capsys.readouterr().out
-    results = json.loads((out / "results.json").read_text())
-    assert results["settings"]["hidden"] == [8]
-    projected, gradient = results["runs"]
-    assert (projected["method"], gradient["method"]) == ("ap", "sgd")
-    for run in (projected, gradient):
-        assert [record["step"] for record in run["records"]] == list(range(7))
-        assert f"{run['test_accuracy']:.2%}" in printed
-        assert run["state_bytes"] > 0
-    assert projected["records"][-1]["residual"] > 0
-    assert gradient["records"][-1]["residual"] is None
-    assert gradient["description"].startswith("rate ")
+    folder = tmp_path / "deep" / "demo"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["hidden"] == [8]
+    assert results["command"].startswith("pjax demo --hidden 8 --methods projection adam ap")
+    assert [line["method"] for line in results["methods"]] == methods
+    for line in results["methods"]:
+        assert [cell["seed"] for cell in line["seeds"]] == [0, 1]
+        assert [record["step"] for record in line["seeds"][0]["records"]] == list(range(7))
+        assert f"{100 * line['test_accuracy']:.2f}" in printed
+    projection, adam, ap = results["methods"]
+    assert projection["description"] == "no learning rate"
+    assert ap["description"] == "neuron, 50 steps per batch"
+    # What Adam was tuned over can be read, and the best on validation rows was taken.
+    tried = results["tuning"]["adam"]
+    rate, decay, _ = max(tried, key=lambda one: one[2])
+    assert len(tried) >= 12
+    assert adam["description"] == f"rate {rate:g}, {'cosine' if decay else 'constant'}"
+    rows = [line for line in printed.splitlines() if " %" in line]
+    assert "projection (recommended)" in rows[0]
+    assert "Adam, tuned" in rows[1]
+    assert "alternating projections" in rows[2]
+    assert "projection has no learning rate" in printed
     for name in ("accuracy.png", "residual.png"):
-        assert min(png_size(out / name)) > 300
+        assert min(png_size(folder / name)) > 300
 
 
-def test_the_same_seed_gives_the_same_results(tmp_path: Path) -> None:
+def test_a_demo_replaces_a_demo_and_nothing_else(tmp_path: Path, capsys) -> None:
+    for steps in ("2", "3"):
+        assert demo(tmp_path, "--steps", steps, "--methods", "sgd", "--seeds", "0") == 0
+    folder = tmp_path / "deep" / "demo"
+    assert json.loads((folder / "results.json").read_text())["config"]["steps"] == 3
+    (folder / "results.json").write_text('{"command": "pjax compare"}')
+    capsys.readouterr()
+    assert demo(tmp_path, "--steps", "2", "--methods", "sgd") == 1
+    assert "is no demo: give another --name" in capsys.readouterr().err
+    assert (folder / "results.json").read_text() == '{"command": "pjax compare"}'
+
+
+def test_a_demo_of_defaults_is_one_that_can_be_repeated(tmp_path: Path) -> None:
+    """Its command names what differs from the defaults, and the same seeds give the same."""
     accuracies = []
-    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
-        out = tmp_path / name
-        arguments = ["demo", *SMALL, "--method", "sgd", "--steps", "3", "--seed", str(seed)]
-        assert cli.main([*arguments, "--output-dir", str(out)]) == 0
-        (run,) = json.loads((out / "results.json").read_text())["runs"]
-        accuracies.append([record["validation_accuracy"] for record in run["records"]])
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        given = ["--methods", "projection", "--steps", "3", "--seeds", seed, "--name", name]
+        assert demo(tmp_path, *given) == 0
+        results = json.loads((tmp_path / "deep" / name / "results.json").read_text())
+        (line,) = results["methods"]
+        accuracies.append([one["validation_accuracy"] for one in line["seeds"][0]["records"]])
     assert accuracies[0] == accuracies[1] != accuracies[2]
+    assert "--seeds 4 --name other" in results["command"]
 
 
-def test_ctrl_c_finishes_the_step_and_reports(tmp_path: Path, capsys, monkeypatch) -> None:
-    original = cli.train
+def test_the_batch_at_which_an_accuracy_is_reached() -> None:
+    def cell(seed: int, *accuracies: float) -> Cell:
+        records = tuple(
+            Record(step=10 * number, seconds=4.0 * number, validation_accuracy=one, residual=0.0)
+            for number, one in enumerate(accuracies)
+        )
+        return Cell("adam", "", seed, 2, 0, 20, "", 0.0, 0.0, 8.0, 0.0, None, records)
 
-    def interrupted_train(*args, on_step, **settings):
-        def press(step, record):
-            on_step(step, record)
-            if step == 4:
+    line = Line("adam", "", (cell(0, 0.1, 0.8, 0.9), cell(1, 0.1, 0.6, 0.9)))
+    assert demo_module.reached(line, 0.7) == (10, 2.0)
+    assert demo_module.reached(line, 0.71) == (20, 4.0)
+    assert demo_module.reached(line, 0.91) is None
+
+
+def test_ctrl_c_reports_on_methods_that_are_trained(tmp_path: Path, capsys, monkeypatch) -> None:
+    original = comparison._train
+
+    def interrupted(folder, settings, dataset, model, on_step, should_stop):
+        def press(label, done, total):
+            on_step(label, done, total)
+            if settings.method == "projection" and done == 4:
                 signal.raise_signal(signal.SIGINT)
 
-        return original(*args, on_step=press, **settings)
+        return original(folder, settings, dataset, model, press, should_stop)
 
-    monkeypatch.setattr(cli, "train", interrupted_train)
+    monkeypatch.setattr(comparison, "_train", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    arguments = ["demo", *SMALL, "--steps", "200", "--method", "sgd", "adam"]
-    assert cli.main([*arguments, "--output-dir", str(tmp_path)]) == 130
+    given = ["--steps", "40", "--seeds", "0", "--methods", "dr", "projection", "adam"]
+    assert demo(tmp_path, *given) == 130
     assert signal.getsignal(signal.SIGINT) == before
     printed = capsys.readouterr().out
-    assert "Interrupted" in printed
-    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert run["interrupted"]
-    assert run["method"] == "sgd"
-    assert f"{run['test_accuracy']:.2%}" in printed
-    png_size(tmp_path / "accuracy.png")
+    assert "Stopped: methods that were not trained to their end are left out." in printed
+    folder = tmp_path / "deep" / "demo"
+    (line,) = json.loads((folder / "results.json").read_text())["methods"]
+    assert line["method"] == "dr"
+    png_size(folder / "accuracy.png")
+
+
+def test_pjax_alone_shows_what_there_is(capsys) -> None:
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: pjax COMMAND")
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in printed
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"pjax {pjax.__version__} ")
+
+
+def test_help_spells_methods_out_and_shows_each_default_once(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        assert "{None}" not in printed
+        assert "default: None" not in printed
+        for text in printed.split("--"):
+            assert text.count("(default") <= 1
+        if name == "train":
+            words = " ".join(printed.replace("│", " ").split()).lower()
+            for key, text in config.NAMES.items():
+                assert key in words
+                assert text.lower() in words or key in ("schedule-free", "straight-through")
+
+
+def test_one_name_for_one_thing_in_all_commands() -> None:
+    """An option of one name has one type; folders of files are `data_dir`, of runs `runs_dir`."""
+    seen: dict[str, Any] = {}
+    for kind in (demo_module.Demo, cli.Graph, commands.Train, commands.Compare, commands.Report):
+        for name, hint in typing.get_type_hints(kind).items():
+            if name not in ("dataset", "methods", "run", "output"):
+                assert seen.setdefault(name, hint) == hint, name
+
+
+def test_a_typo_is_told_by_this_command(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--stpes", "3"])
+    assert caught.value.code == 2
+    told = "".join(capsys.readouterr())
+    assert "--steps" in told
+    assert "pjax train --help" in told
+    for other in ("demo", "compare"):
+        assert other not in told
+
+
+def test_a_command_that_there_is_not_is_told_the_nearest(capsys) -> None:
+    assert cli.main(["grph"]) == 2
+    assert capsys.readouterr().err == "pjax: there is no command 'grph': did you mean graph?\n"
 
 
 def test_graph_lists_every_node_and_draws_it(tmp_path: Path, capsys) -> None:
@@ -105,13 +205,18 @@ def test_graph_lists_every_node_and_draws_it(tmp_path: Path, capsys) -> None:
         (["demo", "--steps", "0"], "--steps"),
         (["demo", "--hidden", "8", "0"], "--hidden"),
         (["demo", "--batch-size", "5000"], "--batch-size must be from 1 to 1077"),
-        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--seeds", "-1"], "--seeds"),
+        (["demo", "--name", "a/b"], "--name"),
         (["demo", "--dataset", "mnist", "--data-dir", "/nowhere"], "/nowhere: no such folder"),
+        (["demo", "--runs-dir", "/dev/null/x"], "cannot create the folder"),
+        (["train", "--runs-dir", "/dev/null/x"], "cannot create the folder"),
+        (["compare", "--runs-dir", "/dev/null/x"], "cannot create the folder"),
         (["graph", "--batch-size", "0"], "--batch-size"),
         (["graph", "--output", "/dev/null/graph.png"], "/dev/null"),
     ],
 )
-def test_wrong_options_give_one_line(arguments, message, capsys) -> None:
+def test_wrong_options_give_one_line(arguments, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("pjax: ")
@@ -153,9 +258,22 @@ def test_a_deep_graph_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_a_run_that_measured_nothing_can_be_drawn(tmp_path: Path) -> None:
-    start = Record(0, 0.0, 0.1, float("nan"))
-    run = Run("sgd", "rate 1", [start], 0, 0.1, 1.0, None, True, {})
-    plots.plot_residual([run], tmp_path / "residual.png", "nothing yet")
-    plots.plot_accuracy([run], tmp_path / "accuracy.png", "nothing yet")
+    nothing = np.full((1, 1), np.nan)
+    start = plots.Curve("sgd", np.zeros(1), np.zeros(1), np.full((1, 1), 0.1), nothing)
+    plots.plot_residual_curves([start], tmp_path / "residual.png", "nothing yet")
+    plots.plot_curves([start], tmp_path / "accuracy.png", "nothing yet")
     png_size(tmp_path / "residual.png")
     png_size(tmp_path / "accuracy.png")
+
+
+def test_figures_say_methods_in_words_below_the_curves(monkeypatch, tmp_path: Path) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
+    steps, values = np.arange(3.0), np.array([[0.1, 0.5, 0.9]])
+    curves = [plots.Curve(name, steps, steps, values, values) for name in config.NAMES]
+    plots.plot_curves(curves, tmp_path / "accuracy.png", "all")
+    (figure,) = saved
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*config.NAMES.values()]
+    colours = [line.get_color() for line in figure.axes[0].lines]
+    assert colours == [plots.COLOURS[name] for name in config.NAMES]
+    assert len(set(colours)) == len(config.NAMES)

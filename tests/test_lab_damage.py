@@ -63,7 +63,7 @@ BAD_SETTINGS = {
     "a width of less": ("hidden = [-1]\n", "hidden takes positive widths"),
     "skip as a number": ("skip = 1\n", "skip must be true or false"),
     "skip as a text": ('skip = "yes"\n', "skip must be true or false"),
-    "a method that is none": ('method = "newton"\n', "method must be one of ap, cp"),
+    "a method that is none": ('method = "newton"\n', "method must be one of projection, "),
     "a method as a number": ("method = 3\n", "method must be one of"),
     "an activation that is none": ('activation = "ReLU"\n', "activation must be one of relu"),
     "a model that is none": ('model = ""\n', "model must be one of mlp, cnn"),
@@ -122,9 +122,9 @@ def test_a_folder_as_a_configuration(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('methods = ["cp", "newton"]\n', "methods must be a list, each entry one of ap"),
+        ('methods = ["cp", "newton"]\n', "methods must be a list, each entry one of projection"),
         ("methods = []\n", "needs at least one method"),
-        ("methods = 3\n", "methods must be a list, each entry one of ap"),
+        ("methods = 3\n", "methods must be a list, each entry one of projection"),
         ('methods = ["cp", "cp"]\n', "holds a method twice"),
         ("seeds = [0, 1]\ntuning_seed = 1\n", "none of the seeds"),
         ('method = "cp"\n', "did you mean methods?"),

@@ -519,7 +519,7 @@ def test_the_command_fetches(server, offer, folder, capsys, monkeypatch) -> None
     assert f"{SET}: {folder}" in printed
     assert "digits: comes with scikit-learn" in printed
     check_whole(folder)
-    assert cli.main(["data", "fetch", SET, "--folder", str(folder / "other")]) == 0
+    assert cli.main(["data", "fetch", SET, "--data-dir", str(folder / "other")]) == 0
     check_whole(folder / "other" / SET)
     offer("missing")
     (folder / NAME).unlink()

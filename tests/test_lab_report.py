@@ -186,17 +186,17 @@ def result(folder: Path) -> dict[str, Any]:
 def test_results_are_those_of_the_runs_with_their_errors(page: Page, folder: Path) -> None:
     headings, *rows = page.table("Accuracies: means")
     found = {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
-    assert list(found) == ["projected", "stopped", "compared: sgd"]
+    assert list(found) == ["projected", "stopped", "compared: SGD"]
     (seed,) = result(folder / "projected")["seeds"]
     assert found["projected"]["test"] == f"{100 * seed['test_accuracy']:.2f} %"
     tests, validations = np.array([0.8, 0.8 + 1 / 60]), np.array([0.9, 0.92])
     for name, values in (("test", tests), ("validation", validations)):
         error = values.std(ddof=1) / 2**0.5
-        assert found["compared: sgd"][name] == f"{100 * values.mean():.2f} ± {100 * error:.2f} %"
-    assert found["compared: sgd"]["settings"] == "rate 0.3, constant"
+        assert found["compared: SGD"][name] == f"{100 * values.mean():.2f} ± {100 * error:.2f} %"
+    assert found["compared: SGD"]["settings"] == "rate 0.3, constant"
     # Seconds are of the two seeds that trained side by side.
-    assert found["compared: sgd"]["training"] == "0.20 s"
-    assert found["compared: sgd"]["state"] == "5 kB"
+    assert found["compared: SGD"]["training"] == "0.20 s"
+    assert found["compared: SGD"]["state"] == "5 kB"
     assert found["stopped"]["test"] == "not measured"
     assert found["stopped"]["batches"] == "5"
 

@@ -30,7 +30,7 @@ print(len(core), len(names))
 try:
     importlib.import_module("pjax.lab")
 except ImportError as error:
-    assert 'pip install "pjax-learn[lab]"' in str(error), error
+    assert 'pip install ".[lab]"' in str(error), error
 else:
     sys.exit("pjax.lab was imported without its packages")
 """
@@ -90,7 +90,7 @@ def test_the_core_imports_alone_and_lab_names_its_extra(environment: Path, tmp_p
 
     command = run(environment / "pjax", "demo", cwd=tmp_path, env=clean)
     assert command.returncode == 1
-    assert 'pip install "pjax-learn[lab]"' in command.stderr
+    assert 'pip install ".[lab]"' in command.stderr
     assert "Traceback" not in command.stderr
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.suite.cases import STEPS, cases
 from benchmarks.suite.reach import steps_needed
+from pjax.lab.plots import method_style
 
 GROUPS = tuple(dict.fromkeys(case.group for case in cases()))
 _COLUMNS = (
@@ -111,20 +112,21 @@ def figure(path: str, out: str) -> None:
 
     described, rows = read(path)
     drawing, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    names = {
-        "backprop": "backprop and Adam",
-        "displacement": "displacement and Adam",
-        "projection": "pure projection",
-        "parallel": "one parallel step (AP)",
+    drawn = {
+        "backprop": ("Adam", "adam"),
+        "displacement": ("Adam on displacements", "displacement-adam"),
+        "projection": ("projection", "projection"),
+        "parallel": ("one step of alternating projections", "ap"),
     }
-    for step, marker in zip(STEPS, "osD^", strict=True):
+    for step in STEPS:
+        label, method = drawn[step]
         points = sorted(
             (row["number"], 1e3 * row["seconds"])
             for row in rows.values()
             if row["group"] == "depth" and row["step"] == step
         )
         if points:
-            axes.loglog(*zip(*points, strict=True), marker=marker, label=names[step])
+            axes.loglog(*zip(*points, strict=True), label=label, **method_style(method))
     depths = sorted({row["number"] for row in rows.values() if row["group"] == "depth"})
     axes.set_xticks(depths, map(str, depths))
     axes.minorticks_off()

@@ -25,5 +25,5 @@ _missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is N
 if _missing:
     raise ImportError(
         f"pjax.lab needs packages that are not installed ({', '.join(_missing)}). "
-        'Install them with: pip install "pjax-learn[lab]"'
+        'Install them in a clone of pjax: pip install ".[lab]"'
     )

@@ -17,8 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pjax import nn
 from pjax.lab import comparison, config, recording, report, runs, terminal
-from pjax.lab.config import CompareConfig, Task, TrainConfig
+from pjax.lab.config import CompareConfig, Maybe, Task, Told, TrainConfig
 from pjax.lab.data import Dataset, standardise
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.files import write_text
@@ -29,11 +30,11 @@ from pjax.lab.train import Record, Training
 class Train(TrainConfig):
     """Train a network with checkpoints: interrupted or killed, it goes on with --resume."""
 
-    config: Path | None = None
+    config: Maybe[Path] = None
     """TOML file with settings; options given here go before it."""
-    resume: Path | None = None
+    resume: Maybe[Path] = None
     """Go on with the run in this folder; its settings are its own."""
-    name: str = ""
+    name: Told[str] = ""
     """Name of the run (default: made from data set, model and method)."""
     runs_dir: Path = Path("runs")
     """Folder that gets a folder for the run."""
@@ -43,9 +44,9 @@ class Train(TrainConfig):
 class Compare(CompareConfig):
     """Train each method on every seed, with tuned learning rates; the same command goes on."""
 
-    config: Path | None = None
+    config: Maybe[Path] = None
     """TOML file with settings; options given here go before it."""
-    name: str = ""
+    name: Told[str] = ""
     """Name of the comparison (default: compare-, the data set and the model)."""
     runs_dir: Path = Path("runs")
     """Folder that gets a folder for the comparison."""
@@ -57,7 +58,7 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder with the data set's files (default: the run's)."""
 
 
@@ -69,9 +70,9 @@ class Predict:
     """Folder of the run."""
     input: Path
     """Rows of features, scaled as the data set scales them: .npy, or .csv without a header."""
-    output: Path | None = None
+    output: Maybe[Path] = None
     """CSV file for the predictions (default: standard output)."""
-    seed: int | None = None
+    seed: Maybe[int] = None
     """Which seed's parameters (default: the seed with the best validation accuracy)."""
 
 
@@ -83,7 +84,7 @@ class Report:
     """Folders of pjax train and pjax compare."""
     output: Path = Path("report.html")
     """The page; it holds all it needs."""
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder with the data sets' files (default: each run's); nothing is downloaded."""
     solve: bool = True
     """Solve one batch of each run anew, for the figures of its problem."""
@@ -95,12 +96,11 @@ Settings = TypeVar("Settings", Train, Compare)
 def from_file(arguments: Sequence[str], kind: type[Settings]) -> Settings:
     """The defaults of a command: those of the file that `--config` names, if it does."""
     path = None
-    if arguments and arguments[0] == kind.__name__.lower():
-        for number, one in enumerate(arguments):
-            if one == "--config" and number + 1 < len(arguments):
-                path = Path(arguments[number + 1])
-            elif one.startswith("--config="):
-                path = Path(one.removeprefix("--config="))
+    for number, one in enumerate(arguments):
+        if one == "--config" and number + 1 < len(arguments):
+            path = Path(arguments[number + 1])
+        elif one.startswith("--config="):
+            path = Path(one.removeprefix("--config="))
     if path is None:
         return kind()
     base: Any = TrainConfig if kind is Train else CompareConfig
@@ -127,7 +127,7 @@ def train(options: Train, console: Console) -> int:
         if settings.tensorboard:
             recording.check_event_writer()
         folder = runs.create(settings, dataset, options.runs_dir, options.name)
-    console.print(f"[bold]{_title(settings, dataset)}, {settings.method}[/bold]: {folder}")
+    console.print(f"[bold]{title(settings, dataset)}, {settings.method}[/bold]: {folder}")
     if options.resume is not None and (folder / runs.RESULT).exists():
         console.print("Finished already.")
         return _show(runs.finished_result(folder), console)
@@ -178,31 +178,12 @@ def compare(options: Compare, console: Console) -> int:
     model = config.make_model(settings, dataset)
     name = options.name or f"compare-{settings.dataset}-{settings.model}"
     folder = comparison.open_folder(settings, dataset, options.runs_dir, name)
-    console.print(f"[bold]{_title(settings, dataset)}[/bold]: {folder}")
-    with (
-        terminal.interruptible() as should_stop,
-        terminal.progress(console, remaining=True) as progress,
-    ):
-
-        def on_step(label: str, done: int, total: int) -> None:
-            ids = {one.description: one.id for one in progress.tasks}
-            number = ids.get(label)
-            if number is None:
-                number = progress.add_task(label, total=total, status="")
-            progress.update(number, completed=done)
-
-        complete = comparison.train_missing(
-            folder,
-            settings,
-            dataset,
-            model,
-            on_step=on_step,
-            should_stop=should_stop,
-            say=lambda text: progress.console.print(f"pjax: {text}", highlight=False),
-        )
+    console.print(f"[bold]{title(settings, dataset)}[/bold]: {folder}")
+    complete = train_cells(folder, settings, dataset, model, console)
     lines = comparison.summarise(folder, settings)
     if lines:
-        comparison.write(folder, settings, lines, _title(settings, dataset))
+        command = config.to_command(settings, "compare")
+        comparison.write(folder, settings, lines, title(settings, dataset), command)
         console.print(comparison.table(lines))
     if not complete:
         console.print(
@@ -217,6 +198,36 @@ def compare(options: Compare, console: Console) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def train_cells(
+    folder: Path, settings: CompareConfig, dataset: Dataset, model: nn.Module, console: Console
+) -> bool:
+    """Trains what is missing of a comparison, with bars that show how far it is.
+
+    **Returns:** whether all is there; Ctrl-C leaves the rest.
+    """
+    with (
+        terminal.interruptible() as should_stop,
+        terminal.progress(console, remaining=True) as progress,
+    ):
+
+        def on_step(label: str, done: int, total: int) -> None:
+            ids = {one.description: one.id for one in progress.tasks}
+            number = ids.get(label)
+            if number is None:
+                number = progress.add_task(label, total=total, status="")
+            progress.update(number, completed=done)
+
+        return comparison.train_missing(
+            folder,
+            settings,
+            dataset,
+            model,
+            on_step=on_step,
+            should_stop=should_stop,
+            say=lambda text: progress.console.print(f"pjax: {text}", highlight=False),
+        )
 
 
 def evaluate(options: Evaluate, console: Console) -> int:
@@ -326,7 +337,7 @@ def _warn(text: str) -> None:
     print(f"pjax: {text}", file=sys.stderr)
 
 
-def _title(settings: Task, dataset: Dataset) -> str:
+def title(settings: Task, dataset: Dataset) -> str:
     if settings.model == "cnn":
         shape = f"CNN {'-'.join(map(str, settings.channels))}"
     elif settings.model == "rnn":

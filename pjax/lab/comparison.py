@@ -23,7 +23,7 @@ from pjax.lab import baselines, config, plots, recording, runs, terminal
 from pjax.lab.config import CompareConfig, TrainConfig
 from pjax.lab.data import Dataset
 from pjax.lab.errors import RunError, UsageError
-from pjax.lab.files import read_json, write_json, write_text
+from pjax.lab.files import make_folder, read_json, write_json, write_text
 from pjax.lab.train import Record
 
 CELLS, RESULTS = "cells", "results.json"
@@ -101,7 +101,7 @@ def open_folder(settings: CompareConfig, dataset: Dataset, runs_dir: Path, name:
         runs.check_same_data(folder, dataset)
     elif folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is no comparison: give another --name.")
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / CELLS)
     write_json(folder / runs.ENVIRONMENT, runs.environment())
     write_json(folder / runs.DATA, runs.describe(dataset))
     write_text(folder / runs.CONFIG, config.to_toml(settings))
@@ -160,17 +160,36 @@ def summarise(folder: Path, settings: CompareConfig) -> list[Line]:
     return lines
 
 
-def write(folder: Path, settings: CompareConfig, lines: Sequence[Line], title: str) -> None:
-    """Writes `results.json`, `accuracy.png` and `residual.png`."""
+def write(
+    folder: Path,
+    settings: CompareConfig,
+    lines: Sequence[Line],
+    title: str,
+    command: str,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Writes `results.json`, `accuracy.png` and `residual.png`.
+
+    **Arguments:**
+
+    - `command`: the command line that repeats it.
+    - `labels`: what the figures call the lines; by default the names of their methods.
+    """
     content = {
+        "command": command,
         "environment": runs.environment(),
         "config": config.to_table(settings),
         "methods": plain_lines(lines),
+        "tuning": {
+            line.method: read_json(path)["candidates"]
+            for line in lines
+            if (path := _tuning_path(folder, line.method)).exists()
+        },
     }
     write_json(folder / RESULTS, content)
     curves = [curve(line) for line in lines]
-    plots.plot_curves(curves, folder / "accuracy.png", title)
-    plots.plot_residual_curves(curves, folder / "residual.png", title)
+    plots.plot_curves(curves, folder / "accuracy.png", title, labels)
+    plots.plot_residual_curves(curves, folder / "residual.png", title, labels)
 
 
 def plain_lines(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -249,7 +268,7 @@ def _choose(
     say: runs.Say,
 ) -> baselines.Descent | None:
     """The method with the best rate and schedule; nothing if the search was stopped."""
-    path = folder / CELLS / f"{name}.tuning.json"
+    path = _tuning_path(folder, name)
     found: list[baselines.Candidate] = []
     if path.exists():
         try:
@@ -322,6 +341,10 @@ def _train(
 
 def _cell_path(folder: Path, method: str, seed: int) -> Path:
     return folder / CELLS / f"{method}.seed{seed}.json"
+
+
+def _tuning_path(folder: Path, method: str) -> Path:
+    return folder / CELLS / f"{method}.tuning.json"
 
 
 def _plain(cell: Cell) -> dict[str, Any]:

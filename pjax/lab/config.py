@@ -12,9 +12,10 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
+import tyro
 
 from pjax import nn, optim
 from pjax.lab.baselines import WINDOWS, Descent, warmup
@@ -23,13 +24,12 @@ from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import CNN, MLP, QUANTIZED, RNN, ActivationName
 from pjax.lab.train import Method, Projection, PureProjection, Training
 
+_T = TypeVar("_T")
+#: Fields whose docstring says the default, so that the command line's help does not add it.
+Told = Annotated[_T, tyro.conf.arg(help_behavior_hint="")]
+Maybe = Annotated[_T | None, tyro.conf.arg(help_behavior_hint="")]
+
 MethodName = Literal[
-    "ap",
-    "cp",
-    "dr",
-    "cdr",
-    "dm",
-    "ar",
     "projection",
     "displacement-adam",
     "adam",
@@ -37,7 +37,29 @@ MethodName = Literal[
     "muon",
     "schedule-free",
     "straight-through",
+    "ap",
+    "cp",
+    "dr",
+    "cdr",
+    "dm",
+    "ar",
 ]
+#: What figures and tables for readers call them.
+NAMES: dict[str, str] = {
+    "projection": "projection",
+    "displacement-adam": "Adam on displacements",
+    "adam": "Adam",
+    "sgd": "SGD",
+    "muon": "Muon",
+    "schedule-free": "schedule-free AdamW",
+    "straight-through": "straight-through Adam",
+    "ap": "alternating projections",
+    "cp": "cyclic projections",
+    "dr": "Douglas-Rachford",
+    "cdr": "cyclic Douglas-Rachford",
+    "dm": "difference map",
+    "ar": "alternating reflections",
+}
 TaskName = Literal[DatasetName, "tinyshakespeare"]
 #: Those that are texts, and the characters in a row of one.
 TEXTS, WINDOW = ("tinyshakespeare",), 32
@@ -70,7 +92,7 @@ class Task:
 
     dataset: TaskName = "digits"
     """digits comes with scikit-learn; the others are read from files."""
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder with the files (default: $PJAX_DATA_DIR, then the cache; see pjax data list)."""
     split_seed: int = 0
     """Seed of the split into training, validation and test rows."""
@@ -90,7 +112,7 @@ class Task:
     """Let the perceptron's layers read weights of so many levels (0: real numbers)."""
     splitting: Literal["layer", "neuron"] = "layer"
     """How finely projection methods cut the network into constraints."""
-    projection_steps: int | None = None
+    projection_steps: Maybe[int] = None
     """Steps of the projection algorithm on each batch (default: the algorithm's own)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What the learning rate, or the relaxation of a projection, does over the run."""
@@ -100,9 +122,9 @@ class Task:
     """Rows in a batch."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of initial parameters and batches; all of them train in one compiled program."""
-    seeds_at_once: int = 0
-    """Seeds in one vectorised step (default 0: as many as memory allows)."""
-    measure_every: int | None = None
+    seeds_at_once: Told[int] = 0
+    """Seeds in one vectorised step (default: as many as memory allows)."""
+    measure_every: Maybe[int] = None
     """Batches between measurements (default: a twentieth of all)."""
     patience: int = 0
     """Stop after so many measurements without a better validation accuracy (0: never)."""
@@ -163,12 +185,16 @@ class TrainConfig(Task):
     """A task and the method that trains it, with what is written on the way."""
 
     method: MethodName = "projection"
-    """Pure projection, a solver (ap, cp, dr, cdr, dm, ar), Adam on displacements, or gradients."""
-    rate: float | None = None
+    """projection: pjax.optim.Projection, recommended. displacement-adam: Adam on displacements. By
+    gradients: adam, sgd, muon, schedule-free (AdamW), straight-through (Adam, for quantized
+    networks). The paper's solvers: ap, alternating projections; cp, cyclic projections; dr,
+    Douglas-Rachford; cdr, cyclic Douglas-Rachford; dm, difference map; ar, alternating
+    reflections."""
+    rate: Maybe[float] = None
     """Learning rate of methods that have one (default: 0.003; sgd 0.1, schedule-free 0.01)."""
-    window: float | None = None
+    window: Maybe[float] = None
     """Half of the width over which straight-through lets gradients pass (default: 1)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Maybe[int] = None
     """Batches between checkpoints (default: as measurements)."""
     keep: int = 3
     """Checkpoints that are kept."""
@@ -201,8 +227,8 @@ class TrainConfig(Task):
 class CompareConfig(Task):
     """A task and the methods that are compared on it."""
 
-    methods: tuple[MethodName, ...] = ("projection", "displacement-adam", "adam", "sgd")
-    """Which methods, in this order."""
+    methods: tuple[MethodName, ...] = ("projection", "adam", "displacement-adam", "sgd")
+    """Which methods, in this order; their names are in pjax train --help."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initial parameters and batches; a method's seeds train in one compiled program."""
     tuning_seed: int = 1000
@@ -326,6 +352,7 @@ def image_shape(dataset: Rows) -> tuple[int, int, int]:
 def make_method(config: TrainConfig, num_classes: int) -> Method:
     """The method of a configuration."""
     decay_steps = config.steps if config.schedule == "cosine" else 0
+    decay = ", cosine" if decay_steps else ""
     if config.method in OPTIMIZERS:
         optimizer = OPTIMIZERS[config.method](
             config.projection_steps, splitting=config.splitting, check=False
@@ -333,14 +360,14 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
         steps = optimizer.solver.steps
         return Projection(
             config.method,
-            f"{config.splitting}, {steps} step{'s' * (steps != 1)} per batch, {config.schedule}",
+            f"{config.splitting}, {steps} step{'s' * (steps != 1)} per batch" + decay,
             optimizer,
             num_classes,
             carries_state=True,
             decay_steps=decay_steps,
         )
     if config.method == "projection":
-        return PureProjection(f"{config.schedule}, no rate", num_classes, decay_steps)
+        return PureProjection(f"no learning rate{decay}", num_classes, decay_steps)
     rate = DEFAULT_RATES[config.method] if config.rate is None else config.rate
     name: Any = config.method
     if name == "schedule-free":
@@ -464,9 +491,14 @@ def to_command(config: Task, command: str) -> str:
     - `config`: of `pjax train` or `pjax compare`.
     - `command`: `"train"` or `"compare"`.
     """
-    words = ["pjax", command]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    return quoted("pjax", command, *changed(config))
+
+
+def changed(options: Any) -> list[str]:
+    """The options of a command's dataclass that are not at their defaults, as words."""
+    words: list[str] = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
         if value == field.default:
             continue
         option = field.name.replace("_", "-")
@@ -476,7 +508,7 @@ def to_command(config: Task, command: str) -> str:
             words += [f"--{option}", *map(str, value)]
         else:
             words += [f"--{option}", str(value)]
-    return quoted(*words)
+    return words
 
 
 def quoted(*words: object) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pjax.lab import data
+from pjax.lab.config import Maybe
 from pjax.lab.data.files import data_folder
 from pjax.lab.data.sources import FILES, Files
 
@@ -21,7 +22,7 @@ from pjax.lab.data.sources import FILES, Files
 class List:
     """Show which data sets there are, which are here, and how large a download is."""
 
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder with your own files (default: $PJAX_DATA_DIR)."""
 
 
@@ -31,7 +32,7 @@ class Fetch:
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Which data sets."""
-    folder: Path | None = None
+    data_dir: Maybe[Path] = None
     """Where to, each into a folder of its name (default: the cache)."""
 
 
@@ -57,11 +58,11 @@ def run(options: Data, console: Console) -> int:
         case List(data_dir):
             data_folder("", data_dir)  # A folder that is not there is told once.
             console.print(_table(data_dir))
-        case Fetch(names, folder):
+        case Fetch(names, data_dir):
             if not names:
                 raise data.DataError(f"name data sets to fetch: {', '.join(_fetchable())}.")
             for name in names:
-                place = folder / data.folder_name(name) if folder is not None else None
+                place = data_dir / data.folder_name(name) if data_dir is not None else None
                 paths = data.fetch(name, place)
                 where = paths[0].parent if paths else "comes with scikit-learn"
                 console.print(Text(f"{name}: {where}"), soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.progress import TaskID
 from rich.text import Text
 
 from pjax.lab import runs, terminal
+from pjax.lab.config import Maybe, Told
 from pjax.lab.experiments import definition, running
 
 
@@ -28,9 +29,9 @@ class Run:
     """A name from the list, or the path of a .toml file of your own."""
     quick: bool = False
     """Fewer and smaller, for minutes on two cores."""
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder with the files of data sets (default: $PJAX_DATA_DIR, then the cache)."""
-    name: str = ""
+    name: Told[str] = ""
     """Name of the folder (default: the experiment's, with -quick if it is)."""
     runs_dir: Path = Path("runs/experiments")
     """Folder that gets a folder for the experiment."""

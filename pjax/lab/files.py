@@ -12,6 +12,17 @@ from pjax.lab.errors import RunError
 _LARGEST_JSON = 50_000_000
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, unless it is there.
+
+    **Raises:** `RunError`, with a message of one line that names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot create the folder ({error.strerror}).") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file in one go: a reader, or a process that is killed, sees the old or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

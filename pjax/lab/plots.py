@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from pjax.lab.train import Run
+from pjax.lab.config import NAMES
+from pjax.lab.files import make_folder
 
 #: Okabe and Ito's colours, told apart with any colour vision; one for each method.
 COLOURS = {
@@ -55,41 +56,6 @@ CYCLE = tuple(
 )
 
 
-def plot_accuracy(runs: Sequence[Run], path: Path, title: str) -> None:
-    """Validation accuracy against batches and against seconds of training, side by side."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for run in runs:
-        style = _style(run)
-        accuracy = [record.validation_accuracy for record in run.records]
-        by_step.plot([record.step for record in run.records], accuracy, **style)
-        # Time is on a logarithmic axis, which has no place for the start at zero seconds.
-        by_time.plot([record.seconds for record in run.records[1:]], accuracy[1:], **style)
-    by_step.set(xlabel="batches", ylabel="validation accuracy")
-    by_time.set(xlabel="seconds of training, without compilation", xscale="log")
-    reached = [record.validation_accuracy for run in runs for record in run.records[1:]]
-    if reached:
-        # The start is chance for every method; what differs is above.
-        best = max(reached)
-        by_step.set_ylim(max(min(reached), best - 0.5) - 0.01, best + 0.01)
-    _finish_pair(figure, by_step, by_time, path, title)
-
-
-def plot_residual(runs: Sequence[Run], path: Path, title: str) -> None:
-    """The residual at the end of each batch's solve, of the methods that have one."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        known = [record for record in run.records if math.isfinite(record.residual)]
-        if known:
-            axes.plot(
-                [record.step for record in known],
-                [record.residual for record in known],
-                **_style(run),
-            )
-    _finish_residual(figure, axes, path, title)
-
-
 class Curve(NamedTuple):
     """What a method's seeds did: rows are seeds, columns are steps; NaN where one has stopped."""
 
@@ -100,30 +66,56 @@ class Curve(NamedTuple):
     residual: Float[np.ndarray, "seeds steps"]
 
 
-def plot_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Validation accuracy against batches and seconds: the mean over seeds, and their range."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for curve in curves:
-        style = method_style(curve.method)
-        _band(by_step, curve.steps, curve.validation_accuracy, curve.method, style)
-        # Time is on a logarithmic axis, which has no place for the start at zero seconds.
-        _band(by_time, curve.seconds[1:], curve.validation_accuracy[:, 1:], curve.method, style)
-    by_step.set(xlabel="batches", ylabel="validation accuracy")
-    by_time.set(xlabel="seconds of training for each seed, without compilation", xscale="log")
-    _limit_accuracy(by_step, curves)
-    _finish_pair(figure, by_step, by_time, path, title)
+def plot_curves(
+    curves: Sequence[Curve], path: Path, title: str, labels: Sequence[str] | None = None
+) -> None:
+    """Validation accuracy against batches and seconds: the mean over seeds, and their range.
+
+    **Arguments:**
+
+    - `curves`: what is drawn.
+    - `path`, `title`: of the file; of the figure.
+    - `labels`: of the curves; by default the names of their methods.
+    """
+    with matplotlib.rc_context({"font.size": 12}):  # it is read on phones too
+        figure = Figure(figsize=(8, 4.4), layout="constrained")
+        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        for curve, text, style in _styled(curves, labels):
+            accuracy = curve.validation_accuracy
+            _band(by_step, curve.steps, accuracy, text, style)
+            # Time is on a logarithmic axis, which has no place for the start at zero seconds.
+            _band(by_time, curve.seconds[1:], accuracy[:, 1:], text, style)
+        by_step.set(xlabel="batches", ylabel="validation accuracy")
+        by_time.set(xlabel="seconds, without compiling", xscale="log")
+        by_time.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        by_time.xaxis.set_minor_formatter(NullFormatter())
+        _limit_accuracy(by_step, curves)
+        by_step.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for axes in (by_step, by_time):
+            axes.grid(alpha=0.3)
+        if by_step.lines:
+            figure.legend(handles=by_step.lines, loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(literal(title), fontsize=12)
+        save(figure, path)
 
 
-def plot_residual_curves(curves: Sequence[Curve], path: Path, title: str) -> None:
+def plot_residual_curves(
+    curves: Sequence[Curve], path: Path, title: str, labels: Sequence[str] | None = None
+) -> None:
     """The residual at the end of a batch's solve: the mean over seeds, and their range."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for curve in curves:
+    for curve, text, style in _styled(curves, labels):
         if np.isfinite(curve.residual[:, 1:]).any():
-            style = method_style(curve.method)
-            _band(axes, curve.steps[1:], curve.residual[:, 1:], curve.method, style)
-    _finish_residual(figure, axes, path, title)
+            _band(axes, curve.steps[1:], curve.residual[:, 1:], text, style)
+    axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log")
+    axes.set_title(literal(title), fontsize=10)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
+    save(figure, path)
 
 
 def accuracy_figure(
@@ -137,7 +129,7 @@ def accuracy_figure(
 
     - `curves`: what is drawn; not all of them may be empty.
     - `against`: batches, or seconds of training for each seed (on a logarithmic axis).
-    - `labels`: of the curves; by default their methods.
+    - `labels`: of the curves; by default the names of their methods.
 
     **Returns:** the figure, of one panel.
     """
@@ -198,9 +190,11 @@ def _styled(
             # Light colours need an edge on white.
             "markeredgecolor": "#333333",
             "markeredgewidth": 0.5,
-            "linestyle": "-" if number < len(CYCLE) else "--",
+            # Alternating and cyclic projections often agree: dashes show the line below.
+            "linestyle": "--" if number >= len(CYCLE) or (known and curve.method == "cp") else "-",
         }
-        found.append((curve, curve.method if labels is None else labels[number], style))
+        name = NAMES.get(curve.method, curve.method)
+        found.append((curve, name if labels is None else labels[number], style))
     return found
 
 
@@ -219,7 +213,7 @@ def _limit_accuracy(axes: Any, curves: Sequence[Curve]) -> None:
     later = later[np.isfinite(later)]
     if len(later):
         best = float(later.max())
-        axes.set_ylim(max(float(later.min()), best - 0.5) - 0.01, best + 0.01)
+        axes.set_ylim(max(float(later.min()), best - 0.3) - 0.01, best + 0.01)
 
 
 def literal(text: str) -> str:
@@ -232,24 +226,6 @@ def literal(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _finish_pair(figure: Figure, by_step: Any, by_time: Any, path: Path, title: str) -> None:
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-    by_step.legend(loc="lower right")
-    figure.suptitle(title)
-    save(figure, path)
-
-
-def _finish_residual(figure: Figure, axes: Any, path: Path, title: str) -> None:
-    axes.set(xlabel="batches", ylabel="distance to the constraints", yscale="log", title=title)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "no method with a residual", ha="center", transform=axes.transAxes)
-    save(figure, path)
-
-
 def method_style(method: str) -> dict[str, Any]:
     """Colour and marker of a method's line."""
     return {"color": COLOURS[method], "marker": _MARKERS[method], "markersize": 4}
@@ -260,7 +236,8 @@ def _band(axes: Any, x: np.ndarray, values: np.ndarray, text: str, style: dict[s
     x, values = x[known], values[:, known]
     if not len(x):
         return
-    axes.plot(x, np.nanmean(values, axis=0), label=literal(text), **style)
+    every = max(1, len(x) // 20)
+    axes.plot(x, np.nanmean(values, axis=0), label=literal(text), markevery=every, **style)
     axes.fill_between(
         x,
         np.nanmin(values, axis=0),
@@ -271,19 +248,7 @@ def _band(axes: Any, x: np.ndarray, values: np.ndarray, text: str, style: dict[s
     )
 
 
-def _style(run: Run) -> dict[str, Any]:
-    return {
-        "label": run.method,
-        "color": COLOURS.get(run.method),
-        "marker": _MARKERS.get(run.method, "o"),
-        "markersize": 3,
-        # Cyclic and alternating projections often agree: dashes show the line below.
-        "linestyle": "--" if run.method == "cp" else "-",
-        "linewidth": 1.4,
-    }
-
-
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure, in the format that the file's ending names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -184,7 +184,8 @@ def check_event_writer() -> None:
         import tensorboardX  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f'--tensorboard needs tensorboardX ({error}): pip install "pjax-learn[tensorboard]".'
+            f"--tensorboard needs tensorboardX ({error}); in a clone of pjax: "
+            'pip install ".[tensorboard]".'
         ) from error
 
 

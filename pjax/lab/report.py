@@ -93,7 +93,7 @@ def write(
         ),
         lang="en",
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output.parent)
     files.write_text(output, document(page))
 
 
@@ -136,7 +136,8 @@ def _results(found: Sequence[Summary], names: Sequence[str]) -> list[ET.Element]
         for line in one.lines:
             label = name
             if one.kind == "comparison":
-                label = line.method if len(found) == 1 else f"{name}: {line.method}"
+                label = config.NAMES[line.method]
+                label = label if len(found) == 1 else f"{name}: {label}"
             groups.setdefault(key, []).append((label, line))
     made = []
     for number, ((dataset, digest, _), lines) in enumerate(groups.items()):

@@ -24,7 +24,7 @@ from pjax.lab.checkpoints import Checkpoint, CheckpointError
 from pjax.lab.config import TrainConfig
 from pjax.lab.data import Dataset
 from pjax.lab.errors import RunError, UsageError, shown
-from pjax.lab.files import read_json, write_json, write_text
+from pjax.lab.files import make_folder, read_json, write_json, write_text
 from pjax.lab.recording import JSON_LINES, Recorder, read_records
 from pjax.lab.train import Accuracy, Params, Record, Training
 
@@ -50,7 +50,7 @@ def create(settings: TrainConfig, dataset: Dataset, runs_dir: Path, name: str = 
     """
     if name:
         check_name(name)
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(runs_dir)
     stem = name or f"{settings.dataset}-{settings.model}-{settings.method}"
     number = 1
     while True:
@@ -65,6 +65,8 @@ def create(settings: TrainConfig, dataset: Dataset, runs_dir: Path, name: str = 
                     "or choose another name."
                 ) from None
             number += 1
+        except OSError as error:
+            raise RunError(f"{folder}: cannot create the folder ({error.strerror}).") from error
     write_json(folder / ENVIRONMENT, environment())
     write_json(folder / DATA, describe(dataset))
     # Last: a folder with settings is a run.

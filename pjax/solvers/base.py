@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pjax.graph import Fallback, Splitting
@@ -106,7 +107,7 @@ class Step(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResidualHistory:
     """The residuals of a solve, one row per step.
 
@@ -158,6 +159,16 @@ class ResidualHistory:
 
     def __format__(self, spec: str) -> str:
         return format(float(self), spec) if spec else str(self)
+
+    def __repr__(self) -> str:
+        concrete = isinstance(self.residual, jax.Array) and not isinstance(self.residual, Tracer)
+        if not concrete or self.residual.ndim != 1:  # inside `jit`, under `vmap`
+            return f"ResidualHistory(residual of shape {getattr(self.residual, 'shape', None)})"
+        first, last = float(self.residual[0]), float(self.residual[-1])
+        return (
+            f"ResidualHistory({len(self)} steps, residual {first:.3g} to {last:.3g}, "
+            f"verdict {self.verdict})"
+        )
 
 
 def _length(distances: Array) -> Array:

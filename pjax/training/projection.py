@@ -186,9 +186,7 @@ class Projection:
         Optax makes it.
         """
         require_own_call(self, fn, params)
-        program, leaves, consts, _ = trace(
-            lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True
-        )
+        program, leaves, consts, _ = self._traced(fn, params, args, kwargs)
         memory, vectors = _start(self._layout(program), self.requests, leaves, consts)
         mean = (None,) * len(leaves) if self.averaging is None else tuple(leaves)
         return ProjectionState(jnp.zeros((), jnp.int32), memory, vectors, mean)
@@ -280,9 +278,7 @@ class Projection:
         kwargs: dict[str, Any],
     ) -> tuple[list[Array | None], ProjectionState, Info]:
         require_own_call(self, fn, params, state, ProjectionState)
-        program, leaves, consts, aux_tree = trace(
-            lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True
-        )
+        program, leaves, consts, aux_tree = self._traced(fn, params, args, kwargs)
         layout = self._layout(program)
         _check_state(layout, state)
         found = _solve(
@@ -300,6 +296,24 @@ class Projection:
         aux = jax.tree_util.tree_unflatten(aux_tree, found.aux) if self.has_aux else None
         new = ProjectionState(state.count + 1, found.memory, found.vectors, state.mean)
         return found.moves, new, Info(found.loss, found.residual, aux)
+
+    def _traced(
+        self, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return trace(lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True)
+        except (TypeError, ValueError) as error:
+            rows = [
+                jnp.shape(leaf)[0]
+                for leaf in jax.tree_util.tree_leaves((args, kwargs))
+                if jnp.ndim(leaf)
+            ]
+            if len(set(rows)) > 1:
+                error.add_note(
+                    f"The arrays after `params` and `state` have {', '.join(map(str, rows))} rows: "
+                    "a batch and its labels must have as many."
+                )
+            raise
 
     def _layout(self, program: Any) -> Layout:
         solver = CyclicProjections(steps=1)

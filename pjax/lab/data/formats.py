@@ -226,7 +226,7 @@ def read_parquet_images(
     except ImportError as error:
         raise DataError(
             f"{path}: Parquet files need pyarrow and pillow ({reason(error)}). "
-            'Install them with: pip install "pjax-learn[parquet]"'
+            'Install them in a clone of pjax: pip install ".[parquet]"'
         ) from error
 
     images, labels = _Growing((32, 32, 3), np.uint8), _Growing((), np.int32)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pjax.lab import comparison, plots
 from pjax.lab.comparison import Line
+from pjax.lab.config import NAMES
 from pjax.lab.experiments.definition import Entry, Experiment
 from pjax.lab.experiments.measures import Rows
 
@@ -80,7 +81,7 @@ def _against(experiment: Experiment, found: Mapping[str, list[Line]], path: Path
                 line = next(line for line in found[entry.name] if line.method == method)
                 points.append((entry.x, *line.mean("test_accuracy")))
             x, y, error = zip(*sorted(points), strict=True)
-            label = method if splitting == "layer" else f"{method}, neurons"
+            label = _named(method, splitting)
             error = [0.0 if math.isnan(one) else one for one in error]
             axes.errorbar(x, y, error, capsize=2, **_style(method, members[0], label))
         axes.set(xlabel=_literal(experiment.x), ylabel="test accuracy")
@@ -100,9 +101,9 @@ def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -
         metric = _metric(lines)
         for place, line in enumerate(lines):
             mean, error = line.mean(metric)
-            style = _style(line.method, entry, line.method) | {"linestyle": "none"}
+            style = _style(line.method, entry, NAMES[line.method]) | {"linestyle": "none"}
             style["markersize"] = 7
-            seen[line.method] = axes.errorbar(
+            seen[NAMES[line.method]] = axes.errorbar(
                 [mean], [-place], xerr=[0.0 if math.isnan(error) else error], capsize=3, **style
             )
         axes.set_ylim(-max(len(lines), 1) + 0.4, 0.6)
@@ -118,7 +119,9 @@ def _rows(experiment: Experiment, found: Mapping[str, list[Line]], path: Path) -
         right = min(sum(axes.get_xlim()) / 2 + 0.55 * width, 1)
         axes.set_xlim(right - 1.1 * width, right)
     if seen:
-        figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen))
+        figure.legend(
+            seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3)
+        )
     _save(figure, experiment, path)
 
 
@@ -129,14 +132,12 @@ def _cost(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> None
             for entry in members:
                 row = next(row for row in found[entry.name] if row["method"] == method)
                 points.append((entry.x, row["milliseconds_per_projection_step"]))
-            label = method if splitting == "layer" else f"{method}, neurons"
+            label = _named(method, splitting)
             axes.plot(*zip(*sorted(points), strict=True), **_style(method, members[0], label))
         axes.set(
-            xlabel=_literal(experiment.x),
-            ylabel="ms for one step",
-            xscale="log",
-            yscale="log",
+            xlabel=_literal(experiment.x), ylabel="ms for one step", xscale="log", yscale="log"
         )
+        _plain_ticks(axes)
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path)
@@ -153,7 +154,7 @@ def _residual(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> 
             for row in found.get(entry.name, ()):
                 values = [math.nan if one is None else one for one in row["residual"]]
                 several = len(found[entry.name]) > 1
-                label = f"{row['rows']} rows" + f", {row['method']}" * several
+                label = f"{row['rows']} rows" + f", {NAMES[row['method']]}" * several
                 axes.plot(row["steps"], values, color=colour, label=f"{label}: {row['verdict']}")
         axes.set(xlabel=_literal(experiment.x), ylabel="residual", xscale="log", yscale="log")
 
@@ -167,7 +168,7 @@ def _sizes(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> Non
                 (entry.x, next(row for row in found[entry.name] if row["method"] == method))
                 for entry in sorted(members, key=lambda entry: entry.x or 0.0)
             ]
-            name = method if splitting == "layer" else f"{method}, neurons"
+            name = _named(method, splitting)
             style = _style(method, members[0], name)
             x = [place for place, _ in rows]
             if rows[0][1]["predicted_bytes"] is not None:
@@ -183,6 +184,7 @@ def _sizes(experiment: Experiment, found: Mapping[str, Rows], path: Path) -> Non
                     x, used, **style | {"linestyle": ":", "label": f"{name}: XLA's temporaries"}
                 )
         axes.set(xlabel=_literal(experiment.x), ylabel="MB", xscale="log", yscale="log")
+        _plain_ticks(axes)
         _whole_ticks(axes, [entry.x for entry in entries])
 
     _panels(experiment, draw, path, sharey=True)
@@ -204,8 +206,11 @@ def _panels(
         draw(axes, [entry for entry in experiment.entries if entry.panel == panel])
         axes.set_title(_literal(panel))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:
+            # Two columns of long words would be wider than the panel.
+            columns = 2 if max(map(len, labels)) < 34 else 1
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": columns}
             axes.legend(fontsize=8, **below)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -241,7 +246,12 @@ def _metric(lines: Sequence[Line]) -> str:
 
 
 def _label(method: str, entry: Entry, entries: Sequence[Entry]) -> str:
-    return method if len(entries) == 1 else f"{method}, {_literal(entry.name)}"
+    name = NAMES[method]
+    return name if len(entries) == 1 else f"{name}, {_literal(entry.name)}"
+
+
+def _named(method: str, splitting: str) -> str:
+    return NAMES[method] + (", neurons" if splitting == "neuron" else "")
 
 
 def _literal(text: str) -> str:
@@ -264,6 +274,14 @@ def _whole_ticks(axes: Any, values: Sequence[float | None]) -> None:
     if known:
         axes.set_xticks(known, [f"{value:g}" for value in known])
         axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times powers of ten on a logarithmic vertical axis."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    )
 
 
 def _save(figure: Figure, experiment: Experiment, path: Path) -> None:

@@ -19,7 +19,7 @@ from pjax.lab.errors import RunError
 from pjax.lab.experiments import figures
 from pjax.lab.experiments.definition import Entry, Experiment
 from pjax.lab.experiments.measures import MEASURES, Rows
-from pjax.lab.files import read_json, write_json, write_text
+from pjax.lab.files import make_folder, read_json, write_json, write_text
 
 ENTRIES, RESULTS, TABLE, FIGURE = "entries", "results.json", "table.md", "figure.png"
 MEASURE = "measure.json"
@@ -164,7 +164,7 @@ def write(experiment: Experiment, folder: Path) -> None:
                 results.append({**content, "methods": one.rows})
                 cells += [_measure_cells(experiment, entry, row) for row in one.rows]
                 computers.add(one.computer)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(
         folder / RESULTS,
         {
