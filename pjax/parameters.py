@@ -8,7 +8,8 @@ the place of a displacement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,15 +47,25 @@ class Leaves(NamedTuple):
         return self._replace(others=nothing).tree(arrays)
 
 
-def leaves_of(params: Any) -> Leaves:
-    """Takes a tree apart."""
+def leaves_of(params: Any, mask: Any = None) -> Leaves:
+    """Takes a tree apart.
+
+    **Arguments:**
+
+    - `mask`: True where leaves are parameters, False where they stay as they are: a prefix of the
+        tree, or a function of it that returns one.
+
+    **Raises:** `ValueError` for a mask that is no prefix of the tree, `TypeError` for one of
+    anything but True and False.
+    """
     paths, arrays, others, places = [], [], [], []
+    move = _chosen(params, mask)
     top, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_equinox)
     for path, part in top:
         inside = _is_equinox(part)
         rows = jax.tree_util.tree_flatten_with_path(part)[0] if inside else [((), part)]
         for rest, leaf in rows:
-            if inside and not _is_inexact_array(leaf):
+            if not next(move) or (inside and not _is_inexact_array(leaf)):
                 others.append(leaf)
                 continue
             paths.append(jax.tree_util.keystr((*path, *rest)))
@@ -63,6 +74,22 @@ def leaves_of(params: Any) -> Leaves:
             others.append(None)
     structure = jax.tree_util.tree_structure(params)
     return Leaves(tuple(paths), tuple(arrays), tuple(others), tuple(places), structure)
+
+
+def _chosen(params: Any, mask: Any) -> Iterator[bool]:
+    """Whether each leaf is a parameter."""
+    if mask is None:
+        return itertools.repeat(True)
+    given = mask(params) if callable(mask) else mask
+    try:
+        whole = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), given, params)
+    except ValueError as error:
+        raise ValueError(f"`mask` is no prefix of `params`: {error}") from error
+    found = jax.tree.leaves(whole)
+    for one in found:
+        if not isinstance(one, (bool, np.bool_)):
+            raise TypeError(f"`mask` must have True or False for each leaf, got {one!r}.")
+    return iter(found)
 
 
 def _is_equinox(x: Any) -> bool:

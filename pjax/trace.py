@@ -168,7 +168,11 @@ def require_function(fn: Any, name: str) -> None:
 
 
 def trace(
-    fn: Callable[[Any], Any], params: Any, has_aux: bool = False, scalar: bool = False
+    fn: Callable[[Any], Any],
+    params: Any,
+    has_aux: bool = False,
+    scalar: bool = False,
+    mask: Any = None,
 ) -> tuple[Program, list[Any], list[Any], Any]:
     """Traces `fn(params)` into a flat program.
 
@@ -180,6 +184,7 @@ def trace(
       sum is the loss.
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
       leaves are known values, and stay as they are. See `pjax.parameters`.
+    - `mask`: which leaves are parameters at all, see `pjax.parameters.leaves_of`.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
@@ -189,7 +194,7 @@ def trace(
     not an array, is complex or narrower than a deviation needs, or is an integer that the function
     uses as a number.
     """
-    apart = leaves_of(params)
+    apart = leaves_of(params, mask)
     paths, leaves = apart.paths, apart.arrays
     given = jax.tree_util.tree_structure(params)
     for path, leaf in zip(paths, leaves, strict=True):

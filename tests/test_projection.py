@@ -394,6 +394,59 @@ def test_a_state_that_orbax_has_kept_goes_on_as_it_was(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, kept, carry)
 
 
+@pytest.mark.parametrize("averaging", [None, 8.0])
+def test_sizes_are_those_of_the_state(averaging):
+    params, x, y = make_mlp(8, 2)
+    optimizer = pjax.optim.Projection(averaging=averaging)
+    state = optimizer.init(mlp_loss, params, x, y)
+    size = optimizer.sizes(mlp_loss, params, x, y)
+    assert size.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert size.requests == 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"w": [False, True, True], "b": [False, True, False]},
+        lambda params: {"w": [False, True, True], "b": [False, True, False]},
+    ],
+    ids=["tree", "function"],
+)
+def test_masked_parameters_stay_and_are_no_part_of_the_problem(mask):
+    params, x, y = make_mlp(9, 2)
+    optimizer = pjax.optim.Projection(mask=mask, averaging=8.0, weight_decay=0.1)
+    state = optimizer.init(mlp_loss, params, x, y)
+    new, state, _ = optimizer.update(mlp_loss, params, state, x, y)
+    direction, _, _ = optimizer.displacement(mlp_loss, params, state, x, y)
+    whole = {"w": [False, True, True], "b": [False, True, False]}
+    for moves, before, after, moved in zip(
+        *map(jax.tree.leaves, (whole, params, new, direction)), strict=True
+    ):
+        assert bool(jnp.any(before != after)) == moves == bool(jnp.any(moved != 0))
+    assert jax.tree.structure(optimizer.average(new, state)) == jax.tree.structure(params)
+
+    def closed(own, x, y):
+        b = [params["b"][0], own["b"], params["b"][2]]
+        return mlp_loss({"w": [params["w"][0], *own["w"]], "b": b}, x, y)
+
+    own = {"w": params["w"][1:], "b": params["b"][1]}
+    plain = dataclasses.replace(optimizer, mask=None)
+    other, _, _ = plain.update(closed, own, plain.init(closed, own, x, y), x, y)
+    assert_close({"w": new["w"][1:], "b": new["b"][1]}, other, 1e-6)
+
+
+def test_a_mask_of_a_whole_part_is_a_prefix():
+    params, x, y = make_mlp(9, 2)
+    optimizer = pjax.optim.Projection(mask={"w": True, "b": False})
+    new, *_ = optimizer.update(mlp_loss, params, optimizer.init(mlp_loss, params, x, y), x, y)
+    assert all(bool(jnp.all(a == b)) for a, b in zip(new["b"], params["b"], strict=True))
+    assert all(bool(jnp.any(a != b)) for a, b in zip(new["w"], params["w"], strict=True))
+    with pytest.raises(ValueError, match="`mask` is no prefix of `params`"):
+        pjax.optim.Projection(mask={"v": True}).init(mlp_loss, params, x, y)
+    with pytest.raises(TypeError, match="`mask` must have True or False"):
+        pjax.optim.Projection(mask={"w": 1.0, "b": 0.0}).init(mlp_loss, params, x, y)
+
+
 def test_a_small_network_is_fitted():
     params, x, y = make_mlp(6, 2)
     state = OPTIMIZER.init(mlp_loss, params, x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,6 +60,26 @@ class Info(NamedTuple):
     loss: Array
     residual: Array
     aux: Any
+
+
+class StateSize(NamedTuple):
+    """The bytes of a [`ProjectionState`][].
+
+    **Attributes:**
+
+    - `requests`: what batches ask of each parameter, and the last move.
+    - `moments`: eigenvectors of inputs and forces, and diagonals.
+    - `rest`: the average of iterates, vectors of power iterations, and numbers.
+    """
+
+    requests: int
+    moments: int
+    rest: int
+
+    @property
+    def bytes(self) -> int:
+        """The sum."""
+        return sum(self)
 
 
 class _Solved(NamedTuple):
@@ -157,6 +178,8 @@ class Projection:
     - `weight_decay`: parameters shrink by this share in each update, times its relaxation.
     - `averaging`: the power with which the weights of iterates grow in [`Projection.average`][];
         None keeps no average, and saves a copy of the parameters.
+    - `mask`: which parameters move, True or False for each: a pytree that is a prefix of them, or a
+        function of them that returns one. The others stay as they are, and cost nothing.
     - `check`: raise an error for parameters, data or a loss that are not finite; it waits for each
         update.
     - `fallback`: see [`pjax.feasibility_problem`][].
@@ -166,6 +189,7 @@ class Projection:
     has_aux: bool = False
     weight_decay: float = 0.0
     averaging: float | None = None
+    mask: Any = None
     check: bool = True
     fallback: Fallback | None = None
     requests: Requests = Requests()  # noqa: RUF009 - frozen
@@ -215,7 +239,7 @@ class Projection:
         other shapes, `TypeError` for a call as Optax makes it.
         """
         moves, state, info = self._moves(fn, params, state, args, kwargs)
-        leaves = leaves_of(params)
+        leaves = leaves_of(params, self.mask)
         keep = 1 - relaxation * self.weight_decay
         moved = [
             leaf
@@ -248,13 +272,16 @@ class Projection:
         updates, opt_state = optax.sgd(schedule).update(direction, opt_state, params)
         ```
 
-        **Returns:** `(displacement, state, info)`.
+        **Returns:** `(displacement, state, info)`; the displacement is 0 where the mask is False.
         """
         moves, state, info = self._moves(fn, params, state, args, kwargs)
         leaves = leaves_of(params)
+        by_path = dict(zip(leaves_of(params, self.mask).paths, moves, strict=True))
         found = [
-            jnp.zeros_like(leaf) if move is None else (-move).astype(jnp.result_type(leaf))
-            for leaf, move in zip(leaves.arrays, moves, strict=True)
+            jnp.zeros_like(leaf)
+            if (move := by_path.get(path)) is None
+            else (-move).astype(jnp.result_type(leaf))
+            for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)
         ]
         return leaves.moves(found), state, info
 
@@ -267,7 +294,25 @@ class Projection:
         """
         if self.averaging is None:
             raise ValueError("There is no average: make the optimiser with `averaging=8.0`, say.")
-        return leaves_of(params).tree(state.mean)
+        return leaves_of(params, self.mask).tree(state.mean)
+
+    def sizes(
+        self, fn: Callable[..., Any], params: PyTree[Array], *args: Any, **kwargs: Any
+    ) -> StateSize:
+        """The bytes of the state, before anything is allocated.
+
+        **Arguments:** those of `init`.
+
+        ```python
+        pjax.optim.Projection().sizes(loss_fn, params, x, y).bytes
+        ```
+        """
+        state = jax.eval_shape(lambda: self.init(fn, params, *args, **kwargs))
+        units = state.memory.units
+        requests = [(unit.asked, unit.move) for unit in units]
+        moments = [unit.diagonal for unit in units], state.memory.inputs, state.memory.outputs
+        first, second = _bytes(requests), _bytes(moments)
+        return StateSize(first, second, _bytes(state) - first - second)
 
     def _moves(
         self,
@@ -301,7 +346,7 @@ class Projection:
         self, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
-            return trace(lambda p: fn(p, *args, **kwargs), params, self.has_aux, scalar=True)
+            return trace(lambda p: fn(p, *args, **kwargs), params, self.has_aux, True, self.mask)
         except (TypeError, ValueError) as error:
             rows = [
                 jnp.shape(leaf)[0]
@@ -320,6 +365,10 @@ class Projection:
         return layout_for(solver, program, _METRIC, "exact", "layer", self.fallback)
 
 
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _check_state(layout: Layout, state: ProjectionState) -> None:
     """Raises `ValueError` for a state that was made for parameters of other shapes."""
     units, kept = _units(layout).units, state.memory.units
@@ -334,4 +383,4 @@ def _check_state(layout: Layout, state: ProjectionState) -> None:
         )
 
 
-__all__ = ["Info", "Projection", "ProjectionState"]
+__all__ = ["Info", "Projection", "ProjectionState", "StateSize"]
