@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import pjax
+from pjax.problem import Problem
 
 X = jnp.ones((32, 4))
 Y = jax.nn.one_hot(jnp.arange(32) % 2, 2)
@@ -33,7 +34,7 @@ def test_completion_shows_what_users_use() -> None:
     for name in ("optim", "value_and_displacement", "cross_entropy", "nn", "__version__"):
         assert name in shown
     assert not {"trace", "graph", "problem", "rewrites", "slots", "thresholds"} & {*shown}
-    assert pjax.problem.Problem is pjax.Problem  # what is not shown is there
+    assert Problem is pjax.Problem  # what is not shown is there
 
 
 def test_a_residual_is_one_line_everywhere() -> None:

@@ -117,8 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         kind = COMMANDS[name]
         options: dict[str, Any] = {}
-        if kind in (commands.Train, commands.Compare):
-            options["default"] = commands.from_file(rest, kind)
+        if kind is commands.Train:
+            options["default"] = commands.from_file(rest, commands.Train)
+        elif kind is commands.Compare:
+            options["default"] = commands.from_file(rest, commands.Compare)
         # One command alone: what it says of a typo is about this command's options.
         command = tyro.cli(
             kind, prog=f"pjax {name}", args=rest, config=(tyro.conf.DisallowNone,), **options
