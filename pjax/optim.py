@@ -33,7 +33,7 @@ from pjax.trace import Program, trace
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, NonFiniteError, raise_if_unsound
 from pjax.training.checks import check as check_solve
-from pjax.training.projection import Info, Projection, ProjectionState
+from pjax.training.projection import Info, Projection, ProjectionState, StateSize
 
 
 @jax.tree_util.register_dataclass
@@ -291,4 +291,5 @@ __all__ = [
     "Optimizer",
     "Projection",
     "ProjectionState",
+    "StateSize",
 ]

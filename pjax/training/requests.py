@@ -70,7 +70,7 @@ class Requests:
     forget: float = 0.999
     threshold_size: float = 3.0
     threshold_memory: float = 0.9
-    threshold_rows: float = 25.0
+    threshold_rows: float = 100.0
     pacing: float = 0.1
 
 
