@@ -21,11 +21,38 @@ from tests.public_operations import GROUPS, LOSSES, ROWS, WIDTH, X, data, loss_o
 #: So stiff and with so short a prox step that only rounding is left between the two.
 LIMIT = metrics.Spectral(activations=1e8, prox_step=1e-7)
 
-CASES = [
-    pytest.param(function, id=f"{group}-{name.replace(' ', '_')}")
-    for group, functions in GROUPS.items()
-    for name, function in functions.items()
-]
+#: What takes long to compile.
+LONG = {"linear": {"expm"}, "math": {"beta", "sample of a gamma"}, "complex": {"recurrence"}}
+#: What pure projection is tried on every time.
+QUICK = {
+    "scatters": {"sum", "maximum", "set"},
+    "math": {"free power", "cumprod"},
+    "masks": {"two comparisons"},
+    "linear": {"solve"},
+    "complex": {"spectral layer"},
+    "flow": {"cond on a value"},
+    "losses": {"ctc", "contrastive"},
+}
+
+
+def _cases(groups, is_slow):
+    return [
+        pytest.param(
+            function,
+            id=f"{group}-{name.replace(' ', '_')}",
+            marks=[pytest.mark.slow] if is_slow(group, name) else [],
+        )
+        for group, functions in groups.items()
+        for name, function in functions.items()
+    ]
+
+
+def _is_long(group, name):
+    return name in LONG.get(group, ())
+
+
+def _is_not_quick(group, name):
+    return name not in QUICK[group]
 
 
 def assert_is_the_gradient(loss, params, *args, rtol=1e-6):
@@ -53,27 +80,50 @@ def assert_trains(loss, params, *args, steps=3):
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", _cases({"losses": LOSSES}, _is_long))
 def test_the_stiff_limit_of_a_loss_is_the_gradient(x64, loss):
     assert_is_the_gradient(loss, params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", _cases({"losses": LOSSES}, _is_not_quick))
 def test_pure_projection_lowers_a_loss(x64, loss):
     assert_trains(loss, params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("function", CASES)
+@pytest.mark.parametrize("function", _cases(GROUPS, _is_long))
 def test_the_stiff_limit_is_the_gradient(x64, function):
     assert_is_the_gradient(loss_of(function), params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("function", CASES)
+@pytest.mark.parametrize("function", _cases(GROUPS, _is_not_quick))
 def test_pure_projection_trains_through_it(x64, function):
     assert_trains(loss_of(function), params(), data())
+
+
+NEURONS = {
+    "scatters": ("sum", "maximum", "set", "softmax"),
+    "math": ("free power", "cumprod"),
+    "masks": ("between two", "spline"),
+    "linear": ("solve", "cholesky"),
+    "complex": ("spectral layer", "rotation"),
+    "flow": ("cond on a value",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
+@pytest.mark.parametrize("solver", ["AlternatingProjections", "DouglasRachford"])
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in NEURONS.items() for n in names])
+def test_solvers_in_neuron_splitting(x64, group, name, solver):
+    loss = loss_of(GROUPS[group][name])
+    optimizer = getattr(pjax.optim, solver)(steps_per_update=8, prox_step=0.1)
+    moved, residual = optimizer.update(lambda p: loss(p, data()), params())
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(moved))
+    assert np.isfinite(float(residual))
+    assert float(loss(moved, data())) < float(loss(params(), data()))
 
 
 # --- The rule of sums ----------------------------------------------------------------------------
