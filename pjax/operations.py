@@ -31,9 +31,10 @@ _MATRICES = _compat.find_primitives(
     "tridiagonal_solve", "geqrf", "symmetric_product",
 )  # fmt: skip
 _FOURIER = _compat.find_primitives("fft")
-_SAMPLES = _compat.find_primitives("random_gamma")
+#: `scatter_mul`: of entries that are named once.
+_OTHERS = _compat.find_primitives("random_gamma", "scatter_mul")
 _SYSTEMS = _compat.find_primitives("linear_solve", "custom_linear_solve")
-_FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | _MATRICES | _SYSTEMS | _SAMPLES
+_FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | _MATRICES | _SYSTEMS | _OTHERS
 
 
 def is_function(primitive: Any) -> bool:
@@ -43,7 +44,7 @@ def is_function(primitive: Any) -> bool:
 
 def is_noisy(primitive: Any) -> bool:
     """Whether entries of the result may be off by more than their own rounding."""
-    noisy = SERIES | _MATRICES | _SYSTEMS | _RUNNING | _SAMPLES
+    noisy = SERIES | _MATRICES | _SYSTEMS | _RUNNING | _OTHERS
     return primitive in noisy or isinstance(primitive, (Packed, OfParts))
 
 

@@ -182,6 +182,18 @@ def test_the_projection_onto_a_sum_is_the_nearest_point(x64, seed, moves):
     np.testing.assert_allclose([float(g) for g in gains], largest, atol=1e-12)
 
 
+@pytest.mark.parametrize("decides", [lambda d: d > 0, lambda d: jnp.abs(d) < 0.5])
+def test_a_loss_is_masked_by_numbers_of_data(x64, decides):
+    """What a loss is recognised by are samples of its data, which meet a condition or not."""
+
+    def loss(p, d):
+        mask = decides(d["x"] @ jnp.ones((3, WIDTH)) - jnp.arange(WIDTH))
+        return jnp.mean((jnp.where(mask, d["x"] @ p["w"] * p["scale"], 1.0) - 2.0) ** 2)
+
+    p = {name: params()[name] for name in ("w", "scale")}
+    assert_is_the_gradient(loss, p, data())
+
+
 # --- What rests, and what is refused -------------------------------------------------------------
 
 
