@@ -854,68 +854,6 @@ def _behind(program: Program, wanted: Sequence[int], base: int) -> tuple[list[Eq
     """The equations that lead to known variables, and what they begin at: inputs of the program,
     the base, which counts as given, and conditions on numbers, which samples of these may miss.
     """
-    drawn = {root: _sample(program.avals[root], rng) for root in roots}
-    found = _compat.run_once(look, drawn, reference, points.astype(dtype))
-    samples, zero, slope, sign = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-    first, second, middle = samples
-    finite = np.isfinite(first) & np.isfinite(second) & np.isfinite(middle)
-    if finite.sum() < 0.25 * finite.size or not np.all(np.isfinite(zero)):
-        return None
-    a, b, m = (np.where(finite, found, 0) for found in (first, second, middle))
-    gap, slack = (a + b) / 2 - m, tolerance * (np.abs(a) + np.abs(b) + np.abs(m) + 1e-3)
-    convex, concave = bool(np.all(gap >= -slack)), bool(np.all(gap <= slack))
-    if not convex and not concave:
-        return _Probe(False, False, None, None)
-    known = None
-    if not convex:  # it is to be maximised: its rows count negatively
-        sign, first, zero, slope = -sign, -first, -zero, -slope
-    if not (convex and concave) and np.all(np.isfinite(slope)):
-        at = points[:, 0].astype(np.dtype(dtype)).astype(np.float64)
-        known = _compare(shape, at, first, zero, slope, tolerance)
-    return _Probe(convex, concave, known, float(sign))
-
-
-def _compare(
-    shape: _Shape,
-    points: np.ndarray,
-    values: np.ndarray,
-    zero: np.ndarray,
-    slope: np.ndarray,
-    tolerance: float,
-) -> _Known | None:
-    """The loss of this library with these values, less those at 0, and this slope there."""
-    finite = np.isfinite(values)
-    wanted = np.where(finite, values - zero, 0)
-    size = np.abs(wanted) + np.max(np.abs(points), -1) + 1
-
-    def agrees(value: np.ndarray) -> bool:
-        return bool(np.all(np.where(finite, np.abs(value - wanted) <= tolerance * size, True)))
-
-    classes = shape.shape[-1]
-    labels = 1 / classes - slope
-    if classes > 1 and np.all(labels > -tolerance):
-        top = points.max(-1, keepdims=True)
-        whole = np.log(np.exp(points - top).sum(-1)) + top[..., 0] - np.log(classes)
-        sums_to_one = np.allclose(labels.sum(-1), 1, atol=tolerance)
-        if sums_to_one and agrees(whole - (labels * points).sum(-1)):
-            return _Known(primitives.cross_entropy_p, 1.0)
-    # a/2 |x|² + slope·x: the number a from all samples.
-    linear, square = (slope * points).sum(-1), np.square(points).sum(-1)
-    times = float(np.median((2 * (wanted - linear) / square)[finite]))
-    if not times > 0:
-        return None
-    nearest = 2.0 ** np.round(np.log2(times))
-    if abs(times / nearest - 1) < 1e-3:  # of ½(x − t)² or (x − t)², but for rounding
-        times = float(nearest)
-    return (
-        _Known(primitives.squared_error_p, times) if agrees(times / 2 * square + linear) else None
-    )
-
-
-def _behind(program: Program, wanted: Sequence[int], base: int) -> tuple[list[Equation], list[int]]:
-    """The equations that lead to known variables, and what they begin at: inputs of the program, the
-    base, which counts as given, and conditions on numbers, which samples of these may not meet.
-    """
     drawn = {
         out
         for e in program.equations
