@@ -354,7 +354,7 @@ class _Builder:
     def __init__(self, program: Program, splitting: Splitting, fallback: Fallback | None = None):
         program, self.terms = find_losses(program)
         self.program = program
-        self.fallback = fallback
+        self.fallback: Fallback | None = fallback
         self.layers = splitting == "layer"
         self.definitions = {out: e for e in program.equations for out in e.outputs}
         self.registered = frozenset(

@@ -14,7 +14,7 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.graph import build_graph
-from pjax.rules import Reference
+from pjax.rules import Reference, ScatterAdd
 from pjax.trace import TraceError, trace
 from tests.public_operations import GROUPS, LOSSES, ROWS, WIDTH, X, data, loss_of, params
 
@@ -160,7 +160,7 @@ def _random_sum(seed, moves=(True, True)):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_projection_onto_a_sum_is_the_nearest_point(x64, seed, moves):
     rule, reference, (states, weights, target, weight), indices = _random_sum(seed, moves)
-    assert type(rule).__name__ == "ScatterAdd"
+    assert isinstance(rule, ScatterAdd)
     moved, output = rule.project(reference, states, weights, target, weight)
     # The matrix of the sum, entry by entry.
     blocks = [np.eye(4)] if moves[0] else []
