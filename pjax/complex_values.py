@@ -117,7 +117,9 @@ def expand(
 
     present = [part for parts in operands for part in parts if part is not None]
     found = iter(flattener.add_function(run, present, source))
-    made = [tuple(None if part is None else next(found) for part in parts) for parts in results]
+    made: list[Any] = [
+        tuple(None if part is None else next(found) for part in parts) for parts in results
+    ]
     return [
         flattener.define_parts(parts, aval, source) if is_complex(aval) else parts[0]
         for parts, aval in zip(made, outs, strict=True)
@@ -194,7 +196,8 @@ def _by_parts(
         if given.get("fill_value") is not None:
             given["fill_value"] = (np.real, np.imag)[side](given["fill_value"]).item()
         if primitive is P.scatter_add_p:
-            out: Any = scatter_add(*operands, given)
+            x, indices, updates = operands
+            out: Any = scatter_add(x, indices, updates, given)
         elif primitive in _SUMS:
             operands = [jnp.broadcast_to(x, outs[0].shape) for x in operands]
             out = primitive.bind(*operands, **given)

@@ -20,8 +20,8 @@ import numpy as np
 
 from pjax import _compat, primitives
 from pjax._compat import P
-from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SERIES, SHAPES, SMOOTH
-from pjax.operations import independent_axes
+from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
+from pjax.operations import independent_axes, is_noisy
 from pjax.trace import Atom, Equation, Program, Scalar, canonical, read, run, widened
 
 _ROW_LOSSES = {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
@@ -54,9 +54,9 @@ class Function:
         return read(values, self.output)
 
     @property
-    def noise(self) -> float:
-        """The size of numbers whose rounding its values have, however small these are."""
-        return 1.0 if any(e.primitive in SERIES for e in self.equations) else 0.0
+    def noisy(self) -> bool:
+        """Whether its values may be off by more than their own rounding."""
+        return any(is_noisy(e.primitive) for e in self.equations)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Function) and self.key == other.key

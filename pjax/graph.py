@@ -185,6 +185,7 @@ class Graph:
 
 
 _STOPPED = _compat.find_primitives("stop_gradient")
+_BITS = _compat.find_primitives("bitcast_convert_type")
 _ROUNDED = _compat.find_primitives("floor", "ceil")
 
 
@@ -210,6 +211,7 @@ def build_graph(
         try:
             return _Builder(program, splitting, fallback).build()
         except _Rests as found:
+            _check_decisions(program, found.variables)
             program = _at_rest(program, found.variables)
 
 
@@ -221,6 +223,18 @@ class _Rests(Exception):
     def __init__(self, variables: Sequence[Atom]):
         super().__init__(variables)
         self.variables = variables
+
+
+def _check_decisions(program: Program, variables: Sequence[Atom]) -> None:
+    """Raises an error where numbers become whole numbers by their bits: that is no decision."""
+    behind = {atom for atom in variables if isinstance(atom, int)}
+    for equation in reversed(program.equations):
+        if behind.isdisjoint(equation.outputs):
+            continue
+        moving = [a for a in equation.inputs if isinstance(a, int) and program.is_variable(a)]
+        if moving and equation.primitive in _BITS:
+            raise TraceError(_no_rule(equation, "gauss-newton"))
+        behind.update(a for a in moving)
 
 
 def _at_rest(program: Program, variables: Sequence[Atom]) -> Program:
@@ -363,7 +377,7 @@ class _Builder:
     def __init__(self, program: Program, splitting: Splitting, fallback: Fallback | None = None):
         program, self.terms = find_losses(program)
         self.program = program
-        self.fallback = fallback
+        self.fallback: Fallback | None = fallback
         self.layers = splitting == "layer"
         self.definitions = {out: e for e in program.equations for out in e.outputs}
         self.registered = frozenset(
@@ -753,8 +767,8 @@ def _check_derivative(program: Program, piece: Piece, equation: Equation) -> Non
         jax.eval_shape(derive, inputs, knowns)
     except Exception as error:
         raise TraceError(
-            f"{_no_rule(equation, True)}\nIt has no derivative that could be used instead: "
-            f"{str(error).splitlines()[0]}"
+            f"{_no_rule(equation, True)}\nIt has no derivative that could be used "
+            f"instead: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -859,10 +859,17 @@ def _compare(
 
 
 def _behind(program: Program, wanted: Sequence[int], base: int) -> tuple[list[Equation], list[int]]:
-    """The equations that lead to known variables, and the inputs of the program that they read; the
-    base counts as given.
+    """The equations that lead to known variables, and what they begin at: inputs of the program,
+    the base, which counts as given, and conditions on numbers, which samples of these may miss.
     """
-    equations = live([e for e in program.equations if base not in e.outputs], wanted)
+    drawn = {
+        out
+        for e in program.equations
+        for out in e.outputs
+        if program.dtype(out) == jnp.bool_
+        and any(jnp.issubdtype(program.dtype(a), jnp.floating) for a in e.inputs)
+    } | {base}
+    equations = live([e for e in program.equations if drawn.isdisjoint(e.outputs)], wanted)
     needed = {a for e in equations for a in e.inputs if isinstance(a, int)} | set(wanted)
     made = {out for e in equations for out in e.outputs}
     return equations, sorted(needed - made - {base})

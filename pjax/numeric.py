@@ -66,10 +66,15 @@ class _Numeric(Rule):
             for value, state in zip(reference.inputs, states, strict=True)
         ]
 
+        noise: Any = 0.0
+        if self.function.noisy:
+            call, at = self._call(reference), reference.inputs
+            noise = numeric.noise_of(call, at, self._value(reference))
+
         def rise(points: Sequence[Array]) -> Array:
             return numeric.difference(
                 self._call(reference), reference.inputs, self._value(reference), points,
-                geometry.exponent, self.function.noise,
+                geometry.exponent, noise,
             )  # fmt: skip
 
         at_rest = all(state is None for state in states)
@@ -90,8 +95,8 @@ class _Numeric(Rule):
             there = call(*point)
             linear = scaling.from_unit(height + length * change, unit)
             curved = (there - value) - linear
-            size = jnp.abs(value) + jnp.abs(there) + self.function.noise
-            rounding = 16 * jnp.finfo(value.dtype).eps * size
+            size = jnp.abs(value) + jnp.abs(there)
+            rounding = 16 * jnp.finfo(value.dtype).eps * size + noise
             return jnp.where(jnp.abs(curved) <= rounding, 0, scaling.to_unit(curved, unit))
 
         # In units of the request, whose square might underflow.
@@ -244,9 +249,12 @@ class Normalization(ArrayFunction):
 def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:
     """The derivative of `φ` in one operand at a point, and its transpose."""
 
-    def of_one(x: Array) -> Array:
-        return call(*point[:place], x, *point[place + 1 :])
+    # Along all operands: a solution of a system is not linearised in some of its operands alone.
+    _, push_all = jax.linearize(call, *point)
 
-    _, push = jax.linearize(of_one, point[place])
+    def push(move: Array) -> Array:
+        moves = [move if i == place else jnp.zeros_like(x) for i, x in enumerate(point)]
+        return push_all(*moves)
+
     transpose = jax.linear_transpose(push, point[place])
     return push, lambda force: transpose(force)[0]

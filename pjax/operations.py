@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from pjax import _compat
 from pjax.complex_values import OfParts
-from pjax.elementwise import ELEMENTWISE, REDUCTIONS
+from pjax.elementwise import ELEMENTWISE, REDUCTIONS, SERIES
 
 if TYPE_CHECKING:
     from pjax.trace import Atom, Flattener
@@ -31,13 +31,21 @@ _MATRICES = _compat.find_primitives(
     "tridiagonal_solve", "geqrf", "symmetric_product",
 )  # fmt: skip
 _FOURIER = _compat.find_primitives("fft")
+#: `scatter_mul`: of entries that are named once.
+_OTHERS = _compat.find_primitives("random_gamma", "scatter_mul")
 _SYSTEMS = _compat.find_primitives("linear_solve", "custom_linear_solve")
-_FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | _MATRICES | _SYSTEMS
+_FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | _MATRICES | _SYSTEMS | _OTHERS
 
 
 def is_function(primitive: Any) -> bool:
     """Whether an operation is linearised without being asked to."""
     return primitive in _FUNCTIONS or isinstance(primitive, (Packed, OfParts))
+
+
+def is_noisy(primitive: Any) -> bool:
+    """Whether entries of the result may be off by more than their own rounding."""
+    noisy = SERIES | _MATRICES | _SYSTEMS | _RUNNING | _OTHERS
+    return primitive in noisy or isinstance(primitive, (Packed, OfParts))
 
 
 def independent_axes(
@@ -141,4 +149,4 @@ def expand(
     return [next(real if moves else others) for moves in moving]
 
 
-__all__ = ["Packed", "expand", "independent_axes", "is_function"]
+__all__ = ["Packed", "expand", "independent_axes", "is_function", "is_noisy"]

@@ -325,10 +325,11 @@ def _others() -> list[str]:
         "",
     ]
     lines += [
-        "An operation without a rule is an error that names it and its line; `pjax.register_projection`",
-        'gives it one, and `fallback="gauss-newton"` linearises it. Refused in any case: loops whose',
-        "length data decide, `x.at[i].apply(f)`, products over segments of values that move, and",
-        "operations with complex results that are not listed above, such as `jnp.linalg.eig`.",
+        "An operation without a rule is an error that names it and its line.",
+        '`pjax.register_projection` gives it one, and `fallback="gauss-newton"` linearises it.',
+        "Refused in any case: loops whose length data decide, `x.at[i].apply(f)`, products over",
+        "segments of values that move, and operations with complex results that are not listed",
+        "above, such as `jnp.linalg.eig`.",
     ]
     return lines
 

@@ -126,6 +126,13 @@ MATH: dict[str, Any] = {
     "beta": lambda h, p, d: jax.scipy.special.betaln(1 + jnp.abs(h), 2 + jnp.abs(p["u"])),
     "incomplete gamma": lambda h, p, d: jax.scipy.special.gammainc(2.0, 1 + jnp.abs(h)),
     "bessel": lambda h, p, d: jax.scipy.special.i0e(h),
+    "sample of a gamma": lambda h, p, d: jax.random.gamma(jax.random.key(0), 1 + jnp.abs(h)),
+    "interpolation": lambda h, p, d: jnp.interp(h, jnp.linspace(-2.0, 2.0, WIDTH), p["u"]),
+    "quantile": lambda h, p, d: jnp.quantile(h, 0.3, axis=-1),
+    "transport": lambda h, p, d: jax.lax.fori_loop(
+        0, 3, lambda i, m: (m / m.sum(1, keepdims=True)) / m.sum(0), jnp.exp(h)
+    ),
+    "derivative": lambda h, p, d: jax.grad(lambda h: jnp.sum(jnp.tanh(h) ** 2 * p["u"]))(h),
     "prefix of products": lambda h, p, d: jax.lax.associative_scan(jnp.multiply, h, axis=1),
     "linear recurrence": lambda h, p, d: jax.lax.associative_scan(
         lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (jax.nn.sigmoid(h), h), axis=0
@@ -139,6 +146,11 @@ MASKS: dict[str, Any] = {
     "whole numbers": lambda h, p, d: h * jnp.where(h > 0, 1, 0),
     "two comparisons": lambda h, p, d: h * ((h > -1) & (h < 1)),
     "by data": lambda h, p, d: h * (h > d["x"][:, :1]),
+    "experts": lambda h, p, d: jnp.einsum(
+        "ne,nde->nd",
+        jnp.where(h >= jax.lax.top_k(h, 2)[0][:, 1:], jax.nn.softmax(h), 0.0),
+        h[:, :, None] * p["u"],
+    ),
     "by another value": lambda h, p, d: h * (h > p["u"]),
     "between two": lambda h, p, d: jnp.where(h > p["u"], h, p["u"] ** 2),
     "of another": lambda h, p, d: jnp.where(h[:, :1] > 0, h, h * p["u"]),
@@ -194,6 +206,11 @@ LINEAR: dict[str, Any] = {
     "svd": lambda h, p, d: (lambda s: s[0] * s[1] @ s[2])(jnp.linalg.svd(h, full_matrices=False)),
     "qr": lambda h, p, d: jnp.linalg.qr(h)[1],
     "expm": lambda h, p, d: jax.scipy.linalg.expm(0.1 * h[:WIDTH]),
+    "lu": lambda h, p, d: jax.scipy.linalg.lu(h[:WIDTH])[2],
+    "pseudoinverse": lambda h, p, d: jnp.linalg.pinv(h),
+    "conjugate gradients": lambda h, p, d: jax.scipy.sparse.linalg.cg(
+        jnp.eye(WIDTH) + jnp.outer(p["u"], p["u"]), h[0]
+    )[0],
     "least squares of data": lambda h, p, d: jnp.linalg.lstsq(d["x"], h)[0],
 }  # fmt: skip
 
@@ -247,15 +264,16 @@ COMPLEX: dict[str, Any] = {
     "wired": lambda h, p, d: jnp.where(
         d["x"][:, :1] > 0, jnp.concatenate([h[:3] * 1j, h[3:] * (1 + 2j)])[::-1], 0
     ).imag,
+    "solve": lambda h, p, d: jnp.linalg.solve(
+        3 * jnp.eye(WIDTH) + 1j * h[:WIDTH], p["u"] + 0j
+    ).real,
+    "short transforms": lambda h, p, d: jnp.abs(
+        jax.scipy.signal.stft(h.ravel(), nperseg=8, noverlap=4)[2][:, 1:-1]
+    ),
     "segments": lambda h, p, d: jax.ops.segment_sum(h * (1 + 1j), d["segments"], 4).imag,
     "recurrence": lambda h, p, d: _recurrence(h, p),
     "loop": lambda h, p, d: _scanned(h, p),
 }  # fmt: skip
-
-
-def _counted(h):
-    """A loop whose steps the program counts."""
-    return jax.lax.fori_loop(0, 3, lambda i, z: jnp.tanh(z + h), h)
 
 
 FLOW: dict[str, Any] = {
@@ -275,7 +293,11 @@ FLOW: dict[str, Any] = {
     "best expert": lambda h, p, d: jax.lax.switch(
         jnp.argmax(h[0]), [lambda z, i=i: z * (i + p["u"]) for i in range(WIDTH)], h
     ),
-    "fori_loop": lambda h, p, d: _counted(h),
+    "cond in a loop": lambda h, p, d: jax.lax.scan(
+        lambda c, x: (jax.lax.cond(x.sum() > 0, lambda c: c + x, lambda c: 0.5 * c, c),) * 2,
+        jnp.zeros(WIDTH), h,
+    )[1],
+    "fori_loop": lambda h, p, d: jax.lax.fori_loop(0, 3, lambda i, z: jnp.tanh(z + h), h),
 }  # fmt: skip
 
 GROUPS = {

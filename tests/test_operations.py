@@ -14,18 +14,45 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.graph import build_graph
-from pjax.rules import Reference
+from pjax.rules import Reference, ScatterAdd
 from pjax.trace import TraceError, trace
 from tests.public_operations import GROUPS, LOSSES, ROWS, WIDTH, X, data, loss_of, params
 
 #: So stiff and with so short a prox step that only rounding is left between the two.
 LIMIT = metrics.Spectral(activations=1e8, prox_step=1e-7)
 
-CASES = [
-    pytest.param(function, id=f"{group}-{name.replace(' ', '_')}")
-    for group, functions in GROUPS.items()
-    for name, function in functions.items()
-]
+#: What takes long to compile.
+LONG = {"linear": {"expm"}, "math": {"beta", "sample of a gamma"}, "complex": {"recurrence"}}
+#: What pure projection is tried on every time.
+QUICK = {
+    "scatters": {"sum", "maximum", "set"},
+    "math": {"free power", "cumprod"},
+    "masks": {"two comparisons"},
+    "linear": {"solve"},
+    "complex": {"spectral layer"},
+    "flow": {"cond on a value"},
+    "losses": {"ctc", "contrastive"},
+}
+
+
+def _cases(groups, is_slow):
+    return [
+        pytest.param(
+            function,
+            id=f"{group}-{name.replace(' ', '_')}",
+            marks=[pytest.mark.slow] if is_slow(group, name) else [],
+        )
+        for group, functions in groups.items()
+        for name, function in functions.items()
+    ]
+
+
+def _is_long(group, name):
+    return name in LONG.get(group, ())
+
+
+def _is_not_quick(group, name):
+    return name not in QUICK[group]
 
 
 def assert_is_the_gradient(loss, params, *args, rtol=1e-6):
@@ -53,27 +80,50 @@ def assert_trains(loss, params, *args, steps=3):
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", _cases({"losses": LOSSES}, _is_long))
 def test_the_stiff_limit_of_a_loss_is_the_gradient(x64, loss):
     assert_is_the_gradient(loss, params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", _cases({"losses": LOSSES}, _is_not_quick))
 def test_pure_projection_lowers_a_loss(x64, loss):
     assert_trains(loss, params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("function", CASES)
+@pytest.mark.parametrize("function", _cases(GROUPS, _is_long))
 def test_the_stiff_limit_is_the_gradient(x64, function):
     assert_is_the_gradient(loss_of(function), params(), data())
 
 
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
-@pytest.mark.parametrize("function", CASES)
+@pytest.mark.parametrize("function", _cases(GROUPS, _is_not_quick))
 def test_pure_projection_trains_through_it(x64, function):
     assert_trains(loss_of(function), params(), data())
+
+
+NEURONS = {
+    "scatters": ("sum", "maximum", "set", "softmax"),
+    "math": ("free power", "cumprod"),
+    "masks": ("between two", "spline"),
+    "linear": ("solve", "cholesky"),
+    "complex": ("spectral layer", "rotation"),
+    "flow": ("cond on a value",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
+@pytest.mark.parametrize("solver", ["AlternatingProjections", "DouglasRachford"])
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in NEURONS.items() for n in names])
+def test_solvers_in_neuron_splitting(x64, group, name, solver):
+    loss = loss_of(GROUPS[group][name])
+    optimizer = getattr(pjax.optim, solver)(steps_per_update=8, prox_step=0.1)
+    moved, residual = optimizer.update(lambda p: loss(p, data()), params())
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(moved))
+    assert np.isfinite(float(residual))
+    assert float(loss(moved, data())) < float(loss(params(), data()))
 
 
 # --- The rule of sums ----------------------------------------------------------------------------
@@ -110,7 +160,7 @@ def _random_sum(seed, moves=(True, True)):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_projection_onto_a_sum_is_the_nearest_point(x64, seed, moves):
     rule, reference, (states, weights, target, weight), indices = _random_sum(seed, moves)
-    assert type(rule).__name__ == "ScatterAdd"
+    assert isinstance(rule, ScatterAdd)
     moved, output = rule.project(reference, states, weights, target, weight)
     # The matrix of the sum, entry by entry.
     blocks = [np.eye(4)] if moves[0] else []
@@ -130,6 +180,18 @@ def test_the_projection_onto_a_sum_is_the_nearest_point(x64, seed, moves):
     gains = rule.gains(reference, [True] * len(states), [None] * len(states))
     largest = [np.linalg.norm(block, 2) ** 2 for block in blocks]
     np.testing.assert_allclose([float(g) for g in gains], largest, atol=1e-12)
+
+
+@pytest.mark.parametrize("decides", [lambda d: d > 0, lambda d: jnp.abs(d) < 0.5])
+def test_a_loss_is_masked_by_numbers_of_data(x64, decides):
+    """What a loss is recognised by are samples of its data, which meet a condition or not."""
+
+    def loss(p, d):
+        mask = decides(d["x"] @ jnp.ones((3, WIDTH)) - jnp.arange(WIDTH))
+        return jnp.mean((jnp.where(mask, d["x"] @ p["w"] * p["scale"], 1.0) - 2.0) ** 2)
+
+    p = {name: params()[name] for name in ("w", "scale")}
+    assert_is_the_gradient(loss, p, data())
 
 
 # --- What rests, and what is refused -------------------------------------------------------------

@@ -33,7 +33,7 @@ def difference(
     value: Array,
     move: Sequence[Array],
     exponent: Any = 0,
-    noise: float = 0.0,
+    noise: Any = 0.0,
 ) -> Array:
     """`φ(x + δ) − φ(x)`, also where `δ` is far below the rounding of `x`.
 
@@ -46,7 +46,7 @@ def difference(
     - `function`: `φ`, of several arrays.
     - `at`, `value`: `x`, and `φ(x)`.
     - `move`: `δ`, in a unit of `2**−exponent`, like the result.
-    - `noise`: of numbers of this size has `φ` the rounding, where its value is smaller.
+    - `noise`: how far values of `φ` may be off, beyond their own rounding.
     """
     real = [scaling.from_unit(m, exponent) for m in move]
     direct = function(*(x + m for x, m in zip(at, real, strict=True))) - value
@@ -56,10 +56,26 @@ def difference(
         _, slope = jax.jvp(function, points, tuple(move))
         integral = integral + 0.5 * slope
     small = scaling.from_unit(integral, exponent)
-    size = jnp.abs(value) + jnp.abs(value + direct) + noise
-    rounding = 16 * jnp.finfo(value.dtype).eps * size
+    size = jnp.abs(value) + jnp.abs(value + direct)
+    rounding = 16 * jnp.finfo(value.dtype).eps * size + noise
     agree = jnp.abs(small - direct) <= rounding
     return jnp.where(agree & jnp.isfinite(integral), integral, scaling.to_unit(direct, exponent))
+
+
+def noise_of(function: Function, at: Sequence[Array], value: Array) -> Array:
+    """How far values of `φ` may be off: by what they change with the rounding of the operands, and
+    by the rounding of the largest of them, or of 1.
+
+    Of a decomposition that is more than the rounding of each entry.
+    """
+    eps = jnp.finfo(value.dtype).eps
+    near = [
+        x * (1 + 2 * eps * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)) for x in at
+    ]
+    change = jnp.abs(function(*near) - value)
+    largest = jnp.max(jnp.where(jnp.isfinite(value), jnp.abs(value), 0), initial=1)
+    change = jnp.max(jnp.where(jnp.isfinite(change), change, 0), initial=0)
+    return 16 * eps * largest + 4 * change
 
 
 # --- Functions of one number ---------------------------------------------------------------------
