@@ -49,7 +49,7 @@ def test_arguments_are_those_of_jax(argnums, has_aux):
 
     args = ({"w": PARAMS["w"]}, jnp.asarray(0.5), jnp.arange(3.0), 2)
     kwargs: Any = {"scale": jnp.asarray(1.5), "batch": {"x": X}}
-    step = pjax.value_and_displacement(fn, argnums=argnums, has_aux=has_aux, metric=STIFF)
+    step = pjax.value_and_displacement(fn, argnums, has_aux, metric=STIFF)
     found = step(*args, **kwargs)
     assert_close(found, jax.value_and_grad(fn, argnums=argnums, has_aux=has_aux)(*args, **kwargs))
     with_state, state = step.update(step.init(*args, **kwargs), *args, **kwargs)
@@ -118,6 +118,7 @@ def test_a_whole_equinox_module():
     found = pjax.value_and_displacement(fn, metric=STIFF)(model, X, LABELS)
     assert_close(found, eqx.filter_value_and_grad(fn)(model, X, LABELS))
     assert found[1].name is None
+    assert len(pjax.explain(fn, model, X, LABELS).parameters) == 4
     tx = optax.adam(1e-2)
     updates, _ = tx.update(found[1], tx.init(eqx.filter(model, eqx.is_inexact_array)))
     assert fn(eqx.apply_updates(model, updates), X, LABELS) < found[0]

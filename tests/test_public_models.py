@@ -31,6 +31,7 @@ def test_the_stiff_limit_is_the_gradient(x64, name):
         size = float(np.max(np.abs(g)))
         # What is zero but for rounding has no direction.
         if size > 1e-12 * largest:
+            assert np.any(d), jax.tree_util.keystr(path)
             off = float(np.max(np.abs(d - g))) / size
             assert off < 1e-6, f"{jax.tree_util.keystr(path)}: {off:.1e}"
     found = pjax.explain(loss, params)
