@@ -27,8 +27,8 @@ def model(make: Callable[[], Model]) -> Callable[[], Model]:
 def normal(name: str, *shape: int, scale: float | None = None) -> jax.Array:
     """Numbers drawn for a name; a matrix in the scale of its rows."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    scale = (1 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.1) if scale is None else scale
-    return jnp.asarray(scale * rng.normal(size=shape))
+    own = 1 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.1
+    return jnp.asarray((own if scale is None else scale) * rng.normal(size=shape))
 
 
 def data(name: str, *shape: int) -> jax.Array:

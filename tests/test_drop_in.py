@@ -195,7 +195,7 @@ def test_an_nnx_module_with_a_state_of_its_own():
         params, state, info = optimizer.update(fn, params, state, rest, X, LABELS)
         rest = info.aux
     nnx.update(model, params, rest)
-    assert int(model.drop.rngs.count[...]) == 3
+    assert int(nnx.state(model)["drop"]["rngs"]["count"][...]) == 3
     assert float(jnp.max(jnp.abs(model.norm.mean[...]))) > 0
     adam = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     before = model.last.kernel[...]
