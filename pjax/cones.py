@@ -50,7 +50,7 @@ class Function:
     def __call__(self, inputs: Sequence[Any], knowns: Sequence[Any]) -> Any:
         """The output, in an array of JAX."""
         values: dict[int, Any] = dict(enumerate((*inputs, *knowns)))
-        run(self.equations, values)
+        run(self.equations, values, even=True)
         return read(values, self.output)
 
     @property

@@ -178,14 +178,14 @@ class ValueAndDisplacement:
 
 def value_and_displacement(
     fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
     *,
+    allow_int: bool = True,
     solver: Solver | None = None,
     splitting: Splitting = "layer",
     metric: Metric | None = None,
     fanout: Fanout = "exact",
-    has_aux: bool = False,
-    argnums: int | Sequence[int] = 0,
-    allow_int: bool = True,
     fallback: Fallback | None = None,
 ) -> ValueAndDisplacement:
     """`(value, displacement)`, the drop-in for `jax.value_and_grad`: what a solver moves each
@@ -201,14 +201,14 @@ def value_and_displacement(
 
     - `fn`: a JAX function that ends in a loss, or in means and weighted sums of losses; mapped
         over `(params, *args)` as `jax.value_and_grad` would.
+    - `argnums`: which arguments are parameters: a number, or several. The others, and all that are
+        given by name, are data.
+    - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
+    - `allow_int`: whether parameters may be integers; `jax.grad` has False for its default.
     - `solver`: from `pjax.solvers`; by default one cyclic sweep.
     - `splitting`: `"layer"` or `"neuron"`.
     - `metric`: from `pjax.metrics`; by default [`pjax.metrics.Spectral`][] for layers.
     - `fanout`: see [`pjax.feasibility_problem`][].
-    - `has_aux`: `fn` returns `(loss, aux)`: `aux` is that of the forward pass.
-    - `argnums`: which arguments are parameters: a number, or several. The others, and all that are
-        given by name, are data.
-    - `allow_int`: whether parameters may be integers; `jax.grad` has False for its default.
     - `fallback`: see [`pjax.feasibility_problem`][].
 
     A whole Equinox module may be a parameter, or be inside of one: its floating-point arrays are
@@ -247,7 +247,12 @@ def value_and_displacement(
     )
 
 
-def displacement(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def displacement(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
     """As [`pjax.value_and_displacement`][], without the value: the drop-in for `jax.grad`.
 
     **Arguments:** those of [`pjax.value_and_displacement`][].
@@ -255,7 +260,7 @@ def displacement(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     **Returns:** a function of the arguments of `fn` to the displacement, or to
     `(displacement, aux)` with `has_aux`.
     """
-    both = value_and_displacement(fn, **options)
+    both = value_and_displacement(fn, argnums, has_aux, **options)
 
     def displace(*args: Any, **kwargs: Any) -> Any:
         value, moved = both(*args, **kwargs)

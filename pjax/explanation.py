@@ -346,7 +346,7 @@ def _parameter_lines(graph: Graph, splitting: Splitting) -> tuple[ParameterLine,
         for unit in find_units(graph).units:
             if unit.latent:
                 continue
-            moves = tuple(dict.fromkeys(reader.kind for reader in unit.readers))
+            moves: tuple[Move, ...] = tuple(dict.fromkeys(r.kind for r in unit.readers))
             matrix = unit.matrix
             form = () if matrix is None else (*matrix.blocks, matrix.rows, matrix.columns)
             also, _ = found.get(unit.node, ((), ()))

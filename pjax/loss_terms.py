@@ -679,7 +679,7 @@ class _Shape:
             else jnp.asarray(value, self.program.dtype(number))
             for number, value in given
         }
-        run(self.region, values)
+        run(self.region, values, even=True)
         return [self._over(head, values[head]) for head in self.heads]
 
     def row_function(self) -> Callable[..., Array]:

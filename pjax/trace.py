@@ -147,10 +147,21 @@ def read(values: Mapping[int, Any], atom: Atom) -> Any:
     return atom.array() if isinstance(atom, Scalar) else values[atom]
 
 
-def run(equations: Sequence[Equation], values: dict[int, Any]) -> None:
-    """Evaluates `equations` in order, adding what they define to `values`."""
+def run(equations: Sequence[Equation], values: dict[int, Any], even: bool = False) -> None:
+    """Evaluates `equations` in order, adding what they define to `values`.
+
+    **Arguments:**
+
+    - `even`: the derivative of `|x|` at 0 is 0, the mean of both sides, as JAX has it for `max`.
+        JAX's own is 1, which is wrong for smooth functions that are written with both: softplus is
+        `max(x, 0) + log1p(exp(−|x|))`. JAX gives these a rule of their own, which is inlined here.
+    """
     for equation in equations:
-        out = equation.bind(*(read(values, atom) for atom in equation.inputs))
+        given = [read(values, atom) for atom in equation.inputs]
+        if even and equation.primitive is P.abs_p and jnp.issubdtype(given[0].dtype, jnp.floating):
+            out = [given[0] * jnp.sign(given[0])]
+        else:
+            out = equation.bind(*given)
         values.update(zip(equation.outputs, out, strict=True))
 
 
@@ -201,8 +212,9 @@ def trace(
         if not _is_array_like(leaf):
             raise TypeError(
                 f"`params{path}` is a {type(leaf).__name__}, not an array. Pass only the arrays: "
-                "for Equinox `params, static = eqx.partition(model, eqx.is_inexact_array)`, for "
-                "Flax NNX `graphdef, params, rest = nnx.split(model, nnx.Param, ...)`."
+                "of an Equinox module all of it or "
+                "`params, static = eqx.partition(model, eqx.is_inexact_array)`, for Flax NNX "
+                "`graphdef, params, rest = nnx.split(model, nnx.Param, ...)`."
             )
     # Python numbers and NumPy arrays take the types that the program gives them.
     leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]

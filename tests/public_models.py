@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,8 @@ def model(make: Callable[[], Model]) -> Callable[[], Model]:
 def normal(name: str, *shape: int, scale: float | None = None) -> jax.Array:
     """Numbers drawn for a name; a matrix in the scale of its rows."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    scale = (1 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.1) if scale is None else scale
-    return jnp.asarray(scale * rng.normal(size=shape))
+    own = 1 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.1
+    return jnp.asarray((own if scale is None else scale) * rng.normal(size=shape))
 
 
 def data(name: str, *shape: int) -> jax.Array:
@@ -47,8 +48,8 @@ def apply(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def mlp(name: str, *widths: int) -> list[dict[str, jax.Array]]:
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return [dense(f"{name}{number}", a, b) for number, (a, b) in enumerate(pairs)]
+    pairs = enumerate(itertools.pairwise(widths))
+    return [dense(f"{name}{number}", a, b) for number, (a, b) in pairs]
 
 
 def run(layers: list[dict[str, jax.Array]], x: jax.Array, activation: Any = jnp.tanh) -> jax.Array:
@@ -267,8 +268,12 @@ def diffusion_with_a_unet():
         return x + conv(jax.nn.silu(h), p["second"])
 
     def block_params(name, width):
-        return {"norm": norm_params(width), "first": kernel(name + "1", 3, width, width),
-                "second": kernel(name + "2", 3, width, width), "time": normal(name + "t", 6, width)}  # fmt: skip
+        return {
+            "norm": norm_params(width),
+            "first": kernel(name + "1", 3, width, width),
+            "second": kernel(name + "2", 3, width, width),
+            "time": normal(name + "t", 6, width),
+        }
 
     def loss(p):
         time = run(p["time"], embedding, jax.nn.silu)
@@ -279,10 +284,15 @@ def diffusion_with_a_unet():
         return jnp.mean((conv(jax.nn.silu(h), p["out"]) - noise) ** 2)
 
     return loss, {
-        "time": mlp("t", 8, 6, 6), "in": kernel("in", 3, 1, 4), "down": block_params("d", 4),
-        "shrink": kernel("s", 3, 4, 4), "middle": block_params("m", 4), "join": kernel("j", 1, 8, 4),
-        "up": block_params("u", 4), "out": kernel("o", 3, 4, 1),
-    }  # fmt: skip
+        "time": mlp("t", 8, 6, 6),
+        "in": kernel("in", 3, 1, 4),
+        "down": block_params("d", 4),
+        "shrink": kernel("s", 3, 4, 4),
+        "middle": block_params("m", 4),
+        "join": kernel("j", 1, 8, 4),
+        "up": block_params("u", 4),
+        "out": kernel("o", 3, 4, 1),
+    }
 
 
 @model
@@ -758,3 +768,398 @@ def prototypes():
         return cross_entropy(-distance, y)
 
     return loss, mlp("p", 5, 6, 3)
+
+
+@model
+def redundancy_reduction():
+    """Barlow twins, with the variances of VICReg."""
+    x = data("x", 10, 4)
+    views = x + 0.1 * data("n1", 10, 4), x + 0.1 * data("n2", 10, 4)
+
+    def loss(p):
+        a, b = (run(p, view, jax.nn.relu) for view in views)
+        spread = jnp.sqrt(jnp.var(a, 0) + 1e-4)
+        a, b = ((z - z.mean(0)) / (z.std(0) + 1e-3) for z in (a, b))
+        likeness = a.T @ b / 10
+        on = jnp.sum((jnp.diagonal(likeness) - 1) ** 2)
+        off = jnp.sum(likeness**2) - jnp.sum(jnp.diagonal(likeness) ** 2)
+        return on + 0.1 * off + jnp.mean(jax.nn.relu(1 - spread))
+
+    return loss, mlp("p", 4, 8, 3)
+
+
+@model
+def own_latents():
+    """BYOL: a predictor of the other view's target, which rests."""
+    a, b, target = data("a", 10, 4), data("b", 10, 4), mlp("target", 4, 6, 3)
+
+    def loss(p):
+        predicted = run(p["predictor"], run(p["online"], a))
+        wanted = jax.lax.stop_gradient(run(target, b))
+        return jnp.mean(optax.cosine_distance(predicted, wanted))
+
+    return loss, {"online": mlp("o", 4, 6, 3), "predictor": mlp("p", 3, 4, 3)}
+
+
+@model
+def meta_learning():
+    """MAML: the loss after a gradient step of its own."""
+    x, y, test_x, test_y = (
+        data("x", 3, 6, 2),
+        data("y", 3, 6, 1),
+        data("t", 3, 5, 2),
+        data("u", 3, 5, 1),
+    )
+
+    def error(p, x, y):
+        return jnp.mean((run(p, x) - y) ** 2)
+
+    def loss(p):
+        def of_task(x, y, test_x, test_y):
+            step = jax.grad(error)(p, x, y)
+            return error(jax.tree.map(lambda w, g: w - 0.1 * g, p, step), test_x, test_y)
+
+        return jnp.mean(jax.vmap(of_task)(x, y, test_x, test_y))
+
+    return loss, mlp("p", 2, 5, 1)
+
+
+@model
+def hamiltonian_network():
+    state, rates = data("s", 12, 2), data("r", 12, 2)
+
+    def loss(p):
+        def energy(s):
+            return jnp.sum(jnp.tanh(apply(p["in"], s)) * p["out"])
+
+        slope = jax.vmap(jax.grad(energy))(state)
+        return jnp.mean((slope @ jnp.asarray([[0.0, -1.0], [1.0, 0.0]]) - rates) ** 2)
+
+    return loss, {"in": dense("i", 2, 8), "out": normal("o", 8, scale=0.5)}
+
+
+@model
+def sliced_score_matching():
+    x, ways = data("x", 12, 3), data("v", 12, 3)
+
+    def loss(p):
+        score, turn = jax.jvp(lambda x: run(p, x), (x,), (ways,))
+        return jnp.mean(jnp.sum(ways * turn, -1) + 0.5 * jnp.sum(score**2, -1))
+
+    return loss, mlp("p", 3, 6, 3)
+
+
+@model
+def capsules():
+    """Two rounds of routing by agreement, and a margin loss of lengths."""
+    x, y = data("x", 6, 4, 3), jax.nn.one_hot(labels(6, 2), 2)
+
+    def squash(v):
+        square = jnp.sum(v**2, -1, keepdims=True)
+        return square / (1 + square) * v / jnp.sqrt(square + 1e-8)
+
+    def loss(p):
+        votes = jnp.einsum("nid,iocd->nioc", x, p)
+        logits = jnp.zeros((6, 4, 2))
+        for _ in range(2):
+            weights = jax.nn.softmax(logits, -1)
+            out = squash(jnp.einsum("nio,nioc->noc", weights, votes))
+            logits = logits + jnp.einsum("nioc,noc->nio", votes, out)
+        length = jnp.sqrt(jnp.sum(out**2, -1) + 1e-8)
+        on, off = jax.nn.relu(0.9 - length) ** 2, jax.nn.relu(length - 0.1) ** 2
+        return jnp.mean(jnp.sum(y * on + 0.5 * (1 - y) * off, -1))
+
+    return loss, normal("p", 4, 2, 4, 3, scale=0.5)
+
+
+@model
+def skip_gram():
+    centre, other, wrong = labels(20, 9), (labels(20, 9) + 1) % 9, labels(60, 9).reshape(20, 3)
+
+    def loss(p):
+        of_centre = p["in"][centre]
+        right = jnp.sum(of_centre * p["out"][other], -1)
+        negative = jnp.einsum("nd,nkd->nk", of_centre, p["out"][wrong])
+        return -jnp.mean(jax.nn.log_sigmoid(right) + jax.nn.log_sigmoid(-negative).sum(-1))
+
+    return loss, {"in": normal("i", 9, 4, scale=0.5), "out": normal("o", 9, 4, scale=0.5)}
+
+
+@model
+def factorization_machine():
+    x, y = data("x", 16, 6), jnp.asarray(labels(16, 2), float)
+
+    def loss(p):
+        pairs = 0.5 * jnp.sum((x @ p["v"]) ** 2 - x**2 @ p["v"] ** 2, -1)
+        logits = p["bias"] + x @ p["w"] + pairs
+        return optax.sigmoid_binary_cross_entropy(logits, y).mean()
+
+    return loss, {"bias": jnp.zeros(()), "w": normal("w", 6), "v": normal("v", 6, 3)}
+
+
+@model
+def knowledge_graph():
+    """TransE: a margin between distances of true triples and false ones."""
+    head, relation, tail, wrong = (
+        labels(15, 7),
+        labels(16, 3)[:15],
+        labels(17, 7)[:15],
+        labels(18, 7)[:15],
+    )
+
+    def loss(p):
+        start = p["entity"][head] + p["relation"][relation]
+        true, false = (
+            jnp.sqrt(jnp.sum((start - p["entity"][t]) ** 2, -1) + 1e-6) for t in (tail, wrong)
+        )
+        return jnp.mean(jax.nn.relu(1.0 + true - false))
+
+    return loss, {"entity": data("e", 7, 4), "relation": data("r", 3, 4)}
+
+
+@model
+def angular_margin():
+    """ArcFace: a margin is added to the angle with the class of a row."""
+    x, y = data("x", 10, 4), labels(10, 3)
+
+    def loss(p):
+        z = run(p["net"], x, jax.nn.relu)
+        z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        w = p["class"] / jnp.linalg.norm(p["class"], axis=0)
+        cosine = jnp.clip(z @ w, -0.999, 0.999)
+        wider = jnp.cos(jnp.arccos(cosine) + 0.3)
+        return cross_entropy(4 * jnp.where(jax.nn.one_hot(y, 3) > 0, wider, cosine), y)
+
+    return loss, {"net": mlp("n", 4, 6, 3), "class": data("c", 3, 3)}
+
+
+@model
+def segmentation():
+    """Focal and Dice losses of a small convolutional network."""
+    x = data("x", 3, 6, 6, 2)
+    y = jnp.asarray(labels(108, 2).reshape(3, 6, 6), float)
+
+    def loss(p):
+        h = jax.nn.relu(conv(x, p["first"]))
+        squeezed = jax.nn.sigmoid(run(p["gate"], h.mean((1, 2)), jax.nn.relu))
+        logits = conv(h * squeezed[:, None, None], p["last"])[..., 0]
+        probability = jax.nn.sigmoid(logits)
+        right = y * probability + (1 - y) * (1 - probability)
+        focal = jnp.mean((1 - right) ** 2 * optax.sigmoid_binary_cross_entropy(logits, y))
+        both = jnp.sum(probability * y, (1, 2))
+        dice = 1 - (2 * both + 1) / (jnp.sum(probability, (1, 2)) + jnp.sum(y, (1, 2)) + 1)
+        return focal + jnp.mean(dice)
+
+    return loss, {"first": kernel("f", 3, 2, 4), "gate": mlp("g", 4, 2, 4),
+                  "last": kernel("l", 3, 4, 1)}  # fmt: skip
+
+
+@model
+def linear_attention():
+    inputs, targets = TOKENS[:, :-1], TOKENS[:, 1:]
+
+    def loss(p):
+        x = p["table"][inputs]
+        q, k, v = (x @ p[name] for name in ("q", "k", "v"))
+        q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
+        read = jnp.cumsum(jnp.einsum("btk,btv->btkv", k, v), 1)
+        total = jnp.einsum("btk,btk->bt", q, jnp.cumsum(k, 1))
+        h = jnp.einsum("btk,btkv->btv", q, read) / (total[..., None] + 1e-6)
+        return cross_entropy((x + h) @ p["out"], targets)
+
+    return loss, {"table": normal("t", 7, 6), "q": normal("q", 6, 4), "k": normal("k", 6, 4),
+                  "v": normal("v", 6, 6), "out": normal("o", 6, 7)}  # fmt: skip
+
+
+@model
+def receptance_weighted():
+    """RWKV's mixing of time: a running softmax, kept stable by a running maximum."""
+    x, targets = jnp.swapaxes(data("x", 3, 5, 4), 0, 1), labels(15, 3).reshape(5, 3)
+
+    def loss(p):
+        decay = -jnp.exp(p["decay"])
+
+        def step(carry, x):
+            top, bottom, largest = carry
+            k, v, r = x @ p["k"], x @ p["v"], jax.nn.sigmoid(x @ p["r"])
+            now = jnp.maximum(largest, p["first"] + k)
+            a, b = jnp.exp(largest - now), jnp.exp(p["first"] + k - now)
+            out = r * (a * top + b * v) / (a * bottom + b)
+            after = jnp.maximum(largest + decay, k)
+            a, b = jnp.exp(largest + decay - after), jnp.exp(k - after)
+            return (a * top + b * v, a * bottom + b, after), out
+
+        begin = jnp.zeros((3, 4)), jnp.zeros((3, 4)), jnp.full((3, 4), -1e4)
+        _, out = jax.lax.scan(step, begin, x)
+        return cross_entropy(out @ p["out"], targets)
+
+    return loss, {"k": normal("k", 4, 4), "v": normal("v", 4, 4), "r": normal("r", 4, 4),
+                  "decay": normal("d", 4), "first": normal("f", 4),
+                  "out": normal("o", 4, 3)}  # fmt: skip
+
+
+@model
+def masked_autoencoder_for_densities():
+    """MADE: masked weights, each output of the inputs before it."""
+    x = jnp.asarray(np.random.default_rng(3).random((12, 5)) > 0.5).astype(float)
+    degree = jnp.arange(8) % 4
+    first = (degree[None] >= jnp.arange(5)[:, None]).astype(float)
+    last = (jnp.arange(5)[None] > degree[:, None]).astype(float)
+
+    def loss(p):
+        h = jax.nn.relu(x @ (p["w"] * first) + p["b"])
+        logits = h @ (p["v"] * last) + p["c"]
+        return optax.sigmoid_binary_cross_entropy(logits, x).sum(-1).mean()
+
+    return loss, {
+        "w": normal("w", 5, 8),
+        "b": normal("b", 8),
+        "v": normal("v", 8, 5),
+        "c": normal("c", 5),
+    }
+
+
+@model
+def planar_flow():
+    x = data("x", 16, 3)
+
+    def loss(p):
+        z, log_det = x, 0.0
+        for layer in p:
+            h = jnp.tanh(z @ layer["w"] + layer["b"])
+            z = z + h[:, None] * layer["u"]
+            turn = (1 - h**2)[:, None] * layer["w"]
+            log_det = log_det + jnp.log(jnp.abs(1 + turn @ layer["u"]) + 1e-6)
+        return jnp.mean(0.5 * jnp.sum(z**2, -1) - log_det)
+
+    return loss, [
+        {"w": normal(f"w{n}", 3, scale=0.5), "b": jnp.zeros(()), "u": normal(f"u{n}", 3, scale=0.5)}
+        for n in range(2)
+    ]
+
+
+@model
+def proportional_hazards():
+    """Cox's partial likelihood: a running logsumexp over those who are still at risk."""
+    x, seen = data("x", 12, 4), jnp.asarray(labels(12, 2), float)
+
+    def loss(p):
+        risk = run(p, x)[:, 0]
+        at_risk = jax.lax.cumlogsumexp(risk, reverse=True)
+        return jnp.sum(seen * (at_risk - risk)) / jnp.sum(seen)
+
+    return loss, mlp("p", 4, 6, 1)
+
+
+@model
+def addressed_memory():
+    """Reading by content as a neural Turing machine does: likeness, a gate, a sharpened softmax."""
+    x, y, memory = data("x", 8, 4), labels(8, 3), data("m", 5, 3)
+
+    def loss(p):
+        h = run(p["control"], x)
+        key, strength, sharp = h[:, :3], jax.nn.softplus(h[:, 3:4]), 1 + jax.nn.softplus(h[:, 4:5])
+        lengths = jnp.linalg.norm(key, axis=-1)[:, None] * jnp.linalg.norm(memory, axis=-1)
+        weights = jax.nn.softmax(strength * (key @ memory.T) / (lengths + 1e-6), -1)
+        weights = jnp.exp(sharp * jnp.log(weights + 1e-9))
+        weights = weights / weights.sum(-1, keepdims=True)
+        return cross_entropy(apply(p["out"], weights @ memory), y)
+
+    return loss, {"control": mlp("c", 4, 6, 5), "out": dense("o", 3, 3)}
+
+
+@model
+def sequence_to_sequence():
+    """Two LSTMs; the second one attends to the states of the first."""
+    source, target = jnp.swapaxes(data("s", 3, 4, 3), 0, 1), labels(12, 4).reshape(4, 3)
+    previous = jax.nn.one_hot(jnp.concatenate([jnp.zeros((1, 3), int), target[:-1]]), 4)
+
+    def cell(p, carry, x):
+        h, c = carry
+        i, f, g, o = jnp.split(apply(p, jnp.concatenate([x, h], -1)), 4, -1)
+        c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    def loss(p):
+        zero = jnp.zeros((3, 4)), jnp.zeros((3, 4))
+        carry, states = jax.lax.scan(lambda c, x: cell(p["encoder"], c, x), zero, source)
+
+        def step(carry, x):
+            carry, h = cell(p["decoder"], carry, x)
+            weights = jax.nn.softmax(jnp.einsum("tbd,bd->tb", states, h @ p["query"]), 0)
+            read = jnp.einsum("tb,tbd->bd", weights, states)
+            return carry, apply(p["out"], jnp.concatenate([h, read], -1))
+
+        _, logits = jax.lax.scan(step, carry, previous)
+        return cross_entropy(logits, target)
+
+    return loss, {"encoder": dense("e", 7, 16), "decoder": dense("d", 8, 16),
+                  "query": normal("q", 4, 4), "out": dense("o", 8, 4)}  # fmt: skip
+
+
+@model
+def operator_network():
+    functions, places, y = data("f", 6, 5), data("t", 7, 1), data("y", 6, 7)
+
+    def loss(p):
+        return jnp.mean((run(p["branch"], functions) @ run(p["trunk"], places).T + p["b"] - y) ** 2)
+
+    return loss, {"branch": mlp("b", 5, 6, 4), "trunk": mlp("t", 1, 6, 4), "b": jnp.zeros(())}
+
+
+@model
+def ordinal_regression():
+    """Ordered thresholds by sums of softplus."""
+    x, y = data("x", 12, 4), labels(12, 4)
+
+    def loss(p):
+        steps = jnp.concatenate([p["first"][None], jax.nn.softplus(p["steps"])])
+        below = jax.nn.sigmoid(jnp.cumsum(steps) - run(p["net"], x))
+        edges = jnp.concatenate([jnp.zeros((12, 1)), below, jnp.ones((12, 1))], -1)
+        return -jnp.mean(jnp.log(jnp.take_along_axis(jnp.diff(edges), y[:, None], 1) + 1e-6))
+
+    return loss, {"net": mlp("n", 4, 6, 1), "first": jnp.asarray(-1.0), "steps": jnp.zeros(2)}
+
+
+@model
+def quantiles():
+    x, y, levels = data("x", 12, 3), data("y", 12, 1), jnp.asarray([0.1, 0.5, 0.9])
+
+    def loss(p):
+        off = y - run(p, x, jax.nn.silu)
+        return jnp.mean(jnp.maximum(levels * off, (levels - 1) * off))
+
+    return loss, mlp("p", 3, 6, 3)
+
+
+@model
+def distillation():
+    x, y, teacher = data("x", 12, 4), labels(12, 3), mlp("teacher", 4, 8, 3)
+    wanted = jax.nn.softmax(run(teacher, x) / 2)
+
+    def loss(p):
+        logits = run(p, x, jax.nn.relu)
+        soft = optax.kl_divergence(jax.nn.log_softmax(logits / 2), wanted).mean()
+        return 0.5 * cross_entropy(logits, y) + 2.0 * soft
+
+    return loss, mlp("p", 4, 6, 3)
+
+
+@model
+def highway_with_counts():
+    """Gated layers, and a Poisson likelihood."""
+    x, counts = data("x", 12, 4), jnp.asarray(labels(12, 5), float)
+
+    def loss(p):
+        h = x
+        for layer in p["layers"]:
+            gate = jax.nn.sigmoid(apply(layer["gate"], h) - 1)
+            h = gate * jnp.tanh(apply(layer["body"], h)) + (1 - gate) * h
+        log_rate = apply(p["out"], h)[:, 0]
+        return jnp.mean(jnp.exp(log_rate) - counts * log_rate)
+
+    return loss, {
+        "layers": [{"gate": dense(f"g{n}", 4, 4), "body": dense(f"b{n}", 4, 4)} for n in range(2)],
+        "out": dense("o", 4, 1),
+    }

@@ -368,6 +368,63 @@ def test_weights_by_parameter():
     assert {w.mantissa for w in weights} == {3.0, 0.5, 1.0}
 
 
+SIGNS = jnp.asarray([[1.0], [-1.0], [1.0], [1.0], [-1.0]])
+SMOOTH_WITH_KINKS = {
+    "sigmoid cross-entropy": lambda v: optax.sigmoid_binary_cross_entropy(v, SIGNS > 0),
+    "log-sigmoid": lambda v: -jax.nn.log_sigmoid(SIGNS * v),
+    "focal": lambda v: optax.sigmoid_focal_loss(v, SIGNS > 0),
+    "log-cosh": lambda v: optax.log_cosh(v + 0.5, v * 0 + SIGNS),
+    "softplus": lambda v: (jax.nn.softplus(v) @ jnp.ones((1, 2)) - SIGNS) ** 2,
+    "base two": lambda v: (jnp.logaddexp2(v, 0.0) @ jnp.ones((1, 2)) - SIGNS) ** 2,
+    "two operands": lambda v: (jnp.logaddexp(v, -2 * v) * v - SIGNS) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH_WITH_KINKS)
+def test_smooth_functions_that_are_written_with_kinks(x64, name):
+    """`max(x, 0) + log1p(exp(−|x|))` at exactly 0, as behind a layer that begins at zero."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+
+    def fn(w):
+        return jnp.mean(SMOOTH_WITH_KINKS[name](x @ w))
+
+    zero = jnp.zeros((3, 1))
+    gradient = jax.grad(fn)(zero)
+    assert_close(pjax.displacement(fn, metric=LIMIT)(zero), gradient, 1e-6)
+    optimizer = pjax.optim.Projection()
+    new, *_ = optimizer.update(fn, zero, optimizer.init(fn, zero))
+    assert fn(new) < fn(zero)
+
+
+@pytest.mark.parametrize(
+    ("function", "place"),
+    [
+        (jax.nn.relu, 0.0),
+        (jnp.abs, 0.0),
+        (jax.nn.leaky_relu, 0.0),
+        (jax.nn.relu6, 6.0),
+        (jax.nn.hard_tanh, -1.0),
+        (lambda v: jnp.maximum(v, 0.1 * v), 0.0),
+        (jax.nn.hard_sigmoid, 3.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parameters_on_a_kink(x64, function, place, dtype):
+    """The displacement lies between the gradients on both sides."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), dtype)
+    for fn in (
+        lambda p: jnp.mean((x * function(p) - 3) ** 2),
+        lambda p: jnp.mean((function(p) - 3) ** 2),
+        lambda p: jnp.mean((x @ function(p) - 3) ** 2),
+    ):
+        p = jnp.full(3, place, dtype)
+        found = pjax.displacement(fn, metric=LIMIT)(p)
+        sides = jnp.stack([jax.grad(fn)(p + way) for way in (-1e-3, 1e-3)])
+        off = 0.01 * jnp.max(jnp.abs(sides))
+        assert jnp.all(found >= jnp.min(sides, 0) - off)
+        assert jnp.all(found <= jnp.max(sides, 0) + off)
+
+
 def test_a_parameter_without_entries_rests():
     params = {"a": jnp.ones(2), "e": jnp.zeros((0, 3))}
     for term in (

@@ -49,7 +49,7 @@ def test_arguments_are_those_of_jax(argnums, has_aux):
 
     args = ({"w": PARAMS["w"]}, jnp.asarray(0.5), jnp.arange(3.0), 2)
     kwargs: Any = {"scale": jnp.asarray(1.5), "batch": {"x": X}}
-    step = pjax.value_and_displacement(fn, argnums=argnums, has_aux=has_aux, metric=STIFF)
+    step = pjax.value_and_displacement(fn, argnums, has_aux, metric=STIFF)
     found = step(*args, **kwargs)
     assert_close(found, jax.value_and_grad(fn, argnums=argnums, has_aux=has_aux)(*args, **kwargs))
     with_state, state = step.update(step.init(*args, **kwargs), *args, **kwargs)
@@ -118,6 +118,7 @@ def test_a_whole_equinox_module():
     found = pjax.value_and_displacement(fn, metric=STIFF)(model, X, LABELS)
     assert_close(found, eqx.filter_value_and_grad(fn)(model, X, LABELS))
     assert found[1].name is None
+    assert len(pjax.explain(fn, model, X, LABELS).parameters) == 4
     tx = optax.adam(1e-2)
     updates, _ = tx.update(found[1], tx.init(eqx.filter(model, eqx.is_inexact_array)))
     assert fn(eqx.apply_updates(model, updates), X, LABELS) < found[0]
@@ -194,7 +195,7 @@ def test_an_nnx_module_with_a_state_of_its_own():
         params, state, info = optimizer.update(fn, params, state, rest, X, LABELS)
         rest = info.aux
     nnx.update(model, params, rest)
-    assert int(model.drop.rngs.count[...]) == 3
+    assert int(nnx.state(model)["drop"]["rngs"]["count"][...]) == 3
     assert float(jnp.max(jnp.abs(model.norm.mean[...]))) > 0
     adam = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     before = model.last.kernel[...]

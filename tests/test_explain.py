@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
 
 import pjax
+from pjax.explanation import label
 from pjax.graph import build_graph
 from pjax.lab import cli
 from pjax.trace import trace
@@ -100,7 +103,7 @@ def test_how_each_parameter_is_moved():
     params = {**params_of(1), "signs": normal(2, 4), "e": jnp.zeros((0, 2)), "n": jnp.arange(3)}
     found = pjax.explain(fn, params, X, Y)
     lines = {line.name: line for line in found.parameters}
-    assert {pjax.explanation.label(name): line.moves for name, line in lines.items()} == {
+    assert {label(name): line.moves for name, line in lines.items()} == {
         "in": ("product",),
         "blocks.0.w": ("product",),
         "blocks.0.b": ("linear",),
@@ -173,9 +176,9 @@ def test_a_loss_that_counts_nothing_is_named(weight, known):
 
 
 def test_an_operation_without_a_rule_is_named():
-    custom = jax.extend.core.Primitive("without_rule")
+    custom = Primitive("without_rule")
     custom.def_impl(jnp.tanh)
-    custom.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+    custom.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
     found = pjax.explain(lambda p: jnp.mean((custom.bind(X @ p) - 1) ** 2), normal(3, 2))
     assert [line.exactness for line in found.nodes][1] == "fallback"
     assert "`without_rule`" in found.warnings[0]

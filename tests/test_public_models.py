@@ -31,6 +31,7 @@ def test_the_stiff_limit_is_the_gradient(x64, name):
         size = float(np.max(np.abs(g)))
         # What is zero but for rounding has no direction.
         if size > 1e-12 * largest:
+            assert np.any(d), jax.tree_util.keystr(path)
             off = float(np.max(np.abs(d - g))) / size
             assert off < 1e-6, f"{jax.tree_util.keystr(path)}: {off:.1e}"
     found = pjax.explain(loss, params)
@@ -47,7 +48,9 @@ def test_pure_projection_lowers_the_loss(name):
     for _ in range(30):
         new, state, _ = optimizer.update(loss, new, state)
     assert float(loss(new)) < first
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(params), strict=True
-    ):
-        assert not np.array_equal(a, b), f"{jax.tree_util.keystr(path)} has not moved"
+    gradient = jax.jit(jax.grad(loss))(params)
+    largest = max(float(np.max(np.abs(g))) for g in jax.tree.leaves(gradient))
+    leaves = map(jax.tree.leaves, (new, params, gradient))
+    for a, b, g in zip(*leaves, strict=True):
+        # The last bias of a critic has no gradient but rounding.
+        assert np.any(a != b) or np.max(np.abs(g)) < 1e-5 * largest

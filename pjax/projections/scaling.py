@@ -77,7 +77,11 @@ def to_unit(value: Any, exponent: Any) -> Array:
     # Room for sums and differences of several such numbers.
     cap = float(jnp.finfo(value.dtype).max) ** 0.8
     low, high = (jnp.asarray(limit, value.dtype) for limit in (-cap, cap))
-    return lax.clamp(low, _scaled(value, exponent), high)
+    scaled = lax.clamp(low, _scaled(value, exponent), high)
+    if isinstance(exponent, (int, float)) and exponent > jnp.finfo(value.dtype).maxexp:
+        # XLA makes one factor of two known ones, and an infinite one times 0 is not a number.
+        scaled = jnp.where(value == 0, 0, scaled).astype(value.dtype)
+    return scaled
 
 
 def _scaled(value: Array, exponent: Any) -> Array:
