@@ -233,7 +233,7 @@ def _check_decisions(program: Program, variables: Sequence[Atom]) -> None:
             continue
         moving = [a for a in equation.inputs if isinstance(a, int) and program.is_variable(a)]
         if moving and equation.primitive in _BITS:
-            raise TraceError(_no_rule(equation, "gauss-newton"))
+            raise TraceError(_no_rule(equation, True))
         behind.update(a for a in moving)
 
 

@@ -130,7 +130,7 @@ def test_the_first_move_is_a_ridge_regression(x64):
     np.testing.assert_allclose(found, best, rtol=1e-8)
 
 
-@pytest.mark.parametrize("spelling", ["right", "left", "transposed", "loop"])
+@pytest.mark.parametrize("spelling", ["right", "left", "transposed", "loop", "sum"])
 def test_other_spellings_of_a_read_have_the_same_rows(x64, spelling):
     rng = np.random.default_rng(1)
     x, z, w = (jnp.asarray(rng.normal(size=s)) for s in ((12, 5), (12, 3), (5, 3)))
@@ -146,6 +146,9 @@ def test_other_spellings_of_a_read_have_the_same_rows(x64, spelling):
         found = moves_of(optimizer, loss(lambda p: (p @ x.T).T), w.T).T
     elif spelling == "transposed":
         found = moves_of(optimizer, loss(lambda p: x @ jnp.swapaxes(p, 0, 1)), w.T).T
+    elif spelling == "sum":
+        other = jnp.asarray(rng.normal(size=x.shape))
+        found = moves_of(optimizer, loss(lambda p: other @ p + (x - other) @ p), w)
     else:
         parts = lambda p: jnp.concatenate([x[:6] @ p, x[6:] @ p])  # noqa: E731
         found = moves_of(optimizer, loss(parts), w)
@@ -164,6 +167,19 @@ def test_a_convolution_of_one_tap_is_a_dense_layer(x64):
         )
         return jnp.mean(pjax.squared_error(out, z))
 
+    other = jnp.asarray(rng.normal(size=x.shape))
+
+    def convolved_twice(p):
+        parts = [
+            jax.lax.conv_general_dilated(
+                part, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            for part in (other, x - other)
+        ]
+        return jnp.mean(pjax.squared_error(parts[0] + parts[1], z))
+
+    found = moves_of(optimizer, convolved_twice, w[None, None])[0, 0]
+    np.testing.assert_allclose(found, dense, rtol=1e-6, atol=1e-9)
     found = moves_of(optimizer, convolved, w[None, None])[0, 0]
     np.testing.assert_allclose(found, dense, rtol=1e-6, atol=1e-9)
 

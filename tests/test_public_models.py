@@ -39,14 +39,7 @@ def test_the_stiff_limit_is_the_gradient(x64, name):
     assert not any("counts 0" in w or "has no rule" in w for w in found.warnings)
 
 
-#: One layer that sums products of several inputs with one weight.
-SUMMED = pytest.param(
-    "spiking_network", marks=[pytest.mark.slow, pytest.mark.xfail(raises=TypeError, strict=True)]
-)
-TRAINED = [name for name in MODELS if name != "spiking_network"]
-
-
-@pytest.mark.parametrize("name", [*mostly_slow(TRAINED, OFTEN), SUMMED])
+@pytest.mark.parametrize("name", mostly_slow(MODELS, OFTEN))
 def test_pure_projection_lowers_the_loss(name):
     loss, params = MODELS[name]()
     optimizer = pjax.optim.Projection()

@@ -178,9 +178,10 @@ def sums_of_forces(
         if len(unit.readers) == 1 or len(parts) > 1 or unit.matrix is None:
             continue
         ((readers, reading),) = parts
-        operands = _operands(problem, readers)
-        if all(reader.matrix is not None for reader in readers) and len(operands) == 1:
-            ((_, rows),) = operands
+        if any(reader.matrix is None for reader in readers):
+            continue
+        ((kind, rows), *_) = _operands(problem, readers)
+        if isinstance(kind, _Dense):
             found[unit.node] = from_matrix(
                 problem, unit, jnp.swapaxes(rows, -1, -2) @ reading.force
             )
@@ -210,11 +211,22 @@ def from_matrix(problem: Problem, unit: Unit, matrix: Array) -> Array:
 
 
 def _operands(problem: Problem, readers: Sequence[Reader]) -> list[tuple[Any, Array]]:
-    """The rows that products have beside the operand that readers read: those of all as one."""
-    found = [(reader.matrix, _other(problem, reader)) for reader in readers]
-    if not found or isinstance(found[0][0].operation, Convolution):  # pyright: ignore
-        return found
-    rows = [matrix.inputs(other) for matrix, other in found]  # pyright: ignore
+    """The rows that products have beside the operand that readers read: those of all as one.
+
+    Of `x @ w + z @ w`, one layer, they are those of `x + z`.
+    """
+    of_nodes: dict[Any, list[tuple[Any, Array]]] = {}
+    for reader in readers:
+        assert reader.matrix is not None
+        node, operation = problem.graph.slots[reader.slot].node, reader.matrix.operation
+        key = node, operation if isinstance(operation, Convolution) else None
+        of_nodes.setdefault(key, []).append((reader.matrix, _other(problem, reader)))
+    found = list(of_nodes.values())
+    if not found:
+        return []
+    if isinstance(found[0][0][0].operation, Convolution):
+        return [(own[0][0], sum(other for _, other in own)) for own in found]  # pyright: ignore
+    rows: list[Any] = [sum(matrix.inputs(other) for matrix, other in own) for own in found]
     joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-2)
     return [(_Dense(), joined)]
 
