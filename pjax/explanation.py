@@ -352,7 +352,7 @@ def _parameter_lines(graph: Graph, splitting: Splitting) -> tuple[ParameterLine,
             also, _ = found.get(unit.node, ((), ()))
             found[unit.node] = (*moves, *also), form
     lines = []
-    missing = {leaf.path for leaf, _ in unused(graph)}
+    missing = {leaf.path: decides for leaf, decides in unused(graph)}
     for number, leaf in enumerate(graph.program.leaves):
         index = nodes.get(number, -1)
         moves, matrix = found.get(index, ((), ()))
@@ -362,7 +362,7 @@ def _parameter_lines(graph: Graph, splitting: Splitting) -> tuple[ParameterLine,
         elif not leaf.trainable:
             reason = "no entries"
         elif leaf.path in missing:
-            reason = _UNUSED
+            reason = _RESTING if missing[leaf.path] else _UNUSED
         elif not moves:
             reason = _RESTING
         name = leaf.path or "params"

@@ -251,7 +251,8 @@ def warn(graph: Graph) -> None:
     rest is), and each derivative rule of the user's that forces follow.
     """
     level = _levels_to_caller()
-    for leaf, reason in unused(graph):
+    for leaf, decides in unused(graph):
+        reason = _DECIDES if decides else "is not used by the loss; it stays as it is"
         message = f"`params{leaf.path}` {leaf.shape} {reason}."
         warnings.warn(message, UnusedParameterWarning, stacklevel=level)
     for rule in graph.program.custom_rules:
@@ -267,27 +268,30 @@ def honoured(rule: CustomRule) -> str:
     )
 
 
-def unused(graph: Graph) -> list[tuple[Leaf, str]]:
-    """The parameters that could move and that nothing reads of which they would be moved, and what
-    there is to say of each.
+#: What there is to say of a parameter that only decides.
+_DECIDES = (
+    "is read by conditions, indices and roundings alone, which rest: it stays as it is, and its "
+    "gradient is 0, too. `pjax.step` in the place of a comparison would move it"
+)
+
+
+def unused(graph: Graph) -> list[tuple[Leaf, bool]]:
+    """The parameters that could move and that nothing reads of which they would be moved, and
+    whether something is decided by them.
     """
     program = graph.program
     used = {atom for equation in program.equations for atom in equation.inputs}
     nodes = {node.output for node in graph.parameters}
-    found = []
-    for number, leaf in enumerate(program.leaves):
-        if not leaf.trainable or number in nodes:
-            continue
-        if number not in used:
-            found.append((leaf, "is not used by the loss; it stays as it is"))
-        elif _decides(program, number):
-            reason = (
-                "is read by conditions, indices and roundings alone, which rest: it stays as it "
-                "is, and its gradient is 0, too. `pjax.step` in the place of a comparison would "
-                "move it"
-            )
-            found.append((leaf, reason))
-    return found
+    leaves = [
+        (number, leaf)
+        for number, leaf in enumerate(program.leaves)
+        if leaf.trainable and number not in nodes
+    ]
+    return [
+        (leaf, number in used)
+        for number, leaf in leaves
+        if number not in used or _decides(program, number)
+    ]
 
 
 def _decides(program: Program, leaf: int) -> bool:

@@ -282,9 +282,25 @@ class _Finder:
                 f"loss. {_WHAT_TO_DO}"
             )
         if not program.is_variable(program.outputs[0]):
+            self._check_rows()
             raise TraceError(
                 "The function's result does not depend on any parameter that can move. "
                 + _WHAT_TO_DO
+            )
+
+    def _check_rows(self) -> None:
+        """Whether nothing moves since there are no rows."""
+        empty = [
+            (equation, self.program.shape(atom))
+            for equation in self.program.equations
+            for atom in equation.inputs
+            if 0 in self.program.shape(atom)
+        ]
+        if empty:
+            equation, shape = empty[-1]
+            raise TraceError(
+                f"The batch is empty: `{equation.name}` ({equation.source}) gets an operand of "
+                f"shape {shape}."
             )
 
     def _check_named(self) -> None:
@@ -293,12 +309,6 @@ class _Finder:
             if equation.primitive not in LOSSES:
                 continue
             prediction, labels = equation.inputs
-            shape = self.program.shape(prediction)
-            if 0 in shape and self.program.is_variable(prediction):
-                raise TraceError(
-                    f"The batch is empty: `{equation.name}` ({equation.source}) gets an operand "
-                    f"of shape {shape}."
-                )
             if self.program.is_variable(labels):
                 raise TraceError(
                     f"The labels of `{equation.name}` ({equation.source}) depend on the "

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
+from jax.interpreters import ad
 
 import pjax
 from pjax.explanation import label
@@ -179,6 +180,7 @@ def test_an_operation_without_a_rule_is_named():
     custom = Primitive("without_rule")
     custom.def_impl(jnp.tanh)
     custom.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+    ad.defjvp(custom, lambda tangent, x: tangent * (1 - jnp.tanh(x) ** 2))
     found = pjax.explain(lambda p: jnp.mean((custom.bind(X @ p) - 1) ** 2), normal(3, 2))
     assert [line.exactness for line in found.nodes][1] == "fallback"
     assert "`without_rule`" in found.warnings[0]

@@ -74,7 +74,7 @@ def test_a_value_where_the_function_belongs(given) -> None:
         lambda: pjax.optim.DouglasRachford(5).update(given, PARAMS),
         lambda: pjax.feasibility_problem(given, PARAMS),
     ):
-        with pytest.raises(TypeError, match="must be the loss function, got a.*give `loss_fn`"):
+        with pytest.raises(TypeError, match="must be the loss as a function, and got a.*itself"):
             call()
 
 

@@ -188,7 +188,7 @@ def test_cifar10_from_parquet_files(folder: Path, names: str) -> None:
 def test_parquet_files_name_the_packages_that_they_need(folder, monkeypatch) -> None:
     data_files.write(folder, {"train.parquet": b"", "test.parquet": b""})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install \"pjax-learn\[parquet\]\""):
+    with pytest.raises(DataError, match=r"pip install \"\.\[parquet\]\""):
         load("cifar10", folder)
 
 

@@ -261,7 +261,7 @@ def test_empty_batches_and_wrong_options_are_refused():
         optim.AlternatingProjections(2).update(
             lambda p: pjax.cross_entropy(mlp(p, x[:0]), y[:0]), params
         )
-    with pytest.raises(pjax.TraceError, match=r"The batch is empty: `cross_entropy` .*\(0, 3\)"):
+    with pytest.raises(pjax.TraceError, match=r"The batch is empty: .*test_optim.py.*\(0, "):
         optim.AlternatingProjections(2).update(
             lambda p: pjax.cross_entropy(mlp(p, x[:0]), y[:0]).mean(), params
         )

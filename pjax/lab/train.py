@@ -148,15 +148,19 @@ class PureProjection:
     name: str = "projection"
 
     def init(self, model: nn.Module, params: Params, x: Array, y: Array) -> Any:
-        return _PURE.init(_batch_loss(model, x, y, self.num_classes), params)
+        return _PURE.init(self._loss(model, x, y), params)
 
     def step(
         self, model: nn.Module, params: Params, state: Any, x: Array, y: Array
     ) -> tuple[Params, Any, Outcome]:
         relaxation = cosine(state.count, self.decay_steps)
-        loss = _batch_loss(model, x, y, self.num_classes)
+        loss = self._loss(model, x, y)
         params, state, info = _PURE.update(loss, params, state, relaxation=relaxation)
-        return params, state, Outcome(jnp.mean(info.loss), info.residual)
+        return params, state, Outcome(info.loss, info.residual)
+
+    def _loss(self, model: nn.Module, x: Array, y: Array) -> Callable[[Params], Array]:
+        rows = _batch_loss(model, x, y, self.num_classes)
+        return lambda params: jnp.mean(rows(params))
 
 
 _PURE = pjax.optim.Projection(check=False)

@@ -23,6 +23,11 @@ def require_own_call(
     if params is not MISSING and state is not MISSING and isinstance(state, kinds):
         require_function(fn, "fn")
         return
+    if callable(fn) and params is not MISSING and state is not MISSING:
+        raise TypeError(
+            f"`state` must come from `init`, got {type(state).__name__}: the order is "
+            "`update(loss_fn, params, state, x, y)`."
+        )
     raise TypeError(
         f"`pjax.optim.{type(optimizer).__name__}` is called as `init(loss, params, …)` and "
         "`update(loss, params, state, …)`, with the loss as a function. It makes its moves by "
