@@ -93,6 +93,9 @@ _UNSEEN = 0.01
 #: rows ask for one move, which can end a layer of relus, and where directions of the inputs come up
 #: that were not in the rows before.
 _EXPLAINED = 0.3
+#: The largest eigenvalue counts as at most so many mean ones: many inputs of which few directions
+#: matter, as those of images behind convolutions, would be damped by their mere number.
+_CONCENTRATED = 150.0
 #: Of the noise, from batch to batch.
 _NOISE_MEMORY = 0.9
 
@@ -210,7 +213,9 @@ def _planned(
         own = [units.units[number] for number in stack.members]
         strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
         each, noise = np.asarray(strength)[shape.owners], stack.of(memory.noise)
-        damping = _damping(each, noise, spectra.largest, count, settings)
+        mean = spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
+        largest = jnp.minimum(spectra.largest, _CONCENTRATED * mean)
+        damping = _damping(each, noise, largest, count, settings)
         inputs |= stack.split(spectrum.resolvent(shape, spectra, damping))
     for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
         equaliser = spectrum.equaliser(stack.shape, spectra, settings.equalise)
@@ -477,8 +482,8 @@ def _with_noise(
 def _damping(
     strength: np.ndarray, noise: Array, largest: Array, count: Array, settings: Requests
 ) -> Array:
-    """`ρ = κ λmax d/n` for rows of length `d`, of which `n` in memory count as independent; for
-    each of some units.
+    """`ρ = κ λ d/n` for rows of length `d`, of which `n` in memory count as independent, and the
+    largest eigenvalue `λ`; for each of some units.
     """
     rows_kept = (1 - settings.rows_memory ** (count + 1)) / (1 - settings.rows_memory)
     share = jnp.minimum(noise / rows_kept, 1)
