@@ -94,7 +94,8 @@ _UNSEEN = 0.01
 #: that were not in the rows before.
 _EXPLAINED = 0.3
 #: The largest eigenvalue counts as at most so many mean ones: many inputs of which few directions
-#: matter, as those of images behind convolutions, would be damped by their mere number.
+#: matter, as those of images behind convolutions, would be damped by their mere number. Quantized
+#: weights are better off with more.
 _CONCENTRATED = 150.0
 #: Of the noise, from batch to batch.
 _NOISE_MEMORY = 0.9
@@ -214,7 +215,9 @@ def _planned(
         strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
         each, noise = np.asarray(strength)[shape.owners], stack.of(memory.noise)
         mean = spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
-        largest = jnp.minimum(spectra.largest, _CONCENTRATED * mean)
+        real = np.asarray([not unit.latent for unit in own])[shape.owners]
+        most = jnp.where(real, _CONCENTRATED * mean, spectra.largest)
+        largest = jnp.minimum(spectra.largest, most)
         damping = _damping(each, noise, largest, count, settings)
         inputs |= stack.split(spectrum.resolvent(shape, spectra, damping))
     for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
