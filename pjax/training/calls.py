@@ -23,13 +23,11 @@ def require_own_call(
     if params is not MISSING and state is not MISSING and isinstance(state, kinds):
         require_function(fn, "fn")
         return
-    if callable(fn) and params is not MISSING and state is not MISSING:
-        raise TypeError(
-            f"`state` must come from `init`, got {type(state).__name__}: the order is "
-            "`update(loss_fn, params, state, x, y)`."
-        )
+    wrong = (
+        "" if state is MISSING else f"`state` must come from `init`, got {type(state).__name__}. "
+    )
     raise TypeError(
-        f"`pjax.optim.{type(optimizer).__name__}` is called as `init(loss, params, …)` and "
+        f"{wrong}`pjax.optim.{type(optimizer).__name__}` is called as `init(loss, params, …)` and "
         "`update(loss, params, state, …)`, with the loss as a function. It makes its moves by "
         "itself, and is no gradient transformation for `optax.chain`, `nnx.Optimizer` or a "
         "`TrainState`. Give these an optimiser of Optax, and `pjax.value_and_displacement(loss)` "
