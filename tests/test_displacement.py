@@ -108,6 +108,39 @@ def assert_close(found, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.max(jnp.abs(b))))
 
 
+@pytest.mark.parametrize(
+    ("splitting", "metric"),
+    [
+        ("layer", metrics.Spectral()),
+        ("layer", metrics.Spectral(parameters=2.0)),
+        ("neuron", metrics.Uniform()),
+    ],
+    ids=["resting", "moving", "neuron"],
+)
+@pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
+def test_a_sweep_has_the_forces_of_a_cyclic_solver(x64, splitting, metric):
+    """Also where parameters move, and where a slot joins activations and parameters."""
+    params, x, y = smooth_params()
+
+    def fn(p):
+        h = x @ p["w"][0] + p["b"][0]
+        both = jnp.concatenate([h, p["square"], p["square"][:8]], axis=0) @ p["square"]
+        return jnp.mean(pjax.cross_entropy(jax.nn.relu(both[:24] * both[24:]) @ p["w"][1], y))
+
+    solver = solvers.CyclicProjections(steps=1)
+    problem = pjax.feasibility_problem(
+        fn, params, metric=metric, splitting=splitting, grouping="levels"
+    )
+    swept = problem.parameter_forces(problem.sweep())
+    solved = problem.parameter_forces(solver.run(problem))
+    assert any(force is not None and bool(jnp.any(force != 0)) for force in swept)
+    for found, expected in zip(swept, solved, strict=True):
+        if found is None or expected is None:
+            assert found is expected
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("fn", mostly_slow(SMOOTH, SMOOTH_OFTEN))
 def test_the_stiff_limit_is_the_gradient(x64, fn):
     """Skips, tied weights, two free operands, weights of weights, gathers, weighted losses: the
