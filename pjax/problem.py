@@ -631,7 +631,11 @@ class Problem:
             written[index] = self._write(group, self.graph.slots[index], outputs, state)
         return tuple(written)
 
-    def sweep(self, prepare: Callable[..., Any] | None = None, without: Any = frozenset()) -> State:
+    def sweep(
+        self,
+        prepare: Callable[[dict[int, Array]], None] | None = None,
+        without: Collection[int] = frozenset(),
+    ) -> State:
         """The forces on parameters after one cyclic sweep from the forward pass.
 
         What reads an output is projected before it, so where outputs move to is of no use.

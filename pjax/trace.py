@@ -201,9 +201,9 @@ def trace(
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
     (of `aux` if there is one).
 
-    **Raises:** `TypeError` for what is no function or returns a gradient, and for a leaf that is
-    not an array, is complex or narrower than a deviation needs, or is an integer that the function
-    uses as a number.
+    **Raises:** `TypeError` for a function that returns what a gradient would be, or no number where
+    it must, and for a leaf that is not an array, is complex or narrower than a deviation needs, or
+    is an integer that the function uses as a number.
     """
     apart = leaves_of(params, mask)
     paths, leaves = apart.paths, apart.arrays

@@ -629,29 +629,30 @@ def conditional_random_field():
 # --- Other losses ---------------------------------------------------------------------------------
 
 
-@model
-def gumbel_softmax():
+def gumbel(sample: Any) -> Any:
+    """A classifier by a code of five classes, of which `sample` takes one."""
     x, y = data("x", 12, 4), labels(12, 3)
-    gumbel = jnp.asarray(np.random.default_rng(2).gumbel(size=(12, 5)))
+    noise = jnp.asarray(np.random.default_rng(2).gumbel(size=(12, 5)))
 
     def loss(p):
-        chosen = jax.nn.softmax((run(p["encoder"], x) + gumbel) / 0.7, -1)
-        return cross_entropy(run(p["decoder"], chosen), y)
+        soft = jax.nn.softmax((run(p["encoder"], x) + noise) / 0.7, -1)
+        return cross_entropy(run(p["decoder"], sample(soft)), y)
 
     return loss, {"encoder": mlp("e", 4, 6, 5), "decoder": mlp("d", 5, 6, 3)}
+
+
+@model
+def gumbel_softmax():
+    return gumbel(lambda soft: soft)
 
 
 @model
 def straight_through_gumbel_softmax():
-    x, y = data("x", 12, 4), labels(12, 3)
-    gumbel = jnp.asarray(np.random.default_rng(2).gumbel(size=(12, 5)))
-
-    def loss(p):
-        soft = jax.nn.softmax((run(p["encoder"], x) + gumbel) / 0.7, -1)
+    def sample(soft):
         hard = jax.nn.one_hot(jnp.argmax(soft, -1), 5)
-        return cross_entropy(run(p["decoder"], soft + jax.lax.stop_gradient(hard - soft)), y)
+        return soft + jax.lax.stop_gradient(hard - soft)
 
-    return loss, {"encoder": mlp("e", 4, 6, 5), "decoder": mlp("d", 5, 6, 3)}
+    return gumbel(sample)
 
 
 def log_probability(p: Any, x: jax.Array, actions: jax.Array) -> jax.Array:

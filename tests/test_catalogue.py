@@ -17,6 +17,7 @@ from operations_table import network
 
 import pjax
 from pjax.trace import trace
+from tests.programs import QUICK
 
 CASES = [
     pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.slow else [])
@@ -25,8 +26,6 @@ CASES = [
 
 #: So stiff and with so short a prox step that a displacement is the gradient up to rounding.
 LIMIT = pjax.metrics.Spectral(activations=1e6, prox_step=1e-6, power_iterations=1)
-#: The time of these tests is that of compiling; what is compiled runs once.
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.mark.parametrize("library", [catalogue.FLAX, catalogue.EQUINOX])

@@ -13,10 +13,9 @@ import pytest
 from flax import nnx
 
 import pjax
+from tests.programs import QUICK
 
 STEPS, WIDTH, BATCHES = 3, 8, 30
-#: The time of these tests is that of compiling.
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 
 
 class Recurrent(nnx.Module):

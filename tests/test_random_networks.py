@@ -18,11 +18,10 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import pjax
+from tests.programs import QUICK
 
 LIMIT = pjax.metrics.Spectral(activations=1e9, prox_step=1e-9, power_iterations=1)
 TOLERANCE = 1e-6
-#: The time is that of compiling.
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 TOKENS = np.array([0, 2, 2, 4])
 MASK = np.arange(12).reshape(4, 3) % 2 == 0
 LABELS = np.eye(3)[[0, 1, 2, 1]]

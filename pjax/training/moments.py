@@ -274,10 +274,10 @@ def diagonal(problem: Problem, unit: Unit, found: Read, forces: Mapping[int, Arr
     for reader in found.readers:
         if reader.matrix is not None:
             continue
-        head = reader.head
-        if head is None:
+        if reader.wires is None:
             total = total + _operand_diagonal(problem, unit, reader, forces)
             continue
+        head = reader.wires.head
         shape = jnp.shape(problem.values[head.target])
         rows = math.prod(shape[:-1])
         asked = found.reading.asked[first : first + rows]

@@ -153,14 +153,17 @@ def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:
 
 @dataclass(frozen=True, eq=False)
 class Wires:
-    """The wiring through which slots read a variable.
+    """The wiring through which slots read entries of a unit.
 
     **Attributes:**
 
+    - `head`: the way from the unit to an array of which all slots have parts.
     - `slots`: by index.
-    - `tails`: the way to each, from where the readers' heads end.
+    - `tails`: the way to each, from this array and others that wiring makes of the unit; these
+        share them.
     """
 
+    head: Route
     slots: tuple[int, ...]
     tails: tuple[Route, ...]
 
@@ -175,15 +178,13 @@ class Reader:
     - `kind`: see the module.
     - `place`: of a layer's operand, the number of the slot among the node's.
     - `matrix`: of a product.
-    - `head`: of entries, the way from the unit to what all its slots have parts of.
-    - `wires`: the rest of the way, which several readers of entries may share.
+    - `wires`: of entries.
     """
 
     slot: int
     kind: Kind
     place: int
     matrix: Matrix | None = None
-    head: Route | None = None
     wires: Wires | None = None
 
 
@@ -294,12 +295,10 @@ def _entry_readers(graph: Graph, producer: int, readers: Sequence[Reader]) -> li
     found = []
     for variable, slots in reading.items():
         heads = _heads(graph.program, variable, slots)
-        wires = Wires(
-            tuple(slot.index for slot in slots),
-            tuple(_tail(slot.route, variable, heads) for slot in slots),
-        )
-        first = slots[0].index
-        found += [Reader(first, "entries", 0, head=head, wires=wires) for head in heads]
+        indices = tuple(slot.index for slot in slots)
+        tails = tuple(_tail(slot.route, variable, heads) for slot in slots)
+        for head in heads:
+            found.append(Reader(indices[0], "entries", 0, wires=Wires(head, indices, tails)))
     return found
 
 

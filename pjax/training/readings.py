@@ -74,17 +74,17 @@ def readings(
 
 def _entries(problem: Problem, unit: Unit, state: State) -> list[Read]:
     """The readings of what is read as entries: of all rows of one length."""
-    pulled: dict[int, dict[int, Array]] = {}
+    pulled: dict[Any, dict[int, Array]] = {}
     parts: dict[Any, list[tuple[Reader, Array, Array]]] = {}
     for reader in unit.readers:
-        if reader.wires is None or reader.head is None:
+        wires = reader.wires
+        if wires is None:
             continue
-        wires, target = reader.wires, reader.head.target
-        if id(wires) not in pulled:
-            slots = [problem.graph.slots[index] for index in wires.slots]
-            forces = [problem.slot_force(slot, state) for slot in slots]
-            pulled[id(wires)] = pull_together(wires.tails, forces, problem.values)
-        value, force = problem.values[target], pulled[id(wires)][target]
+        if wires.tails not in pulled:
+            forces = [problem.slot_force(problem.graph.slots[i], state) for i in wires.slots]
+            pulled[wires.tails] = pull_together(wires.tails, forces, problem.values)
+        target = wires.head.target
+        value, force = problem.values[target], pulled[wires.tails][target]
         key = value.shape[-1:], value.dtype, force.dtype
         parts.setdefault(key, []).append((reader, value, force))
     found = []

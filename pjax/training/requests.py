@@ -215,9 +215,9 @@ def _planned(
         strength = [_strength(u, n, settings) for u, n in zip(own, shape.sizes, strict=True)]
         each, noise = np.asarray(strength)[shape.owners], stack.of(memory.noise)
         mean = spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
-        real = np.asarray([not unit.latent for unit in own])[shape.owners]
-        most = jnp.where(real, _CONCENTRATED * mean, spectra.largest)
-        largest = jnp.minimum(spectra.largest, most)
+        latent = np.asarray([unit.latent for unit in own])[shape.owners]
+        bounded = jnp.minimum(spectra.largest, _CONCENTRATED * mean)
+        largest = jnp.where(latent, spectra.largest, bounded)
         damping = _damping(each, noise, largest, count, settings)
         inputs |= stack.split(spectrum.resolvent(shape, spectra, damping))
     for stack, spectra in zip(stacks.outputs, memory.outputs, strict=True):
