@@ -45,7 +45,6 @@ __all__ = [
     "Parameter",
     "ReLU",
 ]
-
 Initializer = Callable[..., Array]
 """`initializer(key, shape, dtype) -> array`, as in `jax.nn.initializers`."""
 

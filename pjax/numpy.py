@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from pjax.primitives import identity, quantize
+from pjax.program.primitives import identity, quantize
 
 __all__ = [
     "add",
@@ -49,9 +49,7 @@ __all__ = [
     "vmap",
     "zero_pad",
 ]
-
 vmap = jax.vmap
-
 Values = ArrayLike | Sequence[Any]
 Axes = int | Sequence[int] | None
 Padding = str | int | Sequence[int | Sequence[int]]

@@ -52,9 +52,9 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test counts what is made for a CPU, also where there is a GPU."""
-    from pjax import _compat
+    from pjax.backend import device
 
-    monkeypatch.setattr(_compat, "launches_kernels", lambda: False)
+    monkeypatch.setattr(device, "launches_kernels", lambda: False)
 
 
 @pytest.fixture(autouse=True, scope="module")

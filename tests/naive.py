@@ -11,9 +11,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.problem import Problem
-from pjax.rules import Affine, CrossEntropy, NeuronBilinear, PinnedBilinear
-from pjax.trace import read
+from pjax.problem.problem import Problem
+from pjax.program.program import read
+from pjax.rules.affine import Affine
+from pjax.rules.losses import CrossEntropy
+from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
 
 
 class NaiveProblem:

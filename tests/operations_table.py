@@ -21,11 +21,13 @@ import public_operations
 from catalogue import Case
 
 import pjax
-from pjax import _compat
-from pjax.graph import Graph, Node, build_graph
-from pjax.rules import Rule
-from pjax.trace import Program, trace
-from pjax.wiring import is_wiring
+from pjax.backend import compat
+from pjax.graph.build import build_graph
+from pjax.graph.graph import Graph, Node
+from pjax.program.program import Program
+from pjax.program.wiring import is_wiring
+from pjax.rules.base import Rule
+from pjax.trace.entry import trace
 
 PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 SPLITTINGS = ("layer", "neuron")
@@ -151,12 +153,12 @@ def find(case: Case) -> Found:
 
 def _needed(jaxpr: Any) -> Iterator[str]:
     """The names of the primitives that the outputs of a jaxpr need, those in calls included."""
-    live = {var for var in jaxpr.outvars if not isinstance(var, _compat.Literal)}
+    live = {var for var in jaxpr.outvars if not isinstance(var, compat.Literal)}
     for eqn in reversed(jaxpr.eqns):
         if live.isdisjoint(eqn.outvars):
             continue
-        live.update(var for var in eqn.invars if not isinstance(var, _compat.Literal))
-        body = _compat.call_body(eqn.primitive, eqn.params)
+        live.update(var for var in eqn.invars if not isinstance(var, compat.Literal))
+        body = compat.call_body(eqn.primitive, eqn.params)
         if body is not None:
             yield from _needed(body[0])
             continue
@@ -164,9 +166,9 @@ def _needed(jaxpr: Any) -> Iterator[str]:
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 # Not the reducers of windows and scatters, which are never looked at.
-                is_body = isinstance(inner, (_compat.ClosedJaxpr, _compat.Jaxpr))
+                is_body = isinstance(inner, (compat.ClosedJaxpr, compat.Jaxpr))
                 if is_body and eqn.primitive.name in ("scan", "cond", "while"):
-                    yield from _needed(_compat.open_jaxpr(inner)[0])
+                    yield from _needed(compat.open_jaxpr(inner)[0])
 
 
 def _handlers(graph: Graph) -> Iterator[tuple[str, str]]:

@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from jax import lax
 from scipy import optimize
 
-from pjax.projections.bilinear import (
-    CompactProjection,
-    DotGeneral,
-    Multiply,
-    project_compact,
-    project_lifted,
+from pjax.projections.products.compact import CompactProjection, project_compact
+from pjax.projections.products.dot_general import DotGeneral
+from pjax.projections.products.lifted import project_lifted
+from pjax.projections.products.operation import Multiply
+from pjax.projections.products.pinned import (
     project_pinned_compact,
     project_pinned_structured,
-    solve_multiplier,
     structured_mean,
     structured_squared_norm,
 )
+from pjax.projections.products.scalar_products import solve_multiplier
 from tests import oracles
 from tests.conftest import enable_x64
 from tests.oracles import Precision, assert_no_farther, assert_small

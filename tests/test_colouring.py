@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjax import colouring
-from pjax.colouring import conflicts, two_colour
+from pjax.graph import colouring
+from pjax.graph.colouring import conflicts, two_colour
 
 
 def split(size, edges, colours, producers):

@@ -11,17 +11,18 @@ import pytest
 
 import pjax
 from pjax import metrics
-from pjax.layer import LayerSum, Product, product_gain
-from pjax.projections.bilinear import (
-    project_compact,
-    project_lifted,
+from pjax.projections.gains import largest
+from pjax.projections.products.compact import project_compact
+from pjax.projections.products.convolution import Convolution
+from pjax.projections.products.lifted import project_lifted
+from pjax.projections.products.pinned import (
     project_pinned_compact,
     project_pinned_structured,
     structured_mean,
     structured_squared_norm,
 )
-from pjax.projections.convolution import Convolution
-from pjax.projections.gains import largest
+from pjax.rules.layer_sum import LayerSum
+from pjax.rules.layer_terms import Product, product_gain
 from tests.oracles_bilinear import ScalarProducts, least_objective
 from tests.selection import mostly_slow
 

@@ -13,7 +13,7 @@ import pytest
 
 import pjax
 from pjax import metrics, solvers
-from pjax.trace import TraceError
+from pjax.program.program import TraceError
 from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.
@@ -337,7 +337,7 @@ def test_optax_takes_integer_parameters_as_documented(make):
 
 
 def test_fresh_closures_compile_once():
-    from pjax.displacements import _displace
+    from pjax.training.displacements import _displace
 
     params, x, y = make_mlp(7, 2)
     compiled: Any = _displace

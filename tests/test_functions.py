@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph import build_graph
-from pjax.numeric import ArrayFunction
+from pjax.graph.build import build_graph
+from pjax.program.program import TraceError
 from pjax.projections import numeric
 from pjax.projections.numeric import Rows
-from pjax.trace import TraceError, trace
+from pjax.rules.smooth import ArrayFunction
+from pjax.trace.entry import trace
 from tests.selection import mostly_slow
 
 

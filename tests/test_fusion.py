@@ -12,13 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pjax
-from pjax import fusion
-from pjax.graph import build_graph
-from pjax.numeric import ScalarFunction
+from pjax.graph.build import build_graph
+from pjax.patterns import piecewise
+from pjax.program.program import read
 from pjax.projections import linear
 from pjax.projections.piecewise import RELU
-from pjax.rules import Affine, PinnedBilinear
-from pjax.trace import read, trace
+from pjax.rules.affine import Affine
+from pjax.rules.neuron import PinnedBilinear
+from pjax.rules.smooth import ScalarFunction
+from pjax.trace.entry import trace
 
 X = jnp.arange(12.0).reshape(4, 3) / 7 - 0.8
 Y = jnp.zeros((4, 3))
@@ -286,7 +288,7 @@ def test_random_functions_have_sound_graphs(recipe):
     graph = build_graph(program)
     with_node = {node.output for node in graph.nodes}
     predictions = {graph.slots[i].variable for node in graph.losses for i in node.slots}
-    cones = fusion.find_cones(program, frozenset(predictions))
+    cones = piecewise.find_cones(program, frozenset(predictions))
     for slot in graph.slots:
         assert set(slot.route.sources) <= with_node
     for node in operations(graph):

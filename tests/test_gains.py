@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax import _compat
-from pjax.layer import Product, product_gain
+from pjax.backend import device
 from pjax.projections import gains
-from pjax.projections.bilinear import DotGeneral
 from pjax.projections.gains import MARGIN, PowerIteration, first_direction, largest
+from pjax.projections.products.dot_general import DotGeneral
+from pjax.rules.layer_terms import Product, product_gain
 from tests.programs import equations
 
 
@@ -29,7 +29,7 @@ def random_matrices(count, shape=(12, 6)):
 @pytest.fixture(params=["in turn", "launched"])
 def launches(request, monkeypatch):
     """Both ways, that of a CPU and that of a device that launches kernels."""
-    monkeypatch.setattr(_compat, "launches_kernels", lambda: request.param == "launched")
+    monkeypatch.setattr(device, "launches_kernels", lambda: request.param == "launched")
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 64, 200])
@@ -112,7 +112,7 @@ def test_many_equal_products_are_one_in_a_loop():
 
 
 def test_equal_products_are_one_where_kernels_are_launched(monkeypatch):
-    monkeypatch.setattr(_compat, "launches_kernels", lambda: True)
+    monkeypatch.setattr(device, "launches_kernels", lambda: True)
     vectors = [None, *[jax.random.normal(jax.random.key(i), (1, 12)) for i in range(19)]]
     asked = [product(m, v) for m, v in zip(random_matrices(20), vectors, strict=True)]
     asked += [product(m) for m in random_matrices(2, (12, 5))]

@@ -11,7 +11,9 @@ import pytest
 
 import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
-from pjax import _compat, rolling
+from pjax.backend import device
+from pjax.compile import loops
+from pjax.compile import rolled as rolling
 from pjax.solvers import AlternatingProjections
 from tests.programs import noise_for
 
@@ -27,7 +29,7 @@ def both(monkeypatch: Any, compute: Any) -> tuple[Any, Any]:
     """What is computed as on a CPU, and as where kernels are launched."""
     found = []
     for launches in (False, True):
-        monkeypatch.setattr(_compat, "launches_kernels", lambda launches=launches: launches)
+        monkeypatch.setattr(device, "launches_kernels", lambda launches=launches: launches)
         jax.clear_caches()
         found.append(compute())
     jax.clear_caches()
@@ -53,7 +55,7 @@ def test_parallel_steps_of_equal_layers_are_the_same(monkeypatch: Any) -> None:
     params, batch = noise_for(task, side=8)
     sides: list[Any] = []
     monkeypatch.setattr(rolling, "MIN_LAUNCHES", 0)
-    evaluate = rolling._loop
+    evaluate = loops._loop
     monkeypatch.setattr(
         rolling, "_loop", lambda run, *rest: (sides.append(run.repeats), evaluate(run, *rest))
     )

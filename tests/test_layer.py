@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 import pjax
 from pjax import metrics
-from pjax.layer import Addend, LayerSum, Product, product_gain
 from pjax.projections import layer
-from pjax.projections.bilinear import DotGeneral, Multiply
 from pjax.projections.gains import largest
-from pjax.rules import Geometry, Reference
+from pjax.projections.products.dot_general import DotGeneral
+from pjax.projections.products.operation import Multiply
+from pjax.rules.base import Geometry, Reference
+from pjax.rules.layer_sum import LayerSum
+from pjax.rules.layer_terms import Addend, Product, product_gain
 from tests.conftest import enable_x64
 
 

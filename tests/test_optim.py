@@ -13,8 +13,9 @@ import pytest
 
 import pjax
 from pjax import optim, solvers
-from pjax.problem import LargeStateWarning
+from pjax.problem.size_report import LargeStateWarning
 from pjax.solvers import ResidualHistory
+from pjax.training import optimizer
 from tests.conftest import enable_x64
 from tests.selection import mostly_slow
 
@@ -74,7 +75,7 @@ def test_learns_classes_of_fresh_batches(make):
 
 def compiled_solves() -> int:
     """How many solves JAX holds compiled in this process."""
-    return optim._solve._cache_size()  # pyright: ignore
+    return optimizer._solve._cache_size()  # pyright: ignore
 
 
 def test_a_hundred_fresh_closures_compile_once():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import pjax
-from pjax import _compat
+from pjax.backend import compat, source_lines
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(5, 4)) * 3)
@@ -167,27 +167,27 @@ def test_errors_of_margins(margin):
 
 
 def test_primitives_are_found_by_name_in_both_places():
-    assert len(_compat.find_primitives("add", "split", "stack", "no_such_thing")) == 3
-    assert _compat.primitive_path("tanh") == "jax.lax.tanh_p"
+    assert len(compat.find_primitives("add", "split", "stack", "no_such_thing")) == 3
+    assert compat.primitive_path("tanh") == "jax.lax.tanh_p"
     path = "jax.extend.core.primitives.custom_jvp_call_p"
-    assert _compat.primitive_path("custom_jvp_call") == path
-    assert _compat.primitive_path("no_such_thing") is None
+    assert compat.primitive_path("custom_jvp_call") == path
+    assert compat.primitive_path("no_such_thing") is None
 
 
 def test_what_counts_as_library_code():
-    assert _compat.is_library_file(jnp.__file__)
-    assert _compat.is_library_file(functools.__file__)
-    assert _compat.is_library_file(pjax.__file__)
-    assert _compat.is_library_file("<frozen importlib._bootstrap>")
-    assert not _compat.is_library_file(__file__)
-    assert not _compat.is_library_file("<stdin>")
-    assert not _compat.is_library_file("<ipython-input-1-abc>")
+    assert source_lines.is_library_file(jnp.__file__)
+    assert source_lines.is_library_file(functools.__file__)
+    assert source_lines.is_library_file(pjax.__file__)
+    assert source_lines.is_library_file("<frozen importlib._bootstrap>")
+    assert not source_lines.is_library_file(__file__)
+    assert not source_lines.is_library_file("<stdin>")
+    assert not source_lines.is_library_file("<ipython-input-1-abc>")
 
 
 def test_types_too_narrow_for_deviations():
     wide = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.int8, jnp.bool_)
-    assert not any(map(_compat.is_narrow, wide))
-    assert all(map(_compat.is_narrow, (jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2)))
+    assert not any(map(compat.is_narrow, wide))
+    assert all(map(compat.is_narrow, (jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 
 
 def test_a_primitive_of_several_operands_differentiates_where_only_some_vary():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax import problem, solvers
-from pjax.slots import Joined
+from pjax import solvers
+from pjax.problem import find_layout
+from pjax.rules.storages import Joined
 from tests.naive import NaiveProblem
 from tests.selection import mostly_slow
 
@@ -359,11 +360,11 @@ def test_slots_in_parts_follow_whole_ones(x64, monkeypatch, solver, splitting):
 
     made, found = solve()
     assert any(isinstance(storage, Joined) for storage in made.layout.storages)
-    monkeypatch.setattr(problem, "_is_join", lambda slot: False)
-    problem._LAYOUTS.clear()
+    monkeypatch.setattr(find_layout, "_is_join", lambda slot: False)
+    find_layout._LAYOUTS.clear()
     jax.clear_caches()
     made, expected = solve()
     assert not any(isinstance(storage, Joined) for storage in made.layout.storages)
-    problem._LAYOUTS.clear()
+    find_layout._LAYOUTS.clear()
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-12)

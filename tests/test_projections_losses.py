@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from pjax import _compat
+from pjax.backend import device
 from pjax.projections import losses
 from tests.conftest import enable_x64
 from tests.oracles import (
@@ -31,7 +31,7 @@ cross_entropy = jax.jit(losses.cross_entropy)
 def cross_entropy_where_kernels_are_launched(*args):
     """All its steps written out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compat, "launches_kernels", lambda: True)
+        patch.setattr(device, "launches_kernels", lambda: True)
         patch.setattr(losses, "_FEW_NUMBERS", 10**9)
         return losses.cross_entropy(*args)
 

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax import primitives, rules
-from pjax import problem as problem_module
-from pjax.graph import build_graph
-from pjax.rules import Reference, Registered
-from pjax.trace import REGISTRATIONS, TraceError, canonical, trace
+from pjax.graph.build import build_graph
+from pjax.problem import find_layout
+from pjax.program import primitives
+from pjax.program.keys import REGISTRATIONS, canonical
+from pjax.program.program import TraceError
+from pjax.rules import registry as rules
+from pjax.rules.base import Reference
+from pjax.rules.registration import Registered
+from pjax.trace.entry import trace
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +32,7 @@ def registry() -> Iterator[None]:
     rules._BUILDERS.update(builders)
     REGISTRATIONS.clear()
     REGISTRATIONS.update(counts)
-    problem_module._LAYOUTS.clear()
+    find_layout._LAYOUTS.clear()
 
 
 def normal(seed, *shape):

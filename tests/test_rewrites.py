@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 import pjax
-from pjax.graph import build_graph
-from pjax.numeric import ArrayFunction
+from pjax.graph.build import build_graph
+from pjax.program.keys import REGISTRATIONS
 from pjax.projections import numeric
-from pjax.trace import REGISTRATIONS, trace
+from pjax.rules.smooth import ArrayFunction
+from pjax.trace.entry import trace
 from tests.selection import mostly_slow
 
 

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 import pjax
-from pjax import _compat, rolling
-from pjax.rolling import rolled, rolled_scan
+from pjax.backend import device
+from pjax.compile import repeats
+from pjax.compile import rolled as rolling
+from pjax.compile.rolled import rolled, rolled_scan
 from tests.selection import mostly_slow
 
 N = 30
@@ -160,12 +162,12 @@ def test_blocks_that_begin_elsewhere_stand_side_by_side(arrays):
         return [jnp.sum(jnp.cos(weight) * jnp.exp(weight)) * 2 for weight in weights]
 
     jaxpr = jax.make_jaxpr(function)(arrays).jaxpr
-    places = rolling._places(jaxpr.eqns)
+    places = repeats._places(jaxpr.eqns)
     period = len(jaxpr.eqns) // N
     for shift in range(period):
-        wiring = rolling._wiring(jaxpr.eqns, places, shift + period, period, 1)
-        run = rolling._unchained(jaxpr.eqns, rolling.Run(shift, period, N - 1, wiring), 24)
-        assert not rolling._is_chain(run.sources)
+        wiring = repeats._wiring(jaxpr.eqns, places, shift + period, period, 1)
+        run = repeats.unchained(jaxpr.eqns, repeats.Run(shift, period, N - 1, wiring), 24)
+        assert not repeats.is_chain(run.sources)
         assert run.start % period == 0
         assert run.repeats >= N - 2
 
@@ -228,7 +230,7 @@ def test_fewer_blocks_are_one_where_kernels_are_launched(blocks, monkeypatch):
     arrays = list(jax.random.normal(jax.random.key(0), (blocks, 3, 3)))
     state = (arrays, jnp.zeros(()))
     there = body_size(lambda s: rolled_scan(side_by_side, s, 3), state)
-    monkeypatch.setattr(_compat, "launches_kernels", lambda: True)
+    monkeypatch.setattr(device, "launches_kernels", lambda: True)
     here = body_size(lambda s: rolled_scan(side_by_side, s, 3), state)
     assert (here < there) == (blocks == 12)
     found = rolled_scan(side_by_side, state, 3)
@@ -388,8 +390,8 @@ def test_problems_do_not_grow_with_depth_or_length(make, kind, monkeypatch):
     """Steps of 9 and of 18 equal layers have nearly as many operations."""
     monkeypatch.setattr(rolling, "MIN_REPEATS", 6)
     sizes = []
-    for repeats in (9, 18):
-        loss, params = make(repeats)
+    for layers in (9, 18):
+        loss, params = make(layers)
         sizes.append(count(lambda p, loss=loss: step(kind, loss, p), params))
     assert sizes[1] - sizes[0] <= 9 * 15  # of 100 to 400 for each
 

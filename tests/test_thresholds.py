@@ -13,12 +13,14 @@ import pytest
 
 import pjax
 from pjax import metrics
+from pjax.graph.latent import latent_nodes
 from pjax.lab.data import load
-from pjax.layer import LayerSum
 from pjax.projections.piecewise import PiecewiseLinear
-from pjax.rules import Affine, Geometry, Quantizer, Reference, Term
-from pjax.thresholds import Threshold, as_threshold, latent_nodes
-from pjax.trace import trace
+from pjax.rules.affine import Affine, Term
+from pjax.rules.base import Geometry, Reference
+from pjax.rules.layer_sum import LayerSum
+from pjax.rules.piecewise_constant import Quantizer, Threshold, as_threshold
+from pjax.trace.entry import trace
 from pjax.training.readers import find_units
 from pjax.training.requests import Requests
 

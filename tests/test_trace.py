@@ -18,10 +18,13 @@ from jax.extend.core.primitives import closed_call_p
 
 import pjax
 from pjax import optim
-from pjax import trace as trace_module
-from pjax.graph import bipartite, build_graph
-from pjax.rules import LOSSES
-from pjax.trace import TraceError, trace
+from pjax.graph.bipartition import bipartite
+from pjax.graph.build import build_graph
+from pjax.program import keys, program
+from pjax.program.program import TraceError
+from pjax.program.vocabulary import LOSSES
+from pjax.trace import flatten
+from pjax.trace.entry import trace
 
 BATCH, INPUTS, CLASSES = 5, 6, 3
 RNG = np.random.default_rng(0)
@@ -405,7 +408,7 @@ def test_closed_calls_are_inlined():
     (eqn,) = closed.jaxpr.eqns
     eqn = eqn.replace(primitive=closed_call_p, params={"call_jaxpr": eqn.params["jaxpr"]})
     closed = closed.replace(jaxpr=closed.jaxpr.replace(eqns=[eqn]))
-    program, consts = trace_module.Flattener().flatten(closed, ["w"])
+    program, consts = flatten.Flattener().flatten(closed, ["w"])
     assert "closed_call" not in [e.name for e in program.equations]
     values = program.evaluate([params["w"][0][:, :CLASSES]], consts)
     expected = loss(jax.nn.relu(X @ params["w"][0][:, :CLASSES]))
@@ -491,11 +494,11 @@ def test_a_hundred_fresh_closures_compile_once():
         return optimizer.update(lambda p: pjax.cross_entropy(model(p), y), params)
 
     update(0)
-    size = optim._solve._cache_size()  # pyright: ignore
+    size = optimizer._solve._cache_size()  # pyright: ignore
     for number in range(1, 100):
         _, history = update(number)
         losses.append(float(jnp.sum(history.loss)))
-    assert optim._solve._cache_size() == size  # pyright: ignore
+    assert optimizer._solve._cache_size() == size  # pyright: ignore
     assert len(set(losses)) == 99  # each solve saw its own data
 
 
@@ -562,11 +565,11 @@ def test_programs_that_differ_have_different_keys(name):
 
 
 def test_true_and_one_differ():
-    canonical = trace_module.canonical
+    canonical = keys.canonical
     assert canonical({"a": True}) != canonical({"a": 1}) != canonical({"a": 1.0})
     assert canonical(0.0) != canonical(-0.0)
     assert canonical(float("nan")) == canonical(float("nan"))
-    scalar = trace_module.Scalar
+    scalar = program.Scalar
     assert canonical(scalar(True, np.dtype(bool))) != canonical(scalar(1, np.dtype(np.int32)))
     assert canonical((1, 2)) != canonical([1, 2])
     assert canonical(np.ones(2)) != canonical(np.ones(2))  # unhashable: itself only

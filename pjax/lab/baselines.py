@@ -16,9 +16,9 @@ from jaxtyping import Array
 
 import pjax
 from pjax import nn
-from pjax.displacements import ValueAndDisplacement
 from pjax.lab.data import Dataset, batch_rows
 from pjax.lab.train import Accuracy, Outcome, Params, cosine
+from pjax.training.displacements import ValueAndDisplacement
 
 Name = Literal["adam", "sgd", "muon", "schedule-free", "displacement-adam", "straight-through"]
 

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 import pjax
-from pjax.graph import Splitting
 from pjax.lab import (
     commands,
     data_cli,
@@ -31,6 +30,7 @@ from pjax.lab.config import Maybe
 from pjax.lab.data import DataError, Dataset, DatasetName, load
 from pjax.lab.errors import RunError, UsageError, shown
 from pjax.lab.models import MLP
+from pjax.options import Splitting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import tyro
 
 import pjax
-from pjax.graph import Splitting
 from pjax.lab.errors import UsageError
+from pjax.options import Splitting
 
 
 @dataclasses.dataclass(frozen=True)

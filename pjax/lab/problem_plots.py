@@ -19,12 +19,12 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pjax.explanation import label
-from pjax.graph import Graph, Node
+from pjax.graph.graph import Graph, Node
+from pjax.inspection.explanation import label
+from pjax.inspection.profiles import Profile
 from pjax.lab.plots import CYCLE, literal
 from pjax.lab.terminal import in_bytes
-from pjax.problem import Sizes
-from pjax.profiles import Profile
+from pjax.problem.size_report import Sizes
 
 #: The two sets: their colour, and what can be read on it.
 SIDES = {"A": ("#0072B2", "white"), "B": ("#E69F00", "black")}

@@ -18,30 +18,24 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pjax import _compat
+from pjax.backend import device
 from pjax.projections.scaling import times
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 MARGIN = 1.4
-
 #: Of so many blocks two steps are enough: that the largest bound of all is far too small takes a
 #: start that is bad for each of them.
 _MANY_BLOCKS = 64
-
 #: So many equal products are stacked on a CPU, where they take turns: XLA compiles each product of
 #: a matrix and a vector by itself. Where kernels are launched any are, as one product is faster.
 _MANY_PRODUCTS = 16
-
 #: Matrices of at most so many numbers are stacked, which takes a copy: with more, a product takes
 #: longer than its launch.
 _STACKED_NUMBERS = 2**18
-
 #: Directions of at most so many numbers are part of the program; it computes larger ones.
 _KNOWN_NUMBERS = 2**17
-
 #: XLA sums so many numbers in one kernel, and more in two.
 _ONE_SUM = 31
-
 #: More are not put into one loop: `pjax.rolling` finds loops that are equal.
 _ONE_LOOP = 256
 
@@ -140,7 +134,7 @@ def _entries(values: Float[Array, " count"]) -> list[Array]:
     XLA computes a slice in whatever reads it, which is then another kernel for each place of the
     slice. On a CPU, where kernels are most of the compile time, masks are read in their stead.
     """
-    if _compat.launches_kernels():
+    if device.launches_kernels():
         return [values[k] for k in range(len(values))]
     found = []
     for first in range(0, len(values), _ONE_SUM):
@@ -160,7 +154,7 @@ def _groups(iterations: Sequence[PowerIteration], members: Sequence[int]) -> lis
         key = one.kind, one.shape, one.axes, jnp.dtype(one.dtype), types
         small = one.stackable and one.numbers <= _STACKED_NUMBERS and one.kind is not None
         alike.setdefault(key if small else i, []).append(i)
-    least = 2 if _compat.launches_kernels() else _MANY_PRODUCTS
+    least = 2 if device.launches_kernels() else _MANY_PRODUCTS
     groups = alike.values()
     found = [group for group in groups if len(group) >= least]
     return found + [[i] for group in groups if len(group) < least for i in group]
@@ -203,7 +197,7 @@ def _run(iterations: Sequence[PowerIteration], fixed: dict[Any, Array]) -> _Run:
 def _largest(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]:
     """A bound on the largest eigenvalue, and the last vector, of each run."""
     stacked = [place for place, run in enumerate(runs) if run.stacked]
-    in_turn = [] if _compat.launches_kernels() else stacked
+    in_turn = [] if device.launches_kernels() else stacked
     found = {place: _in_turn(runs[place], steps) for place in in_turn}
     together = [place for place in range(len(runs)) if place not in found]
     for first in range(0, len(together), _ONE_LOOP):

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from pjax import _compat
+from pjax.backend import device
 
 #: Newton steps of `cross_entropy`, at most.
 _NORMALISER_STEPS = 10
@@ -97,7 +97,7 @@ def cross_entropy(
     """
     dtype = deviation.dtype
     classes = deviation.shape[-1]
-    axis = 0 if classes <= _FEW_CLASSES and not _compat.launches_kernels() else -1
+    axis = 0 if classes <= _FEW_CLASSES and not device.launches_kernels() else -1
     reference, deviation, labels = (
         jnp.moveaxis(jnp.asarray(x, dtype), -1, axis) for x in (reference, deviation, labels)
     )
@@ -150,7 +150,7 @@ def cross_entropy(
     small = jnp.finfo(dtype).eps ** 0.5
     # The first step computes r anew: a only has its shape.
     start = (jnp.zeros((), int), jnp.full((), jnp.inf, dtype), zeta, a)
-    if _compat.launches_kernels() and deviation.size <= _FEW_NUMBERS:
+    if device.launches_kernels() and deviation.size <= _FEW_NUMBERS:
         state = start
         for _ in range(_NORMALISER_STEPS):
             state = newton(state)

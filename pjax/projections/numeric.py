@@ -22,7 +22,6 @@ from pjax.projections import scaling
 
 #: `φ` of one or several arrays.
 Function = Callable[..., Array]
-
 #: The two nodes of Gauss' rule on [0, 1].
 _NODES = (0.5 - 0.5 / math.sqrt(3), 0.5 + 0.5 / math.sqrt(3))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pjax import _compat
+from pjax.backend import device
 
 
 def is_trivial(exponent: Any) -> bool:
@@ -56,7 +56,7 @@ def once(value: Array) -> Array:
     """
     if value.ndim == 0:
         return lax.rem(value, jnp.asarray(jnp.finfo(value.dtype).max, value.dtype))
-    if _compat.launches_kernels():
+    if device.launches_kernels():
         return value
     one = jnp.ones((), value.dtype)
     # That both are 1 it must not see before it has chosen what to compute together.

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax import _compat
+from pjax.backend import device
 
 #: A factor on the rounding error that orthonormal columns are found beside.
 _SHIFT = 4
@@ -367,7 +367,7 @@ def pick(stack: Array, number: int) -> Array:
 
     XLA compiles a kernel for each place that is read, but one for all sums of what a mask leaves.
     """
-    if len(stack) == 1 or _compat.launches_kernels():
+    if len(stack) == 1 or device.launches_kernels():
         return stack[number]
     mask = (np.arange(len(stack)) == number).reshape(-1, *(1,) * (stack.ndim - 1))
     return jnp.sum(jnp.where(mask, stack, 0), axis=0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pjax.solvers.base import Solver, Step, require_two
+from pjax.solvers.sets import Step, require_two
+from pjax.solvers.solver import Solver
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pjax.solvers.base import Solver, Step, affine, require_two
+from pjax.solvers.sets import Step, affine, require_two
+from pjax.solvers.solver import Solver
 
 
 @dataclass(frozen=True)

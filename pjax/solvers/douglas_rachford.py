@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from pjax.problem import State
-from pjax.solvers.base import Sets, Solver, Step, affine, require_two
+from pjax.solvers.sets import Sets, State, Step, affine, require_two
+from pjax.solvers.solver import Solver
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pjax.solvers.base import Solver, require_two
 from pjax.solvers.douglas_rachford import reflect
+from pjax.solvers.sets import require_two
+from pjax.solvers.solver import Solver
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from pjax.graph import Fallback
-from pjax.metrics import Spectral
-from pjax.parameters import leaves_of
-from pjax.problem import Layout, Problem
-from pjax.rolling import rolled
+from pjax.compile.rolled import rolled
+from pjax.metrics.spectral import Spectral
+from pjax.options import Fallback
+from pjax.problem.layouts import Layout
+from pjax.problem.problem import Problem
+from pjax.program.parameters import leaves_of
+from pjax.program.program import read
 from pjax.solvers import CyclicProjections
-from pjax.solvers.base import layout_for
-from pjax.trace import read, trace
+from pjax.trace.entry import trace
 from pjax.training import requests
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, check, raise_if_unsound
+from pjax.training.memory import Memory
 from pjax.training.readers import Units, find_units
-from pjax.training.requests import Memory, Requests
+from pjax.training.requests import Requests
+from pjax.training.start import layout_for
 
 
 @jax.tree_util.register_dataclass

@@ -26,14 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pjax import _compat
-from pjax.graph import Graph, Slot
-from pjax.layer import Addend, LayerSum, Product
-from pjax.projections.bilinear import Bilinear, DotGeneral, Side, inverse
-from pjax.projections.convolution import Convolution
-from pjax.thresholds import Threshold, feeds_thresholds, latent_nodes
-from pjax.trace import Equation, Program
-from pjax.wiring import Route
+from pjax.backend import device
+from pjax.graph.graph import Graph, Slot
+from pjax.graph.latent import feeds_thresholds, latent_nodes
+from pjax.program.program import Equation, Program
+from pjax.program.wiring import Route
+from pjax.projections.products.convolution import Convolution
+from pjax.projections.products.dot_general import DotGeneral
+from pjax.projections.products.operation import Bilinear, Side, inverse
+from pjax.rules.layer_sum import LayerSum
+from pjax.rules.layer_terms import Addend, Product
+from pjax.rules.piecewise_constant import Threshold
 
 Kind = Literal["product", "linear", "entries"]
 
@@ -365,7 +368,7 @@ def _layout(graph: Graph, reader: Reader) -> Any:
         index = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
         return matrix.of(slot.route([index], {}))
 
-    return key, np.asarray(_compat.run_once(numbers)).tobytes()
+    return key, np.asarray(device.run_once(numbers)).tobytes()
 
 
 def operand_at(rule: LayerSum, place: int) -> tuple[Product | Addend, Side]:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.problem import Problem, State
-from pjax.projections.convolution import Convolution
+from pjax.problem.problem import Problem, State
+from pjax.program.wiring import pull_together
+from pjax.projections.products.convolution import Convolution
 from pjax.training.readers import Matrix, Reader, Unit, Units
-from pjax.wiring import pull_together
 
 
 class Reading(NamedTuple):

@@ -1,0 +1,30 @@
+"""What the device is good at, and programs that run once, also within a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+
+
+def compile_time_eval() -> contextlib.AbstractContextManager[Any]:
+    """Operations inside run now, also within an outer `jit`."""
+    return jax.ensure_compile_time_eval()
+
+
+def launches_kernels() -> bool:
+    """Whether the device runs one launched kernel after the other, as a GPU does: then few large
+    operations are faster than many small ones, where a CPU is as fast with either.
+    """
+    return jax.default_backend() != "cpu"
+
+
+def run_once(function: Any, *args: Any) -> Any:
+    """`function(*args)` now, also within an outer `jit`, compiled as quickly as can be.
+
+    As one program: within `compile_time_eval` each operation on known numbers is compiled by
+    itself, also while something is traced.
+    """
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)

@@ -1,0 +1,148 @@
+"""What a rule is: the geometry of a node, its reference point, its projection, its force."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from pjax.options import Exactness
+from pjax.program.program import Atom, Equation, Program
+from pjax.rules.storages import Dense, Storage
+
+
+class Geometry(NamedTuple):
+    """The metric at one node, beyond the weights.
+
+    **Attributes:**
+
+    - `exponent`: deviations, targets and results of the node are in a unit of `2**−exponent`.
+    - `compliances`: for each slot of a layer a bound on how much the output moves with it, squared,
+        over the slot's weight.
+    - `curved`: for each slot whether its response is solved for, or only bounded.
+    - `iterations`: conjugate gradient steps for that.
+    """
+
+    exponent: Any = 0
+    compliances: tuple[Any, ...] = ()
+    curved: tuple[bool, ...] = ()
+    iterations: int = 0
+
+
+class Reference(NamedTuple):
+    """The forward pass at one node.
+
+    **Attributes:**
+
+    - `inputs`: the value of each slot.
+    - `knowns`: the values of the operands that are data.
+    - `output`: the node's output (None for a loss).
+    - `inner`: for a piecewise linear node, the argument `u` of its function.
+    - `geometry`: the unit of deviations, and what layer splitting needs to know of the metric.
+    - `entries`: for each slot an array that has the same entries, perhaps fewer times each: what it
+        is broadcast from. Empty for the inputs themselves.
+    - `force`: of a layer, the multiplier of its projection, where that is known.
+    """
+
+    inputs: tuple[Array, ...]
+    knowns: tuple[Any, ...]
+    output: Any
+    inner: Any = None
+    geometry: Geometry = Geometry()
+    entries: tuple[Array, ...] = ()
+    force: Any = None
+
+
+class Force(NamedTuple):
+    """What a rule may return for a slot that had not moved: its move times its weight.
+
+    Where the weight is the unit of the slot's deviations that is what the state keeps, and nothing
+    is divided.
+    """
+
+    value: Array
+
+
+class Rule(ABC):
+    """The projection of one kind of node, and the specification of one node."""
+
+    #: *exact*: the nearest point, proved by an oracle; *inexact*: decreases the objective, optimum
+    #: when converged; *relaxed*: a documented heuristic.
+    exactness: Exactness
+    #: What a table or a drawing calls the node.
+    name: str = ""
+
+    @property
+    def accepts_rest(self) -> bool:
+        """Whether `project` takes None for the state of a slot that has not moved."""
+        return False
+
+    def storages(self, reflecting: bool, shared: Sequence[bool]) -> tuple[Storage, ...]:
+        """How the solver keeps each slot.
+
+        **Arguments:**
+
+        - `reflecting`: whether the solver reflects, so that copies may differ between steps.
+        - `shared`: for each slot whether several groups write to it, each its own entries.
+        """
+        return (Dense(),) * len(shared)
+
+    @abstractmethod
+    def project(
+        self,
+        reference: Reference,
+        states: tuple[Any, ...],
+        weights: tuple[Any, ...],
+        target: Any,
+        target_weight: Any,
+    ) -> tuple[tuple[Any, ...], Any]:
+        """The nearest point of `{(x, y): y = f(x)}`.
+
+        **Arguments:**
+
+        - `reference`: the forward pass.
+        - `states`: the slots' deviations, in the form of their storage.
+        - `weights`: the metric weight of each slot, per copy.
+        - `target`, `target_weight`: the target deviation of the output, and its weight (0 where
+            nobody reads). For a loss: None, and the prox step of each row.
+
+        **Returns:** the new states, a `Force` in the place of one if that is at hand; and the
+        output's deviation (None for a loss).
+        """
+
+    def copies(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """For each slot, of these shapes, how many outputs read one entry: the rows of its data."""
+        return (1,) * len(shapes)
+
+    def gains(
+        self, reference: Reference, wanted: Sequence[bool], vectors: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """For each slot a bound on `|J|²`, the squared gain from it to the output.
+
+        **Arguments:**
+
+        - `reference`: the forward pass.
+        - `wanted`: for each slot whether its bound is needed; where it costs something and is not,
+            0 is returned.
+        - `vectors`: for each slot where a power iteration begins, the last vector of one before,
+            or None.
+
+        **Returns:** the bounds: numbers, and a `PowerIteration` where one is to find it.
+        """
+        return (1.0,) * len(reference.inputs)
+
+
+# --- The registry --------------------------------------------------------------------------------
+
+
+class NodeSpec(NamedTuple):
+    """What a primitive becomes: its rule, the operands that are slots, and those that are data."""
+
+    rule: Rule
+    slots: tuple[Atom, ...]
+    knowns: tuple[Atom, ...] = ()
+
+
+Builder = Callable[[Program, Equation], NodeSpec]

@@ -1,0 +1,182 @@
+"""Optimisers of the paper: a few steps of a solver on each batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from pjax.compile.rolled import rolled
+from pjax.metrics.base import Metric
+from pjax.metrics.uniform import Uniform
+from pjax.options import Fallback, Fanout, Splitting
+from pjax.problem.layouts import Layout
+from pjax.problem.problem import Problem
+from pjax.program.parameters import leaves_of
+from pjax.program.program import Program
+from pjax.solvers import ResidualHistory, Solver
+from pjax.trace.entry import trace
+from pjax.training.calls import MISSING, require_own_call
+from pjax.training.checks import Checks, raise_if_unsound
+from pjax.training.checks import check as check_solve
+from pjax.training.start import first_vectors, layout_for
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OptimizerState:
+    """What one batch hands on to the next; see [`Optimizer`][].
+
+    **Attributes:**
+
+    - `vectors`: for each slot where its power iteration goes on, or None.
+    """
+
+    vectors: tuple[Any, ...]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(
+    layout: Layout,
+    solver: Solver,
+    check: bool,
+    *arrays: Any,
+) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
+    return rolled(functools.partial(_solved, layout, solver, check))(*arrays)
+
+
+def _solved(
+    layout: Layout,
+    solver: Solver,
+    check: bool,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    state: OptimizerState | None,
+    relaxation: Any,
+) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
+    problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
+    solution, history = solver.solve(problem)
+    moved = [
+        leaf if move is None else (leaf + relaxation * move).astype(jnp.result_type(leaf))
+        for leaf, move in zip(leaves, problem.parameter_deviations(solution), strict=True)
+    ]
+    checks = check_solve(problem, consts, history.loss, moved) if check else None
+    new = None if state is None else OptimizerState(tuple(problem.vectors))
+    return moved, history, checks, new
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Moves parameters by the steps of a solver on the problem of each batch.
+
+    The named optimisers below make one; use this class for a solver of your own.
+
+    **Arguments:**
+
+    - `solver`: from `pjax.solvers`, or your own.
+    - `metric`: weights of the distances and prox step of the losses.
+    - `fanout`: `"paper"` or `"exact"`, see [`pjax.feasibility_problem`][].
+    - `splitting`: `"neuron"` or `"layer"`.
+    - `check`: raise an error for parameters, data or a loss that are not finite; it waits for the
+        result of each update.
+    - `fallback`: see [`pjax.feasibility_problem`][].
+    """
+
+    solver: Solver
+    metric: Metric = Uniform()  # noqa: RUF009 - frozen
+    fanout: Fanout = "paper"
+    splitting: Splitting = "neuron"
+    check: bool = True
+    fallback: Fallback | None = None
+
+    def init(
+        self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array] = MISSING
+    ) -> OptimizerState:
+        """A state for `update`, from a function and parameters of the right shapes."""
+        require_own_call(self, fn, params)
+        program, leaves, consts, _ = trace(fn, params)
+        found = self.layout(program)
+        return OptimizerState(
+            first_vectors(lambda *args: Problem(found, *args).vectors, leaves, consts)
+        )
+
+    @overload
+    def update(
+        self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array], *, relaxation: Any = 1.0
+    ) -> tuple[PyTree[Array], ResidualHistory]: ...
+
+    @overload
+    def update(
+        self,
+        fn: Callable[[PyTree[Array]], Array],
+        params: PyTree[Array],
+        state: OptimizerState,
+        *,
+        relaxation: Any = 1.0,
+    ) -> tuple[PyTree[Array], ResidualHistory, OptimizerState]: ...
+
+    def update(
+        self,
+        fn: Callable[[PyTree[Array]], Array],
+        params: PyTree[Array] = MISSING,
+        state: OptimizerState | None = None,
+        *,
+        relaxation: Any = 1.0,
+    ) -> Any:
+        """Solves the problem of `fn` from `params`.
+
+        **Arguments:**
+
+        - `fn`: parameters to loss; it closes over the batch.
+        - `params`: a pytree of arrays; integer leaves stay as they are.
+        - `state`: from `init` or the update before: power iterations go on where they ended.
+        - `relaxation`: a factor on the move of the parameters, such as a schedule from 1 to 0.
+
+        **Returns:** `(params, residual)`: the new parameters, and the [`ResidualHistory`][] of
+        the solve; with a state `(params, residual, state)`.
+
+        **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` (see `check`),
+        `TypeError` for a call as Optax makes it.
+        """
+        kinds = (OptimizerState, type(None))
+        require_own_call(self, fn, params, state, kinds)
+        program, leaves, consts, _ = trace(fn, params)
+        moved, history, checks, new = _solve(
+            self.layout(program), self.solver, self.check, leaves, consts, state, relaxation
+        )
+        if checks is not None:
+            raise_if_unsound(program, consts, checks)
+        result = leaves_of(params).tree(moved)
+        return (result, history) if new is None else (result, history, new)
+
+    def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
+        """The problem that `update` would solve, to look at."""
+        program, leaves, consts, _ = trace(fn, params)
+        return Problem(self.layout(program), leaves, consts)
+
+    def lower(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Any:
+        """The update lowered but not run, like `jax.jit(f).lower(…)`:
+        `.compile().memory_analysis()`.
+        """
+        program, leaves, consts, _ = trace(fn, params)
+        found = self.layout(program)
+        return _solve.lower(found, self.solver, self.check, leaves, consts, None, 1.0)
+
+    def layout(self, program: Program) -> Layout:
+        """The layout of a traced program's problem, as this optimiser's solver needs it."""
+        found = layout_for(
+            self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
+        )
+        read = [index for index, slot in enumerate(found.graph.slots) if slot.kind == "weight"]
+        if read and all(found.resting[index] for index in read):
+            raise ValueError(
+                "All parameters rest in this metric, so no update would move them: give "
+                "`Spectral(parameters=…)` a number, or use `pjax.optim.Projection` or "
+                "`pjax.value_and_displacement`."
+            )
+        return found
