@@ -893,8 +893,9 @@ def test_an_unused_parameter_stays_as_it_is():
 DIGEST = """
 import hashlib, jax, jax.numpy as jnp
 import pjax
-from pjax.graph import bipartite, build_graph
-from pjax.trace import trace
+from pjax.graph.bipartition import bipartite
+from pjax.graph.build import build_graph
+from pjax.trace.entry import trace
 
 x, y = jnp.ones((4, 3)), jnp.eye(3)[jnp.array([0, 1, 2, 0])]
 params = {f"layer{i}": {"weight": jnp.full((3, 3), 0.1 * i), "bias": jnp.ones(3)} for i in range(4)}

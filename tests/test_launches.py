@@ -57,7 +57,7 @@ def test_parallel_steps_of_equal_layers_are_the_same(monkeypatch: Any) -> None:
     monkeypatch.setattr(rolling, "MIN_LAUNCHES", 0)
     evaluate = loops._loop
     monkeypatch.setattr(
-        rolling, "_loop", lambda run, *rest: (sides.append(run.repeats), evaluate(run, *rest))
+        loops, "_loop", lambda run, *rest: (sides.append(run.repeats), evaluate(run, *rest))
     )
 
     def solve() -> Any:

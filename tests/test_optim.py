@@ -15,7 +15,7 @@ import pjax
 from pjax import optim, solvers
 from pjax.problem.size_report import LargeStateWarning
 from pjax.solvers import ResidualHistory
-from pjax.training import optimizer
+from pjax.training import optimizer as solves
 from tests.conftest import enable_x64
 from tests.selection import mostly_slow
 
@@ -75,7 +75,7 @@ def test_learns_classes_of_fresh_batches(make):
 
 def compiled_solves() -> int:
     """How many solves JAX holds compiled in this process."""
-    return optimizer._solve._cache_size()  # pyright: ignore
+    return solves._solve._cache_size()  # pyright: ignore
 
 
 def test_a_hundred_fresh_closures_compile_once():

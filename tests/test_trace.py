@@ -25,6 +25,7 @@ from pjax.program.program import TraceError
 from pjax.program.vocabulary import LOSSES
 from pjax.trace import flatten
 from pjax.trace.entry import trace
+from pjax.training import optimizer as solves
 
 BATCH, INPUTS, CLASSES = 5, 6, 3
 RNG = np.random.default_rng(0)
@@ -494,11 +495,11 @@ def test_a_hundred_fresh_closures_compile_once():
         return optimizer.update(lambda p: pjax.cross_entropy(model(p), y), params)
 
     update(0)
-    size = optimizer._solve._cache_size()  # pyright: ignore
+    size = solves._solve._cache_size()  # pyright: ignore
     for number in range(1, 100):
         _, history = update(number)
         losses.append(float(jnp.sum(history.loss)))
-    assert optimizer._solve._cache_size() == size  # pyright: ignore
+    assert solves._solve._cache_size() == size  # pyright: ignore
     assert len(set(losses)) == 99  # each solve saw its own data
 
 

@@ -19,6 +19,7 @@ from pjax.program.program import Equation, Program
 from pjax.program.vocabulary import LOSSES
 from pjax.projections import scaling
 from pjax.rules.base import Builder, NodeSpec, Reference, Rule
+from pjax.rules.registry import add_rule
 
 # --- Rules of users ------------------------------------------------------------------------------
 
