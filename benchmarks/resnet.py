@@ -36,8 +36,8 @@ import pjax
 from benchmarks.accuracy_methods import matrices
 from benchmarks.suite.cases import Measured
 from pjax.lab import baselines, data
-from pjax.problem.size_report import sizes
-from pjax.trace.entry import trace
+from pjax.problem import sizes
+from pjax.trace import trace
 from pjax.training.start import layout_for
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

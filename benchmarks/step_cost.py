@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import pjax
-from pjax.trace.entry import trace
+from pjax.trace import trace
 
 #: The published code's compiled temporaries (MB) and step time over a gradient, 784-128-10, batch
 #: 256.

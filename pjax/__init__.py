@@ -28,13 +28,13 @@ from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
 from pjax import solvers as solvers
-from pjax.graph.graph import Graph as Graph
-from pjax.graph.messages import CustomRuleWarning as CustomRuleWarning
-from pjax.graph.messages import UnusedParameterWarning as UnusedParameterWarning
-from pjax.inspection.explanation import Explanation as Explanation
-from pjax.inspection.explanation import explain as explain
-from pjax.inspection.profiles import Profile as Profile
-from pjax.inspection.profiles import profile as profile
+from pjax.graph import CustomRuleWarning as CustomRuleWarning
+from pjax.graph import Graph as Graph
+from pjax.graph import UnusedParameterWarning as UnusedParameterWarning
+from pjax.inspection import Explanation as Explanation
+from pjax.inspection import Profile as Profile
+from pjax.inspection import explain as explain
+from pjax.inspection import profile as profile
 from pjax.numpy import add as add
 from pjax.numpy import array as array
 from pjax.numpy import broadcast_to as broadcast_to
@@ -60,18 +60,18 @@ from pjax.numpy import transpose as transpose
 from pjax.numpy import vmap as vmap
 from pjax.numpy import zero_pad as zero_pad
 from pjax.optim import NonFiniteError as NonFiniteError
-from pjax.problem.entry import feasibility_problem as feasibility_problem
-from pjax.problem.problem import Problem as Problem
-from pjax.program.primitives import cross_entropy as cross_entropy
-from pjax.program.primitives import identity as identity
-from pjax.program.primitives import margin_loss as margin_loss
-from pjax.program.primitives import quantize as quantize
-from pjax.program.primitives import squared_error as squared_error
-from pjax.program.primitives import step as step
-from pjax.program.program import TraceError as TraceError
-from pjax.rules.registration import register_projection as register_projection
-from pjax.training.displacements import displacement as displacement
-from pjax.training.displacements import value_and_displacement as value_and_displacement
+from pjax.problem import Problem as Problem
+from pjax.problem import feasibility_problem as feasibility_problem
+from pjax.program import TraceError as TraceError
+from pjax.program import cross_entropy as cross_entropy
+from pjax.program import identity as identity
+from pjax.program import margin_loss as margin_loss
+from pjax.program import quantize as quantize
+from pjax.program import squared_error as squared_error
+from pjax.program import step as step
+from pjax.rules import register_projection as register_projection
+from pjax.training import displacement as displacement
+from pjax.training import value_and_displacement as value_and_displacement
 
 __version__ = "0.1.0"
 #: Modules that users use; the others are found by their names.

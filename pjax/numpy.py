@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from pjax.program.primitives import identity, quantize
+from pjax.program import identity, quantize
 
 __all__ = [
     "add",

@@ -16,14 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pjax import solvers
-from pjax.metrics.base import Metric
-from pjax.metrics.spectral import Spectral
-from pjax.metrics.uniform import Uniform
+from pjax.metrics import Metric, Spectral, Uniform
 from pjax.options import Fallback, Fanout, Splitting
 from pjax.solvers import Solver
-from pjax.training.checks import NonFiniteError
-from pjax.training.optimizer import Optimizer
-from pjax.training.projection import Info, Projection, ProjectionState, StateSize
+from pjax.training import Info, NonFiniteError, Optimizer, Projection, ProjectionState, StateSize
 
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.problem.problem import Problem
-from pjax.program.program import read
-from pjax.rules.affine import Affine
+from pjax.problem import Problem
+from pjax.program import read
+from pjax.rules import Affine
 from pjax.rules.losses import CrossEntropy
 from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
 

@@ -22,12 +22,10 @@ from catalogue import Case
 
 import pjax
 from pjax.backend import compat
-from pjax.graph.build import build_graph
-from pjax.graph.graph import Graph, Node
-from pjax.program.program import Program
-from pjax.program.wiring import is_wiring
-from pjax.rules.base import Rule
-from pjax.trace.entry import trace
+from pjax.graph import Graph, Node, build_graph
+from pjax.program import Program, is_wiring
+from pjax.rules import Rule
+from pjax.trace import trace
 
 PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 SPLITTINGS = ("layer", "neuron")

@@ -16,7 +16,7 @@ from flax import nnx
 from operations_table import network
 
 import pjax
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from tests.programs import QUICK
 
 CASES = [

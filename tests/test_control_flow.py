@@ -11,10 +11,10 @@ import pytest
 
 import pjax
 from pjax import metrics
-from pjax.graph.build import build_graph
-from pjax.problem.entry import feasibility_problem
-from pjax.program.program import TraceError
-from pjax.trace.entry import trace
+from pjax.graph import build_graph
+from pjax.problem import feasibility_problem
+from pjax.program import TraceError
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.

@@ -21,8 +21,8 @@ from pjax.projections.products.pinned import (
     structured_mean,
     structured_squared_norm,
 )
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.layer_terms import Product, product_gain
+from pjax.rules import LayerSum, Product
+from pjax.rules.layer_terms import product_gain
 from tests.oracles_bilinear import ScalarProducts, least_objective
 from tests.selection import mostly_slow
 

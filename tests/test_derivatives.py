@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.trace.entry import trace
+from pjax.graph import build_graph
+from pjax.trace import trace
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 Y = jnp.tanh(X.sum(1, keepdims=True))

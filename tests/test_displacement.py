@@ -13,7 +13,7 @@ import pytest
 
 import pjax
 from pjax import metrics, solvers
-from pjax.program.program import TraceError
+from pjax.program import TraceError
 from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.

@@ -15,10 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.inspection.explanation import label
+from pjax.graph import build_graph
+from pjax.inspection import label
 from pjax.lab import cli
-from pjax.trace.entry import trace
+from pjax.trace import trace
 
 ROWS = 8
 X = np.linspace(-1, 1, ROWS * 3, dtype=np.float32).reshape(ROWS, 3)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import pjax
-from pjax.problem.problem import Problem
+from pjax.problem import Problem
 
 X = jnp.ones((32, 4))
 Y = jax.nn.one_hot(jnp.arange(32) % 2, 2)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.program.program import TraceError
+from pjax.graph import build_graph
+from pjax.program import TraceError
 from pjax.projections import numeric
 from pjax.projections.numeric import Rows
-from pjax.rules.smooth import ArrayFunction
-from pjax.trace.entry import trace
+from pjax.rules import ArrayFunction
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 

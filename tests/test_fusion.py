@@ -12,15 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pjax
-from pjax.graph.build import build_graph
+from pjax.graph import build_graph
 from pjax.patterns import piecewise
-from pjax.program.program import read
+from pjax.program import read
 from pjax.projections import linear
 from pjax.projections.piecewise import RELU
-from pjax.rules.affine import Affine
+from pjax.rules import Affine, ScalarFunction
 from pjax.rules.neuron import PinnedBilinear
-from pjax.rules.smooth import ScalarFunction
-from pjax.trace.entry import trace
+from pjax.trace import trace
 
 X = jnp.arange(12.0).reshape(4, 3) / 7 - 0.8
 Y = jnp.zeros((4, 3))

@@ -11,7 +11,8 @@ from pjax.backend import device
 from pjax.projections import gains
 from pjax.projections.gains import MARGIN, PowerIteration, first_direction, largest
 from pjax.projections.products.dot_general import DotGeneral
-from pjax.rules.layer_terms import Product, product_gain
+from pjax.rules import Product
+from pjax.rules.layer_terms import product_gain
 from tests.programs import equations
 
 

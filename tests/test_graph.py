@@ -18,19 +18,14 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph.bipartition import bipartite
-from pjax.graph.build import build_graph
-from pjax.graph.messages import UnusedParameterWarning
-from pjax.problem.find_layout import layout
-from pjax.problem.layouts import Layout
-from pjax.problem.problem import Problem
-from pjax.program.program import TraceError, read
+from pjax.graph import UnusedParameterWarning, bipartite, build_graph
+from pjax.problem import Layout, Problem, layout
+from pjax.program import TraceError, read
 from pjax.projections import linear
-from pjax.rules.affine import Affine
+from pjax.rules import Affine, Dense, Lifted
 from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
 from pjax.rules.piecewise_constant import Quantizer
-from pjax.rules.storages import Dense, Lifted
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from tests.conftest import enable_x64
 
 RNG = np.random.default_rng(1)

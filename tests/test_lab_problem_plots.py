@@ -14,12 +14,10 @@ from matplotlib.figure import Figure
 from selection import mostly_slow
 
 import pjax
-from pjax.inspection.explanation import label
+from pjax.inspection import label
 from pjax.lab import problem_plots
-from pjax.problem.find_layout import layout
-from pjax.problem.layouts import Layout
-from pjax.problem.size_report import sizes
-from pjax.trace.entry import trace
+from pjax.problem import Layout, layout, sizes
+from pjax.trace import trace
 
 
 def problem_of(network: Any, params: Any, splitting: Any = "neuron") -> Layout:

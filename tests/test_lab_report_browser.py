@@ -16,9 +16,8 @@ from run_helpers import TINY, recorded
 import pjax
 from pjax.lab import report, runs
 from pjax.lab.inspection import Inspection
-from pjax.problem.find_layout import layout
-from pjax.problem.size_report import sizes
-from pjax.trace.entry import trace
+from pjax.problem import layout, sizes
+from pjax.trace import trace
 
 _BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

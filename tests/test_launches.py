@@ -12,8 +12,7 @@ import pytest
 import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 from pjax.backend import device
-from pjax.compile import loops
-from pjax.compile import rolled as rolling
+from pjax.compile import loops, rolling
 from pjax.solvers import AlternatingProjections
 from tests.programs import noise_for
 

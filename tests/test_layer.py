@@ -17,9 +17,8 @@ from pjax.projections import layer
 from pjax.projections.gains import largest
 from pjax.projections.products.dot_general import DotGeneral
 from pjax.projections.products.operation import Multiply
-from pjax.rules.base import Geometry, Reference
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.layer_terms import Addend, Product, product_gain
+from pjax.rules import Addend, Geometry, LayerSum, Product, Reference
+from pjax.rules.layer_terms import product_gain
 from tests.conftest import enable_x64
 
 

@@ -9,10 +9,10 @@ import pytest
 
 import pjax
 from pjax import metrics, solvers
-from pjax.problem.problem import Problem
+from pjax.problem import Problem
 from pjax.projections import losses
 from pjax.projections.gains import MARGIN
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from tests.selection import mostly_slow
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss, smooth_params, tied
 

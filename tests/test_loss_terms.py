@@ -12,10 +12,10 @@ import pytest
 from scipy import optimize
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.patterns.losses.terms import RowLoss
+from pjax.graph import build_graph
+from pjax.patterns import RowLoss
 from pjax.projections import losses
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 X = jax.random.normal(jax.random.key(0), (8, 5))

@@ -10,12 +10,11 @@ import pytest
 import scipy.optimize
 from flax import nnx
 
-from pjax.graph.build import build_graph
+from pjax.graph import build_graph
 from pjax.projections import normalization
 from pjax.projections.normalization import NormalForm
-from pjax.rules.base import Geometry, Reference
-from pjax.rules.smooth import ArrayFunction, Normalization
-from pjax.trace.entry import trace
+from pjax.rules import ArrayFunction, Geometry, Normalization, Reference
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 

@@ -13,11 +13,11 @@ import pytest
 
 import pjax
 from pjax import metrics
-from pjax.graph.build import build_graph
-from pjax.program.program import TraceError
+from pjax.graph import build_graph
+from pjax.program import TraceError
+from pjax.rules import Reference
 from pjax.rules.affine import ScatterAdd
-from pjax.rules.base import Reference
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from tests.public_operations import GROUPS, LOSSES, ROWS, WIDTH, X, data, loss_of, params
 
 #: So stiff and with so short a prox step that only rounding is left between the two.

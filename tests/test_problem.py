@@ -12,7 +12,7 @@ import pytest
 import pjax
 from pjax import solvers
 from pjax.problem import find_layout
-from pjax.rules.storages import Joined
+from pjax.rules import Joined
 from tests.naive import NaiveProblem
 from tests.selection import mostly_slow
 

@@ -13,8 +13,8 @@ import orbax.checkpoint
 import pytest
 
 import pjax
-from pjax.trace.entry import trace
-from pjax.training.readers import find_units
+from pjax.trace import trace
+from pjax.training import find_units
 from pjax.training.requests import Requests
 from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
 

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph.build import build_graph
+from pjax.graph import build_graph
 from pjax.problem import find_layout
-from pjax.program import primitives
-from pjax.program.keys import REGISTRATIONS, canonical
-from pjax.program.program import TraceError
+from pjax.program import REGISTRATIONS, TraceError, canonical, primitives
+from pjax.rules import Reference
 from pjax.rules import registry as rules
-from pjax.rules.base import Reference
 from pjax.rules.registration import Registered
-from pjax.trace.entry import trace
+from pjax.trace import trace
 
 
 @pytest.fixture(autouse=True)

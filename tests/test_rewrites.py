@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.program.keys import REGISTRATIONS
+from pjax.graph import build_graph
+from pjax.program import REGISTRATIONS
 from pjax.projections import numeric
-from pjax.rules.smooth import ArrayFunction
-from pjax.trace.entry import trace
+from pjax.rules import ArrayFunction
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 

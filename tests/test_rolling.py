@@ -10,9 +10,7 @@ import pytest
 
 import pjax
 from pjax.backend import device
-from pjax.compile import repeats
-from pjax.compile import rolled as rolling
-from pjax.compile.rolled import rolled, rolled_scan
+from pjax.compile import repeats, rolled, rolled_scan, rolling
 from tests.selection import mostly_slow
 
 N = 30

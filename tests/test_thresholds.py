@@ -13,15 +13,13 @@ import pytest
 
 import pjax
 from pjax import metrics
-from pjax.graph.latent import latent_nodes
+from pjax.graph import latent_nodes
 from pjax.lab.data import load
 from pjax.projections.piecewise import PiecewiseLinear
-from pjax.rules.affine import Affine, Term
-from pjax.rules.base import Geometry, Reference
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.piecewise_constant import Quantizer, Threshold, as_threshold
-from pjax.trace.entry import trace
-from pjax.training.readers import find_units
+from pjax.rules import Affine, Geometry, LayerSum, Reference, Term, Threshold, as_threshold
+from pjax.rules.piecewise_constant import Quantizer
+from pjax.trace import trace
+from pjax.training import find_units
 from pjax.training.requests import Requests
 
 ONE = PiecewiseLinear.identity()

@@ -18,13 +18,9 @@ from jax.extend.core.primitives import closed_call_p
 
 import pjax
 from pjax import optim
-from pjax.graph.bipartition import bipartite
-from pjax.graph.build import build_graph
-from pjax.program import keys, program
-from pjax.program.program import TraceError
-from pjax.program.vocabulary import LOSSES
-from pjax.trace import flatten
-from pjax.trace.entry import trace
+from pjax.graph import bipartite, build_graph
+from pjax.program import LOSSES, TraceError, keys, program
+from pjax.trace import flatten, trace
 from pjax.training import optimizer as solves
 
 BATCH, INPUTS, CLASSES = 5, 6, 3

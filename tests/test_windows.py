@@ -11,8 +11,8 @@ from jax import lax
 
 import pjax
 from pjax import metrics
-from pjax.graph.build import build_graph
-from pjax.trace.entry import trace
+from pjax.graph import build_graph
+from pjax.trace import trace
 from tests.selection import mostly_slow
 
 REDUCTIONS = {

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 import pjax
-from pjax.graph.build import build_graph
-from pjax.graph.graph import Graph
-from pjax.problem.find_layout import _reader_counts, layout
-from pjax.problem.problem import Problem
-from pjax.program.program import TraceError
-from pjax.program.wiring import is_wiring
-from pjax.trace.entry import trace
+from pjax.graph import Graph, build_graph
+from pjax.problem import Problem, layout
+from pjax.problem.find_layout import _reader_counts
+from pjax.program import TraceError, is_wiring
+from pjax.trace import trace
 
 A, B = (4, 6), (4, 6)
 MASK = np.arange(24).reshape(A) % 3 == 0

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 import pjax
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
-from pjax.trace.entry import trace
+from pjax.trace import trace
 
 Step = Literal["backprop", "displacement", "projection", "parallel"]
 #: In the order of the columns; the first is what the others are compared with.

@@ -7,8 +7,8 @@ from typing import Any
 
 from pjax.graph.colouring import two_colour
 from pjax.graph.graph import Graph, Node, Slot
-from pjax.program.wiring import Route
-from pjax.rules.registry import IDENTITY
+from pjax.program import Route
+from pjax.rules import IDENTITY
 
 
 def bipartite(graph: Graph) -> Graph:

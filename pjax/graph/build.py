@@ -14,29 +14,52 @@ from pjax.graph.graph import Graph, Kind, Node, Slot
 from pjax.graph.missing import LOOPS, no_rule
 from pjax.graph.rest import Rests, at_rest, check_decisions
 from pjax.options import Fallback, Splitting
-from pjax.patterns import piecewise, sums
-from pjax.patterns.excerpts import Piece, single
-from pjax.patterns.losses.find import find_losses
-from pjax.patterns.losses.terms import RowLoss
-from pjax.patterns.normalizations import normal_form
-from pjax.patterns.piecewise import Cone
-from pjax.patterns.smooth import Cones
-from pjax.patterns.sums import SumTerm
-from pjax.program.functions import is_function
-from pjax.program.keys import REGISTRATIONS
-from pjax.program.program import Atom, Equation, Program, Scalar, TraceError
-from pjax.program.vocabulary import SMOOTH
-from pjax.program.wiring import broadcast_step, data_operands, find_route, is_wiring
+from pjax.patterns import (
+    Cone,
+    Cones,
+    Piece,
+    RowLoss,
+    SumTerm,
+    find_losses,
+    normal_form,
+    piecewise,
+    single,
+    sums,
+)
+from pjax.program import (
+    REGISTRATIONS,
+    SMOOTH,
+    Atom,
+    Equation,
+    Program,
+    Scalar,
+    TraceError,
+    broadcast_step,
+    data_operands,
+    find_route,
+    is_function,
+    is_wiring,
+)
 from pjax.projections.numeric import Rows
-from pjax.rules.affine import Affine, Term
-from pjax.rules.base import NodeSpec, Rule
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.layer_terms import Addend, Product
-from pjax.rules.losses import LinearLoss, NumericLoss
-from pjax.rules.piecewise_constant import as_threshold
-from pjax.rules.products import BILINEAR, bilinear_name, bilinear_operands
-from pjax.rules.registry import find_builder
-from pjax.rules.smooth import ArrayFunction, Normalization, ScalarFunction
+from pjax.rules import (
+    BILINEAR,
+    Addend,
+    Affine,
+    ArrayFunction,
+    LayerSum,
+    LinearLoss,
+    NodeSpec,
+    Normalization,
+    NumericLoss,
+    Product,
+    Rule,
+    ScalarFunction,
+    Term,
+    as_threshold,
+    bilinear_name,
+    bilinear_operands,
+    find_builder,
+)
 
 
 def build_graph(

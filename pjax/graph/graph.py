@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pjax.patterns.losses.terms import LossTerm
-from pjax.program.program import Atom, Program
-from pjax.program.wiring import Route
-from pjax.rules.base import Rule
+from pjax.patterns import LossTerm
+from pjax.program import Atom, Program, Route
+from pjax.rules import Rule
 
 Kind = Literal["parameter", "operation", "loss", "identity"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pjax.graph.graph import Graph
-from pjax.rules.piecewise_constant import Threshold
+from pjax.rules import Threshold
 
 
 def feeds_thresholds(graph: Graph, node: int) -> bool:

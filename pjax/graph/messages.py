@@ -8,7 +8,7 @@ import warnings
 from pjax.backend import source_lines
 from pjax.graph.graph import Graph
 from pjax.graph.rest import DECIDES, decides
-from pjax.program.program import CustomRule, Leaf
+from pjax.program import CustomRule, Leaf
 
 
 class CustomRuleWarning(UserWarning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pjax.backend import compat
-from pjax.program.program import Equation
+from pjax.program import Equation
 
 #: What to do about loops whose length is not known.
 LOOPS = {

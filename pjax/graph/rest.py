@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pjax.backend import compat
 from pjax.graph.missing import no_rule
-from pjax.program.program import Atom, Program, TraceError
+from pjax.program import Atom, Program, TraceError
 
 _STOPPED = compat.find_primitives("stop_gradient")
 _BITS = compat.find_primitives("bitcast_convert_type")

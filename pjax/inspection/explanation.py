@@ -22,23 +22,16 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from pjax.backend import device
-from pjax.graph.bipartition import bipartite
-from pjax.graph.graph import Graph, Node
-from pjax.graph.latent import latent_nodes
-from pjax.graph.messages import honoured, unused
-from pjax.metrics.defaults import default_metric
+from pjax.graph import Graph, Node, bipartite, honoured, latent_nodes, unused
+from pjax.metrics import default_metric
 from pjax.options import Exactness, Splitting
-from pjax.patterns.losses.terms import Computed
-from pjax.problem.find_layout import make_layout
-from pjax.problem.layouts import Layout
-from pjax.problem.size_report import sizes
-from pjax.program.program import Program, live, run
+from pjax.patterns import Computed
+from pjax.problem import Layout, make_layout, sizes
+from pjax.program import Program, live, run
 from pjax.projections.products.operation import Bilinear
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.layer_terms import Addend
-from pjax.trace.entry import require_function, trace
-from pjax.training import readers
-from pjax.training.readers import find_units
+from pjax.rules import Addend, LayerSum
+from pjax.trace import require_function, trace
+from pjax.training import find_units, readers
 
 #: The class of a node's projection; *fallback*: of an operation without a rule.
 Class = Exactness | Literal["fallback"]

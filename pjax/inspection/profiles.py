@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pjax.problem.problem import Problem
+from pjax.problem import Problem
 from pjax.solvers import Solver
 
 

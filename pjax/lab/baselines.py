@@ -18,7 +18,7 @@ import pjax
 from pjax import nn
 from pjax.lab.data import Dataset, batch_rows
 from pjax.lab.train import Accuracy, Outcome, Params, cosine
-from pjax.training.displacements import ValueAndDisplacement
+from pjax.training import ValueAndDisplacement
 
 Name = Literal["adam", "sgd", "muon", "schedule-free", "displacement-adam", "straight-through"]
 

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 
 import pjax
-from pjax.graph.graph import Graph
-from pjax.inspection.profiles import Profile
+from pjax.graph import Graph
+from pjax.inspection import Profile
 from pjax.lab import config, data, runs, terminal
 from pjax.lab.errors import RunError
 from pjax.lab.train import Params, Projection, PureProjection
-from pjax.problem.find_layout import layout
-from pjax.problem.size_report import Sizes, sizes
-from pjax.trace.entry import trace
+from pjax.problem import Sizes, layout, sizes
+from pjax.trace import trace
 
 #: A solve that would store more bytes than this is left out.
 LARGEST_STATE = 2**30

@@ -19,12 +19,11 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pjax.graph.graph import Graph, Node
-from pjax.inspection.explanation import label
-from pjax.inspection.profiles import Profile
+from pjax.graph import Graph, Node
+from pjax.inspection import Profile, label
 from pjax.lab.plots import CYCLE, literal
 from pjax.lab.terminal import in_bytes
-from pjax.problem.size_report import Sizes
+from pjax.problem import Sizes
 
 #: The two sets: their colour, and what can be read on it.
 SIDES = {"A": ("#0072B2", "white"), "B": ("#E69F00", "black")}

@@ -1,4 +1,4 @@
-"""How deviations are weighed against each other: metrics, which every projection is nearest in.
+"""How deviations are weighed against each other: the metrics in which projections are nearest.
 
     optimizer = pjax.optim.DouglasRachford(steps=20, metric=pjax.metrics.Uniform())
 
@@ -13,5 +13,6 @@ from pjax.metrics.base import Measures as Measures
 from pjax.metrics.base import Metric as Metric
 from pjax.metrics.base import Weighing as Weighing
 from pjax.metrics.base import Weight as Weight
+from pjax.metrics.defaults import default_metric as default_metric
 from pjax.metrics.spectral import Spectral as Spectral
 from pjax.metrics.uniform import Uniform as Uniform

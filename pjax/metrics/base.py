@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pjax.graph.graph import Graph, Node
+from pjax.graph import Graph, Node
 from pjax.options import RowWeights
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pjax.graph.graph import Graph
+from pjax.graph import Graph
 
 # --- Numbers by parameter ------------------------------------------------------------------------
 

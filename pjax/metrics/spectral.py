@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pjax.graph.graph import Graph
+from pjax.graph import Graph
 from pjax.metrics.base import INFINITE, Measures, Metric, Weighing, Weight
 from pjax.metrics.by_parameter import (
     by_parameter,

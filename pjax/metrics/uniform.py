@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pjax.graph.graph import Graph
+from pjax.graph import Graph
 from pjax.metrics.base import Metric
 from pjax.metrics.by_parameter import by_parameter, by_path, check_iterations, check_positive
 from pjax.options import RowWeights

@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 
 from pjax.backend.compat import P
-from pjax.program import axes
-from pjax.program.functions import independent_axes, is_noisy
-from pjax.program.keys import canonical
-from pjax.program.program import Atom, Equation, Program, Scalar, read, run, widened
-from pjax.program.vocabulary import ELEMENTWISE
+from pjax.program import (
+    ELEMENTWISE,
+    Atom,
+    Equation,
+    Program,
+    Scalar,
+    canonical,
+    independent_axes,
+    is_noisy,
+    operation_axes,
+    read,
+    run,
+    widened,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +141,7 @@ def cut(
                     if isinstance(a, int) and (a in inside or a == inputs[0]))
             for e in equations
         )  # fmt: skip
-        rows = axes.independent_axes(program, equations, inputs[0], output)
+        rows = independent_axes(program, equations, inputs[0], output)
     return Piece(function, tuple(inputs), tuple(knowns), elementwise, rows)
 
 
@@ -143,5 +152,5 @@ def single(program: Program, equation: Equation, output: int) -> Piece:
     )
     piece = cut(program, (equation,), inputs, output)
     shapes = [program.shape(var) for var in inputs]
-    rows = independent_axes(equation.primitive, equation.params, shapes, program.shape(output))
+    rows = operation_axes(equation.primitive, equation.params, shapes, program.shape(output))
     return replace(piece, rows=rows)

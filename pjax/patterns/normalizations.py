@@ -17,8 +17,7 @@ from typing import Any
 
 from pjax.backend.compat import P
 from pjax.patterns.excerpts import Piece
-from pjax.program.program import Atom, Equation, Program, Scalar
-from pjax.program.vocabulary import SHAPES
+from pjax.program import SHAPES, Atom, Equation, Program, Scalar
 from pjax.projections.normalization import NormalForm
 
 #: Exponents of `x`, `m` and `q`, and their coefficient.

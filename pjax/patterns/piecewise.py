@@ -20,8 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pjax.backend.compat import P
-from pjax.program import primitives
-from pjax.program.program import Atom, Equation, Program, Scalar
+from pjax.program import Atom, Equation, Program, Scalar, primitives
 from pjax.projections.piecewise import RELU, Piece, PiecewiseLinear
 
 Function = PiecewiseLinear

@@ -17,9 +17,7 @@ import numpy as np
 
 from pjax.backend.compat import P
 from pjax.patterns.excerpts import Piece, cut
-from pjax.program.dominators import common_chain
-from pjax.program.program import Equation, Program
-from pjax.program.vocabulary import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH
+from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH, Equation, Program, common_chain
 
 # --- Which values are cones ----------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program.program import Atom, Equation, Program
+from pjax.program import Atom, Equation, Program
 
 # --- Sums ----------------------------------------------------------------------------------------
 

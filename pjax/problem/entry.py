@@ -7,12 +7,11 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
-from pjax.metrics.base import Metric
-from pjax.metrics.defaults import default_metric
+from pjax.metrics import Metric, default_metric
 from pjax.options import Fallback, Fanout, Grouping, Splitting
 from pjax.problem.find_layout import layout
 from pjax.problem.problem import Problem
-from pjax.trace.entry import require_function, trace
+from pjax.trace import require_function, trace
 
 
 def feasibility_problem(

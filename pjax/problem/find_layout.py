@@ -10,17 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.backend import device
-from pjax.graph.bipartition import bipartite
-from pjax.graph.build import build_graph
-from pjax.graph.graph import Slot
-from pjax.graph.messages import warn
-from pjax.metrics.base import Metric
-from pjax.metrics.spectral import Spectral
+from pjax.graph import Slot, bipartite, build_graph, warn
+from pjax.metrics import Metric, Spectral
 from pjax.options import Fallback, Fanout, Grouping, Splitting
 from pjax.problem.layouts import Layout
 from pjax.problem.size_report import warn_large
-from pjax.program.program import Program, TraceError
-from pjax.rules.storages import Dense, Joined, Storage
+from pjax.program import Program, TraceError
+from pjax.rules import Dense, Joined, Storage
 
 _LAYOUTS: OrderedDict[Any, Layout] = OrderedDict()
 _MAX_LAYOUTS = 256

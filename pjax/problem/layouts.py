@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pjax.graph.graph import Graph
-from pjax.metrics.base import Metric
+from pjax.graph import Graph
+from pjax.metrics import Metric
 from pjax.options import Fanout, Grouping, Splitting
-from pjax.rules.storages import Storage
+from pjax.rules import Storage
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from pjax.graph.graph import Node, Slot
-from pjax.graph.latent import feeds_thresholds, latent_nodes
-from pjax.metrics.base import Weight
+from pjax.graph import Node, Slot, feeds_thresholds, latent_nodes
+from pjax.metrics import Weight
 from pjax.options import Grouping
 from pjax.problem.layouts import Layout
 from pjax.problem.size_report import Sizes, sizes
-from pjax.program.program import read, widened
-from pjax.program.wiring import pull_together
+from pjax.program import pull_together, read, widened
 from pjax.projections import scaling
 from pjax.projections.gains import PowerIteration, largest
-from pjax.rules.base import Force, Geometry, Reference
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.storages import Compact, Dense, Joined
+from pjax.rules import Compact, Dense, Force, Geometry, Joined, LayerSum, Reference
 
 #: A deviation for each slot, in the form of its storage.
 State = tuple[Any, ...]

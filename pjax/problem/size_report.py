@@ -11,7 +11,7 @@ import numpy as np
 
 from pjax.options import Exactness
 from pjax.problem.layouts import Layout
-from pjax.rules.storages import Lifted
+from pjax.rules import Lifted
 
 
 class LargeStateWarning(UserWarning):

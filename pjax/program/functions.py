@@ -45,7 +45,7 @@ def is_noisy(primitive: Any) -> bool:
     return primitive in noisy or isinstance(primitive, (Packed, OfParts))
 
 
-def independent_axes(
+def operation_axes(
     primitive: Any,
     params: Mapping[str, Any],
     inputs: Sequence[tuple[int, ...]],

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pjax.options import Exactness
-from pjax.program.scatters import scatter_add
+from pjax.program import scatter_add
 from pjax.projections import linear
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
 from pjax.rules.base import Rule

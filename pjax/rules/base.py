@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from pjax.options import Exactness
-from pjax.program.program import Atom, Equation, Program
+from pjax.program import Atom, Equation, Program
 from pjax.rules.storages import Dense, Storage
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pjax.backend.compat import P
-from pjax.program.program import Equation, Program, widened
+from pjax.program import Equation, Program, widened
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.products.dot_general import DotGeneral
 from pjax.projections.products.operation import Bilinear, Multiply

@@ -13,10 +13,7 @@ from jaxtyping import Array
 
 from pjax.backend import custom_primitives
 from pjax.options import Exactness
-from pjax.program import primitives
-from pjax.program.keys import canonical
-from pjax.program.program import Equation, Program
-from pjax.program.vocabulary import LOSSES
+from pjax.program import LOSSES, Equation, Program, canonical, primitives
 from pjax.projections import scaling
 from pjax.rules.base import Builder, NodeSpec, Reference, Rule
 from pjax.rules.registry import add_rule

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pjax.backend.compat import P
-from pjax.program import primitives
-from pjax.program.keys import REGISTRATIONS, canonical
-from pjax.program.program import Equation, Program
+from pjax.program import REGISTRATIONS, Equation, Program, canonical, primitives
 from pjax.rules.affine import Affine, ScatterAdd, Term
 from pjax.rules.base import Builder, NodeSpec
 from pjax.rules.extrema import Extremum

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pjax.options import Exactness
-from pjax.patterns.excerpts import Function
+from pjax.patterns import Function
 from pjax.projections import layer, normalization, numeric, scaling
 from pjax.projections.gains import PowerIteration
 from pjax.projections.normalization import NormalForm

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax.program.wiring import Route
+from pjax.program import Route
 from pjax.projections.products import pinned
 from pjax.projections.products.operation import Bilinear, Copies, Side
 

@@ -1,4 +1,7 @@
-"""Solvers: iterations over the projections of a feasibility problem, one file per algorithm."""
+"""Solvers: iterations over the projections of a feasibility problem, one file per algorithm.
+
+A solver knows nothing of networks: it needs `Sets`, of which `pjax.Problem` is one.
+"""
 
 from __future__ import annotations
 

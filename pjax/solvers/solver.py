@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pjax.compile.rolled import rolled_scan
+from pjax.compile import rolled_scan
 from pjax.options import Grouping
 from pjax.solvers.history import ResidualHistory, vector_length
 from pjax.solvers.sets import Sets, State, Step

@@ -17,11 +17,17 @@ from jax import lax
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program.functions import OfParts, is_complex, real_type
-from pjax.program.keys import canonical
-from pjax.program.program import Atom, TraceError
-from pjax.program.scatters import scatter_add
-from pjax.program.vocabulary import ELEMENTWISE, SHAPES
+from pjax.program import (
+    ELEMENTWISE,
+    SHAPES,
+    Atom,
+    OfParts,
+    TraceError,
+    canonical,
+    is_complex,
+    real_type,
+    scatter_add,
+)
 from pjax.trace.writer import Writer
 
 #: A value in real numbers: one for a real value; of a complex one two, None for 0.

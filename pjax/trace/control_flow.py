@@ -21,7 +21,7 @@ import numpy as np
 
 from pjax.backend import compat, device
 from pjax.backend.compat import P
-from pjax.program.program import Atom, Equation
+from pjax.program import Atom, Equation
 from pjax.trace.writer import Writer
 
 _SORT = compat.find_primitives("sort")

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.backend import compat, device, source_lines
-from pjax.program.keys import canonical
-from pjax.program.program import Atom, CustomRule, TraceError
+from pjax.program import Atom, CustomRule, TraceError, canonical
 from pjax.trace.writer import Writer
 
 #: Sizes of sample points, and of the tangents or cotangents there.

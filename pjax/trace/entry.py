@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.backend import compat
-from pjax.program.parameters import leaves_of
-from pjax.program.program import Program
+from pjax.program import Program, leaves_of
 from pjax.trace.flatten import Flattener
 
 

@@ -10,10 +10,19 @@ import jax.numpy as jnp
 
 from pjax.backend import compat, source_lines
 from pjax.backend.compat import P
-from pjax.program import vocabulary
-from pjax.program.keys import REGISTRATIONS, canonical
-from pjax.program.program import Atom, Equation, Leaf, Program, Scalar, live
-from pjax.program.vocabulary import BINARY, INTEGER_ARITHMETIC
+from pjax.program import (
+    BINARY,
+    INTEGER_ARITHMETIC,
+    REGISTRATIONS,
+    Atom,
+    Equation,
+    Leaf,
+    Program,
+    Scalar,
+    canonical,
+    live,
+    vocabulary,
+)
 from pjax.trace import (
     complex_values,
     control_flow,

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pjax.program.functions import FUNCTIONS, MATRICES, Packed
-from pjax.program.keys import canonical
-from pjax.program.program import Atom
+from pjax.program import FUNCTIONS, MATRICES, Atom, Packed, canonical
 from pjax.trace.writer import Writer
 
 

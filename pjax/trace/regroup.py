@@ -16,8 +16,7 @@ from typing import Any
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program.program import Atom, Equation
-from pjax.program.vocabulary import ELEMENTWISE, REDUCTIONS, SHAPES
+from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, Atom, Equation
 from pjax.trace.writer import Writer
 
 _COMPARISONS = compat.find_primitives("gt", "ge", "lt", "le", "eq", "ne")

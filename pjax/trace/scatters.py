@@ -20,8 +20,7 @@ from jaxtyping import Array
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program.program import Atom, TraceError
-from pjax.program.scatters import bind_scatter, is_overwriting, scatter_add
+from pjax.program import Atom, TraceError, bind_scatter, is_overwriting, scatter_add
 from pjax.trace.writer import Writer
 
 _SUB, _MUL = (compat.find_primitives(f"scatter_{name}") for name in ("sub", "mul"))

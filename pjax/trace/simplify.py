@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program.program import Atom
-from pjax.program.vocabulary import REDUCTIONS
+from pjax.program import REDUCTIONS, Atom
 from pjax.trace.writer import Writer
 
 _COLLECTIVES: dict[Any, Any] = {

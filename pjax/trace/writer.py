@@ -15,10 +15,18 @@ import numpy as np
 
 from pjax.backend import compat, device, source_lines
 from pjax.backend.compat import P
-from pjax.program import functions, program, vocabulary
-from pjax.program.keys import REGISTRATIONS
-from pjax.program.program import Atom, Equation, Scalar
-from pjax.program.vocabulary import INTEGER_ARITHMETIC, UNIFORM_ELEMENTWISE, UNIFORM_WIRING
+from pjax.program import (
+    INTEGER_ARITHMETIC,
+    REGISTRATIONS,
+    UNIFORM_ELEMENTWISE,
+    UNIFORM_WIRING,
+    Atom,
+    Equation,
+    Scalar,
+    functions,
+    program,
+    vocabulary,
+)
 
 #: What does not follow its operands in a solve.
 _RESTING = vocabulary.INDICES | compat.find_primitives("stop_gradient", "floor", "ceil")

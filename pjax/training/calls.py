@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pjax.trace.entry import require_function
+from pjax.trace import require_function
 
 #: Stands for an argument that a call as Optax makes it lacks.
 MISSING: Any = object()

@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from pjax.problem.problem import Problem
-from pjax.program.program import Program
+from pjax.problem import Problem
+from pjax.program import Program
 
 
 class NonFiniteError(ValueError):

@@ -18,16 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.compile.rolled import rolled
-from pjax.metrics.base import Metric
-from pjax.metrics.defaults import default_metric
+from pjax.compile import rolled
+from pjax.metrics import Metric, default_metric
 from pjax.options import Fallback, Fanout, Splitting
-from pjax.problem.layouts import Layout
-from pjax.problem.problem import Problem
-from pjax.program.parameters import leaves_of
-from pjax.program.program import Program, read
+from pjax.problem import Layout, Problem
+from pjax.program import Program, leaves_of, read
 from pjax.solvers import CyclicProjections, Solver
-from pjax.trace.entry import require_function, trace
+from pjax.trace import require_function, trace
 from pjax.training.start import first_vectors, layout_for
 
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pjax.problem.problem import Problem, State
+from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.spectrum import Function, Shape, Spectra
-from pjax.rules.layer_sum import LayerSum
+from pjax.rules import LayerSum
 from pjax.training.readers import Reader, Unit, Units
 from pjax.training.readings import Read, row_squares
 

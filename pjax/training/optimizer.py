@@ -11,16 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from pjax.compile.rolled import rolled
-from pjax.metrics.base import Metric
-from pjax.metrics.uniform import Uniform
+from pjax.compile import rolled
+from pjax.metrics import Metric, Uniform
 from pjax.options import Fallback, Fanout, Splitting
-from pjax.problem.layouts import Layout
-from pjax.problem.problem import Problem
-from pjax.program.parameters import leaves_of
-from pjax.program.program import Program
+from pjax.problem import Layout, Problem
+from pjax.program import Program, leaves_of
 from pjax.solvers import ResidualHistory, Solver
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, raise_if_unsound
 from pjax.training.checks import check as check_solve

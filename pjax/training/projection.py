@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from pjax.compile.rolled import rolled
-from pjax.metrics.spectral import Spectral
+from pjax.compile import rolled
+from pjax.metrics import Spectral
 from pjax.options import Fallback
-from pjax.problem.layouts import Layout
-from pjax.problem.problem import Problem
-from pjax.program.parameters import leaves_of
-from pjax.program.program import read
+from pjax.problem import Layout, Problem
+from pjax.program import leaves_of, read
 from pjax.solvers import CyclicProjections
-from pjax.trace.entry import trace
+from pjax.trace import trace
 from pjax.training import requests
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, check, raise_if_unsound

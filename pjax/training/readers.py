@@ -27,16 +27,12 @@ import numpy as np
 from jaxtyping import Array
 
 from pjax.backend import device
-from pjax.graph.graph import Graph, Slot
-from pjax.graph.latent import feeds_thresholds, latent_nodes
-from pjax.program.program import Equation, Program
-from pjax.program.wiring import Route
+from pjax.graph import Graph, Slot, feeds_thresholds, latent_nodes
+from pjax.program import Equation, Program, Route
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.products.dot_general import DotGeneral
 from pjax.projections.products.operation import Bilinear, Side, inverse
-from pjax.rules.layer_sum import LayerSum
-from pjax.rules.layer_terms import Addend, Product
-from pjax.rules.piecewise_constant import Threshold
+from pjax.rules import Addend, LayerSum, Product, Threshold
 
 Kind = Literal["product", "linear", "entries"]
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.problem.problem import Problem, State
-from pjax.program.wiring import pull_together
+from pjax.problem import Problem, State
+from pjax.program import pull_together
 from pjax.projections.products.convolution import Convolution
 from pjax.training.readers import Matrix, Reader, Unit, Units
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pjax.problem.problem import Problem, State
+from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.spectrum import entries
 from pjax.training import moments

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.problem.problem import Problem
+from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Side, Spectra
 from pjax.training.memory import Memory

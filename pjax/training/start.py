@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from pjax.metrics.base import Metric
+from pjax.metrics import Metric
 from pjax.options import Fallback, Fanout, Splitting
-from pjax.problem.find_layout import layout
-from pjax.problem.layouts import Layout
-from pjax.program.program import Program
-from pjax.solvers.solver import Solver
+from pjax.problem import Layout, layout
+from pjax.program import Program
+from pjax.solvers import Solver
 
 
 def layout_for(

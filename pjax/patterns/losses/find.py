@@ -28,10 +28,19 @@ from pjax.patterns.losses.recognise import Probe, probe_rows
 from pjax.patterns.losses.rows import RowShape
 from pjax.patterns.losses.tail import Tail, is_inner_product, one_number
 from pjax.patterns.losses.terms import Computed, LossTerm, RowLoss
-from pjax.program.dominators import common_chain
-from pjax.program.keys import REGISTRATIONS
-from pjax.program.program import Atom, Equation, Program, Scalar, TraceError
-from pjax.program.vocabulary import ELEMENTWISE, LOSSES, REDUCTIONS, SHAPES
+from pjax.program import (
+    ELEMENTWISE,
+    LOSSES,
+    REDUCTIONS,
+    REGISTRATIONS,
+    SHAPES,
+    Atom,
+    Equation,
+    Program,
+    Scalar,
+    TraceError,
+    common_chain,
+)
 
 #: What a loss is made of. Products of arrays and convolutions belong to networks.
 _IN_LOSSES = (

@@ -16,8 +16,7 @@ from jaxtyping import Array
 from pjax.backend import device
 from pjax.patterns.losses.rows import RowShape
 from pjax.patterns.losses.tail import Tail
-from pjax.program import primitives
-from pjax.program.program import Equation, Program, live, run
+from pjax.program import Equation, Program, live, primitives, run
 
 # --- What a loss computes ------------------------------------------------------------------------
 

@@ -13,8 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pjax.patterns.losses.tail import Tail
-from pjax.program.axes import carried_axes
-from pjax.program.program import Equation, Program, run
+from pjax.program import Equation, Program, carried_axes, run
 
 
 class RowShape:

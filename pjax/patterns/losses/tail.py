@@ -12,9 +12,7 @@ import numpy as np
 from pjax.backend import device
 from pjax.backend.compat import P
 from pjax.patterns import sums
-from pjax.program.keys import REGISTRATIONS
-from pjax.program.program import Equation, Program, read, run
-from pjax.program.wiring import is_wiring
+from pjax.program import REGISTRATIONS, Equation, Program, is_wiring, read, run
 
 
 class Tail:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from pjax.program.program import Equation
+from pjax.program import Equation
 
 
 @dataclass(frozen=True, eq=False)
