@@ -13,8 +13,8 @@ from pjax.problem import Problem
 from pjax.projections import losses
 from pjax.projections.gains import MARGIN
 from pjax.trace import trace
+from tests.networks import assert_close, make_mlp, mlp, mlp_loss, smooth_params, tied
 from tests.selection import mostly_slow
-from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss, smooth_params, tied
 
 SOLVERS = {
     "cyclic": solvers.CyclicProjections,

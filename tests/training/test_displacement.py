@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import jax
@@ -14,37 +13,11 @@ import pytest
 import pjax
 from pjax import metrics, solvers
 from pjax.program import TraceError
+from tests.networks import assert_close, make_mlp, mlp, mlp_loss, smooth_params, tied
 from tests.selection import mostly_slow
 
 #: So stiff and with so short a prox step that only rounding is left between the two.
 LIMIT = metrics.Spectral(activations=1e8, prox_step=1e-7)
-
-
-def make_mlp(seed, depth, width=16, classes=5, rows=24, dtype=None):
-    rng = np.random.default_rng(seed)
-    sizes = [12, *depth * [width], classes]
-    params = {
-        "w": [
-            jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0]), dtype)
-            for s in itertools.pairwise(sizes)
-        ],
-        "b": [jnp.asarray(0.1 * rng.normal(size=n), dtype) for n in sizes[1:]],
-    }
-    x = jnp.asarray(rng.normal(size=(rows, 12)), dtype)
-    y = jax.nn.one_hot(rng.integers(0, classes, rows), classes, dtype=x.dtype)
-    return params, x, y
-
-
-def mlp(params, x):
-    for number, (w, b) in enumerate(zip(params["w"], params["b"], strict=True)):
-        x = x @ w + b
-        if number < len(params["w"]) - 1:
-            x = jax.nn.relu(x)
-    return x
-
-
-def mlp_loss(params, x, y):
-    return jnp.mean(pjax.cross_entropy(mlp(params, x), y))
 
 
 def skips(p, x, y):
@@ -53,13 +26,6 @@ def skips(p, x, y):
     g = h + h * (h @ p["square"])
     k = g + g @ p["square"]
     return jnp.mean(pjax.cross_entropy(jnp.concatenate([h, g, k], -1) @ p["head"], y))
-
-
-def tied(p, x, y):
-    """One matrix read three times, once transposed, and a bias read twice."""
-    h = (x @ p["w"][0] + p["b"][0]) @ p["square"] + p["b"][0]
-    h = h @ p["square"].T
-    return jnp.mean(pjax.cross_entropy((h * h) @ p["square"] @ p["w"][1], y))
 
 
 def attention(p, x, y):
@@ -92,20 +58,6 @@ def several_losses(p, x, y):
 
 SMOOTH = [skips, tied, attention, weights_of_weights, gathers, several_losses]
 SMOOTH_OFTEN = [tied, attention, several_losses]
-
-
-def smooth_params(seed=0):
-    params, x, y = make_mlp(seed, 1)
-    rng = np.random.default_rng(seed + 1)
-    params["square"] = jnp.asarray(rng.normal(size=(16, 16)) / 4)
-    params["head"] = jnp.asarray(rng.normal(size=(48, 5)) / 7)
-    params["small"] = jnp.asarray(rng.normal(size=(3, 16)) / 2)
-    return params, x, y
-
-
-def assert_close(found, expected, rtol):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(jnp.max(jnp.abs(b))))
 
 
 @pytest.mark.parametrize(

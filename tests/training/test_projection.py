@@ -16,7 +16,7 @@ import pjax
 from pjax.trace import trace
 from pjax.training import find_units
 from pjax.training.requests import Requests
-from tests.test_displacement import assert_close, make_mlp, mlp, mlp_loss
+from tests.networks import assert_close, make_mlp, mlp, mlp_loss
 
 FULL = Requests(rank=10_000, output_rank=10_000, equalise=1e9, every=1)
 
