@@ -1,6 +1,6 @@
 # make demo      projection beside tuned Adam and the paper's methods, on digits; PNGs in runs/demo
 # make test      the test suite and the doctests
-# make lint      ruff and pyright
+# make lint      ruff, pyright and the contracts of imports
 # make examples  every script in examples/
 # make docs      the documentation, into site/
 # PYTHON=/path/to/python3.12 make demo  chooses the interpreter of a new .venv
@@ -19,6 +19,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 examples: .venv/.installed-dev
 	@set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -19,8 +19,6 @@ from pjax.backend.compat import P
 from pjax.patterns.excerpts import Piece, cut
 from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH, Equation, Program, common_chain
 
-# --- Which values are cones ----------------------------------------------------------------------
-
 
 class Cones:
     """The cones of a program, found by the dominators of each value.

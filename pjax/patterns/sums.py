@@ -8,8 +8,6 @@ from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program import Atom, Equation, Program
 
-# --- Sums ----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class SumTerm:

@@ -14,9 +14,6 @@ from pjax.program.vocabulary import ELEMENTWISE, LOSSES, REDUCTIONS, SHAPES
 _JOINS = compat.find_primitives("stack", "concatenate")
 
 
-# --- Axes along which a cone is independent ------------------------------------------------------
-
-
 def independent_axes(
     program: Program, equations: Sequence[Equation], base: int, output: int
 ) -> tuple[tuple[int, int], ...]:

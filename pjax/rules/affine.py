@@ -18,8 +18,6 @@ from pjax.projections import linear
 from pjax.projections.piecewise import PiecewiseLinear, piecewise
 from pjax.rules.base import Rule
 
-# --- Sums and piecewise linear functions ---------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Term:

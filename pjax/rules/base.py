@@ -134,9 +134,6 @@ class Rule(ABC):
         return (1.0,) * len(reference.inputs)
 
 
-# --- The registry --------------------------------------------------------------------------------
-
-
 class NodeSpec(NamedTuple):
     """What a primitive becomes: its rule, the operands that are slots, and those that are data."""
 

@@ -13,8 +13,6 @@ from pjax.options import Exactness
 from pjax.projections import extrema, scaling
 from pjax.rules.base import Rule
 
-# --- Extrema and quantizers ----------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Extremum(Rule):

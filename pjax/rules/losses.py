@@ -15,8 +15,6 @@ from pjax.options import Exactness
 from pjax.projections import losses
 from pjax.rules.base import Rule
 
-# --- Losses --------------------------------------------------------------------------------------
-
 
 class Loss(Rule):
     """A proximal operator: `argmin Σ ρ/2 |x' − x|² + λ c·loss(x')`; `λ c/ρ` is the prox step.

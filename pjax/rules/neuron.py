@@ -13,8 +13,6 @@ from pjax.projections.products.operation import Bilinear, Multiply, Side
 from pjax.rules.base import Rule
 from pjax.rules.storages import Compact, Dense, Lifted, Structured
 
-# --- Bilinear operations -------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class NeuronBilinear(Rule):

@@ -18,8 +18,6 @@ from pjax.patterns.losses.rows import RowShape
 from pjax.patterns.losses.tail import Tail
 from pjax.program import Equation, Program, live, primitives, run
 
-# --- What a loss computes ------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class _Known:
