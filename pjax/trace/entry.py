@@ -39,8 +39,8 @@ def trace(
     - `scalar`: `fn` must return one number, as for `jax.grad`; without it an array will do, whose
       sum is the loss.
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
-      leaves are known values, and stay as they are. See `pjax.parameters`.
-    - `mask`: which leaves are parameters at all, see `pjax.parameters.leaves_of`.
+      leaves are known values, and stay as they are. See `pjax.program.parameters`.
+    - `mask`: which leaves are parameters at all, see `pjax.program.leaves_of`.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
