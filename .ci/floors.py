@@ -1,6 +1,6 @@
 """Prints the floors of the library: the rooms of pjax/, what each imports, and how many arrows.
 
-    python .ci/floors.py
+python .ci/floors.py
 """
 
 from __future__ import annotations

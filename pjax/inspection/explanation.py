@@ -236,7 +236,7 @@ def explain(
         paper's optimisers.
     - `has_aux`: `fn` returns `(loss, aux)`.
 
-    **Returns:** an [`Explanation`][pjax.inspection.explanation.Explanation], which prints as tables.
+    **Returns:** an [`Explanation`][pjax.inspection.explanation.Explanation]; printed it is tables.
 
     **Raises:** [`pjax.TraceError`][] if `fn` does not end in a loss, or has an operation that no
     numeric projection can stand for.

@@ -9,7 +9,6 @@ import jax
 
 from pjax.graph import Graph
 
-
 #: `(path, value)` for each leaf of a prefix of the parameter pytree.
 ByPath = tuple[tuple[str, Any], ...]
 

@@ -18,7 +18,6 @@ from pjax.projections import scaling
 from pjax.rules.base import Builder, NodeSpec, Reference, Rule
 from pjax.rules.registry import add_rule
 
-
 #: `(inputs, target, input_weights, target_weight, **params) -> new inputs`
 Projection = Callable[..., Any]
 
