@@ -101,7 +101,6 @@ class _Builder:
         self.program = program
         self.fallback: Fallback | None = fallback
         self.layers = splitting == "layer"
-        self.definitions = {out: e for e in program.equations for out in e.outputs}
         self.registered = frozenset(
             out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
         )
@@ -123,7 +122,7 @@ class _Builder:
         cone = self.cones[var]
         if cone.base != var:
             return [cone.base]
-        equation = self.definitions.get(var)
+        equation = self.program.definitions.get(var)
         if equation is None:
             return []
         return [a for a in equation.inputs if isinstance(a, int) and self.program.is_variable(a)]
@@ -166,7 +165,7 @@ class _Builder:
         )
 
     def _is_wire(self, var: int) -> bool:
-        equation = self.definitions.get(var)
+        equation = self.program.definitions.get(var)
         return (
             equation is not None and self._is_by_itself(var) and is_wiring(self.program, equation)
         )
@@ -196,7 +195,7 @@ class _Builder:
             if len(pieces) != 1:
                 return None
             return [term.of(cone.base).scaled(pieces[0].slope)]
-        equation = self.definitions.get(term.variable)
+        equation = self.program.definitions.get(term.variable)
         if equation is None or term.variable in self.registered:
             return None
         return sums.sum_step(self.program, equation, term)
@@ -207,7 +206,7 @@ class _Builder:
         if nothing or not self._is_number(var):
             raise Rests([var])
         cone = self.cones[var]
-        equation = self.definitions[var]
+        equation = self.program.definitions[var]
         piece = self.functions.piece(var)
         if piece is not None:
             return self._function_unit(piece, equation)
@@ -253,7 +252,7 @@ class _Builder:
 
     def _product(self, var: int) -> Equation | None:
         """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
-        equation = self.definitions.get(var)
+        equation = self.program.definitions.get(var)
         if equation is None or not self._is_by_itself(var):
             return None
         builder = find_builder(equation.primitive)
@@ -297,7 +296,7 @@ class _Builder:
         return _Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
 
     def _layer_terms(self, var: int) -> list[SumTerm] | None:
-        equation = self.definitions[var]
+        equation = self.program.definitions[var]
         if sums.sum_step(self.program, equation, SumTerm(var)) is None:
             return None
         return self._open_sums(SumTerm(var))
@@ -324,7 +323,7 @@ class _Builder:
         shape = self.program.shape(term.variable)
         source, dimensions = term.variable, tuple(range(len(shape)))
         while self._is_wire(source):
-            step = broadcast_step(self.program, self.definitions[source])
+            step = broadcast_step(self.program, self.program.definitions[source])
             if step is None:
                 break
             source, inner = step
@@ -434,7 +433,7 @@ class _Builder:
         first = len(self.slots)
         for atom in unit.spec.slots:
             assert isinstance(atom, int)
-            route = find_route(program, self.definitions, producers, atom)
+            route = find_route(program, producers, atom)
             self.slots.append(
                 Slot(
                     index=len(self.slots),

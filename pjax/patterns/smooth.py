@@ -17,7 +17,7 @@ import numpy as np
 
 from pjax.backend.compat import P
 from pjax.patterns.excerpts import Piece, cut
-from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH, Equation, Program, common_chain
+from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH, Dominators, Equation, Program
 
 
 class Cones:
@@ -35,7 +35,6 @@ class Cones:
     ):
         """`stop`: variables that no cone reaches beyond; `opaque`: with a rule of their own."""
         self.program = program
-        self.definitions = {out: e for e in program.equations for out in e.outputs}
         self.stop, self.opaque = stop, opaque
         self.readers: dict[int, list[int]] = {}
         for equation in program.equations:
@@ -45,14 +44,11 @@ class Cones:
         for atom in program.outputs:
             if isinstance(atom, int):
                 self.readers.setdefault(atom, []).append(-1)
-        self.chains: dict[int, tuple[int, ...]] = {}
-        for number, leaf in enumerate(program.leaves):
-            if leaf.trainable:
-                self.chains[number] = (number,)
+        self.dominators = Dominators(stop)
         for equation in program.equations:
             for out in equation.outputs:
                 if out in program.variable:
-                    self.chains[out] = (out, *self._common(equation, out))
+                    self.dominators.add(out, self._operands(equation, out))
         self._found: dict[int, tuple[int, frozenset[int]] | None] = {}
 
     def piece(self, var: int) -> Piece | None:
@@ -74,24 +70,22 @@ class Cones:
         program = self.program
         return [a for a in equation.inputs if isinstance(a, int) and program.is_variable(a)]
 
-    def _common(self, equation: Equation, out: int) -> tuple[int, ...]:
-        """The chain behind `out`: what is common to the chains of its operands."""
+    def _operands(self, equation: Equation, out: int) -> list[int]:
+        """What `out` is computed of, if a cone may hold the operation."""
         if out in self.opaque or len(equation.outputs) != 1:
-            return ()
+            return []
         if equation.primitive not in ELEMENTWISE | REDUCTIONS | SHAPES:
-            return ()
+            return []
         operands = list(dict.fromkeys(self._variables(equation)))
         if any(a in self.stop for a in operands) and len(operands) > 1:
-            return ()
-        return common_chain(
-            [(operand,) if operand in self.stop else self.chains[operand] for operand in operands]
-        )
+            return []
+        return operands
 
     def _find(self, var: int) -> tuple[int, frozenset[int]] | None:
-        chain = self.chains.get(var, (var,))
+        chain = self.dominators.chain(var)
         if len(chain) < 2:
             return None
-        equation = self.definitions[var]
+        equation = self.program.definitions[var]
         if equation.primitive in SHAPES:
             return None
         region = self._region(var, chain[1])
@@ -111,7 +105,7 @@ class Cones:
             now = pending.pop()
             if now not in region and now != base:
                 region.add(now)
-                pending += self._variables(self.definitions[now])
+                pending += self._variables(self.program.definitions[now])
         return region
 
     def _needs_cone(self, equation: Equation, region: set[int]) -> bool:
@@ -136,10 +130,10 @@ class Cones:
         for var in variables:
             while (
                 var in region
-                and self.definitions[var].primitive in SHAPES
-                and len(self.chains[var]) > 1
+                and self.program.definitions[var].primitive in SHAPES
+                and self.dominators.above(var) is not None
             ):
-                (var,) = self._variables(self.definitions[var])
+                (var,) = self._variables(self.program.definitions[var])
             found.append(var)
         return found
 
@@ -152,12 +146,12 @@ class Cones:
 
     def _absorbs(self, base: int, region: set[int]) -> bool:
         """Whether a cone that begins at `base` takes in the operation that defines it."""
-        if len(self.chains[base]) < 2 or not self._is_private(base, region):
+        behind = self.dominators.above(base)
+        if behind is None or not self._is_private(base, region):
             return False
-        equation = self.definitions[base]
+        equation = self.program.definitions[base]
         if equation.primitive in SHAPES:
             # Axes of length 1 that come or go.
-            behind = self.chains[base][1]
             same = np.prod(self.program.shape(base)) == np.prod(self.program.shape(behind))
             return bool(same) and self._absorbs(behind, region | {base})
         if self._is_smooth(base):
@@ -166,6 +160,6 @@ class Cones:
         others = [a for a in equation.inputs if not self.program.is_variable(a)]
         return (
             equation.primitive in ELEMENTWISE
-            and self.program.shape(base) == self.program.shape(self.chains[base][1])
+            and self.program.shape(base) == self.program.shape(behind)
             and all(self.program.uniform_value(a) is not None for a in others)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pjax.program.axes import carried_axes as carried_axes
 from pjax.program.axes import independent_axes as independent_axes
-from pjax.program.dominators import common_chain as common_chain
+from pjax.program.dominators import Dominators as Dominators
 from pjax.program.functions import FUNCTIONS as FUNCTIONS
 from pjax.program.functions import MATRICES as MATRICES
 from pjax.program.functions import OfParts as OfParts

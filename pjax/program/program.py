@@ -14,6 +14,7 @@ Every variable is one of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,6 +101,11 @@ class Program:
     key: Any
     #: Functions whose own derivative rule forces follow.
     custom_rules: tuple[program.CustomRule, ...] = ()
+
+    @functools.cached_property
+    def definitions(self) -> Mapping[int, Equation]:
+        """The equation that makes each variable."""
+        return {out: equation for equation in self.equations for out in equation.outputs}
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
         return atom.shape if isinstance(atom, Scalar) else tuple(self.avals[atom].shape)

@@ -237,9 +237,7 @@ def pull_together(
     return dict(zip(sources, transpose([sums[target] for target in targets]), strict=True))
 
 
-def find_route(
-    program: Program, definitions: Mapping[int, Equation], producers: set[int], target: int
-) -> Route:
+def find_route(program: Program, producers: set[int], target: int) -> Route:
     """The wiring that leads from `producers` (variables) to the variable `target`."""
     sources: dict[int, None] = {}
     equations: dict[Equation, None] = {}
@@ -248,7 +246,7 @@ def find_route(
         if var in producers:
             sources[var] = None
             return
-        equation = definitions[var]
+        equation = program.definitions[var]
         if equation in equations:
             return
         for atom in equation.inputs:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, Atom, Equation
+from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, Atom, Dominators, Equation
 from pjax.trace.writer import Writer
 
 _COMPARISONS = compat.find_primitives("gt", "ge", "lt", "le", "eq", "ne")
@@ -41,8 +41,7 @@ class Regrouping:
     outputs: Sequence[Atom]
     #: The primitives that users have given rules, which stay as they are.
     registered: Mapping[Any, int]
-    #: The nearest variable through which all pass that a variable is computed from; its depth.
-    above: dict[int, tuple[int | None, int]] = field(default_factory=dict)
+    dominators: Dominators = field(default_factory=Dominators)
     made: list[Equation] = field(default_factory=list)
 
     def run(self) -> list[Equation]:
@@ -83,15 +82,10 @@ class Regrouping:
         for out in equation.outputs:
             if not self._is_variable(out):
                 continue
-            nearest: int | None = None
-            if self._is_function(equation):
-                operands = [a for a in equation.inputs if isinstance(a, int)]
-                operands = [a for a in operands if self._is_variable(a)]
-                nearest = operands[0] if operands else None
-                for operand in operands[1:]:
-                    nearest = None if nearest is None else self._common(nearest, operand)
-            depth = 0 if nearest is None else self._above(nearest)[1] + 1
-            self.above[out] = nearest, depth
+            operands = equation.inputs if self._is_function(equation) else ()
+            self.dominators.add(
+                out, [a for a in operands if isinstance(a, int) and self._is_variable(a)]
+            )
 
     def _is_function(self, equation: Equation) -> bool:
         return (
@@ -100,24 +94,10 @@ class Regrouping:
             and equation.primitive in ELEMENTWISE | REDUCTIONS | SHAPES
         )
 
-    def _above(self, var: int) -> tuple[int | None, int]:
-        return self.above.get(var, (None, 0))
-
-    def _common(self, a: int, b: int) -> int | None:
-        """The nearest variable through which everything passes that both are computed from."""
-        here: int | None = a
-        there: int | None = b
-        while here is not None and there is not None:
-            if here == there:
-                return here
-            if self._above(here)[1] >= self._above(there)[1]:
-                here = self._above(here)[0]
-            else:
-                there = self._above(there)[0]
-        return None
-
     def _share(self, a: Atom, b: Atom) -> bool:
-        return isinstance(a, int) and isinstance(b, int) and self._common(a, b) is not None
+        return (
+            isinstance(a, int) and isinstance(b, int) and self.dominators.common((a, b)) is not None
+        )
 
     # New equations.
 

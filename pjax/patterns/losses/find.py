@@ -35,11 +35,11 @@ from pjax.program import (
     REGISTRATIONS,
     SHAPES,
     Atom,
+    Dominators,
     Equation,
     Program,
     Scalar,
     TraceError,
-    common_chain,
 )
 
 #: What a loss is made of. Products of arrays and convolutions belong to networks.
@@ -81,8 +81,7 @@ _MAX_FOUND = 64
 class _Finder:
     def __init__(self, program: Program):
         self.program = program
-        self.definitions = {out: e for e in program.equations for out in e.outputs}
-        self.chains: dict[int, tuple[int, ...]] = {}
+        self.dominators = Dominators()
         #: The results of losses of this library, and what moves with them.
         self.after_losses: set[Atom] = set()
         for equation in program.equations:
@@ -148,7 +147,7 @@ class _Finder:
         others = [h for h in self.tail.heads if h not in named]
         found: list[tuple[int, LossTerm]] = []
         for head in named:
-            found.append((head, LossTerm(self.definitions[head], coefficients[head])))
+            found.append((head, LossTerm(self.program.definitions[head], coefficients[head])))
         for group in self._groups(others):
             terms = self._terms(group, coefficients)
             found += [(max(group), term) for term in terms]
@@ -191,7 +190,7 @@ class _Finder:
         return outputs
 
     def _is_named(self, head: int) -> bool:
-        equation = self.definitions.get(head)
+        equation = self.program.definitions.get(head)
         return equation is not None and equation.primitive in LOSSES
 
     # Which heads belong together, and where their loss begins.
@@ -201,21 +200,21 @@ class _Finder:
         pending = [var]
         while pending:
             now = pending[-1]
-            if now in self.chains:
+            if now in self.dominators:
                 pending.pop()
                 continue
             operands = self._inside(now)
-            missing = [a for a in operands if a not in self.chains]
+            missing = [a for a in operands if a not in self.dominators]
             if missing:
                 pending += missing
                 continue
             pending.pop()
-            self.chains[now] = (now, *common_chain([self.chains[a] for a in operands]))
-        return self.chains[var]
+            self.dominators.add(now, operands)
+        return self.dominators.chain(var)
 
     def _inside(self, var: int) -> list[int]:
         """The operands of the operation that makes `var`, if a loss may hold that operation."""
-        equation = self.definitions.get(var)
+        equation = self.program.definitions.get(var)
         if equation is None or len(equation.outputs) != 1 or REGISTRATIONS[equation.primitive]:
             return []
         if (
@@ -243,10 +242,10 @@ class _Finder:
 
     def _terms(self, group: list[int], coefficients: Mapping[int, Any]) -> list[LossTerm]:
         """The loss of heads that depend on one common value, or of each the linear one."""
-        common = common_chain([self._chain(head) for head in group])
+        common = self.dominators.common(group)
         candidates = [
             base
-            for base in common
+            for base in self.dominators.chain(common)
             if group != [base]
             and base not in self.after_losses
             and jnp.issubdtype(self.program.dtype(base), jnp.floating)
@@ -259,10 +258,10 @@ class _Finder:
         return [self._add(self._shape([h], h), None, coefficients) for h in group]
 
     def _shape(self, group: list[int], base: int) -> RowShape:
-        return RowShape(self.program, self.definitions, self.tail, group, base)
+        return RowShape(self.program, self.tail, group, base)
 
     def _name(self, group: Sequence[int]) -> tuple[str, str]:
-        equation = self.definitions.get(max(group))
+        equation = self.program.definitions.get(max(group))
         return ("loss", "") if equation is None else (equation.name, equation.source)
 
     def _joins_losses(self, group: Sequence[int]) -> str:
@@ -280,17 +279,17 @@ class _Finder:
             isinstance(t.equation.primitive, RowLoss) and t.equation.primitive.linear for t in terms
         ):
             return
-        definitions = [self.definitions.get(head) for head in heads]
+        definitions = [self.program.definitions.get(head) for head in heads]
         if any(e is not None and e.primitive in _IN_LOSSES for e in definitions):
             return
         name, source = self._name(heads)
-        equation = self.definitions.get(max(heads))
+        equation = self.program.definitions.get(max(heads))
         leaf = f"`params{self.program.leaves[heads[-1]].path}`" if equation is None else ""
         message = (
             "The function does not end in a loss: it is linear in "
             f"{leaf or f'`{name}` ({source})'} and has no least value."
         )
-        last = self.definitions.get(self.program.outputs[0])  # pyright: ignore[reportArgumentType]
+        last = self.program.definitions.get(self.program.outputs[0])  # pyright: ignore[reportArgumentType]
         if last is not None and last is not equation:
             message += f" It ends in `{last.name}` ({last.source})."
         raise TraceError(f"{message} {_WHAT_TO_DO}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pjax.patterns.losses.tail import Tail
-from pjax.program import Equation, Program, carried_axes, run
+from pjax.program import Program, carried_axes, run
 
 
 class RowShape:
@@ -30,7 +30,6 @@ class RowShape:
     def __init__(
         self,
         program: Program,
-        definitions: Mapping[int, Equation],
         tail: Tail,
         heads: Sequence[int],
         base: int,
@@ -43,7 +42,8 @@ class RowShape:
             if now in inside:
                 continue
             inside.add(now)
-            pending += [a for a in definitions[now].inputs if program.is_variable(a) and a != base]  # pyright: ignore
+            operands = program.definitions[now].inputs
+            pending += [a for a in operands if program.is_variable(a) and a != base]  # pyright: ignore
         self.region = [e for e in program.equations if not inside.isdisjoint(e.outputs)]
         made = {out for e in self.region for out in e.outputs} | {base}
         self.knowns: tuple[int, ...] = tuple(
