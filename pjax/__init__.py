@@ -73,7 +73,7 @@ from pjax.profiles import profile as profile
 from pjax.rules import register_projection as register_projection
 from pjax.trace import TraceError as TraceError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Modules that users use; the others are found by their names.
 _MODULES = ("lab", "metrics", "nn", "numpy", "optim", "solvers")
