@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_helpers import TINY, assert_same_runs, metrics, prepare, start
+from run_helpers import TINY, assert_same_runs, events_of, metrics, prepare, start
 
 from pjax.lab import checkpoints, cli, commands, config, runs
 from pjax.lab.config import TrainConfig
@@ -103,8 +103,6 @@ def test_the_last_checkpoints_are_kept_and_no_others(tmp_path: Path) -> None:
 
 
 def test_what_a_run_writes(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
     path, settings, dataset, model = start(tmp_path, tensorboard=True)
     runs.advance(path, settings, dataset, model)
     assert runs.settings_of(path) == settings
@@ -126,15 +124,7 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
             value = float(row[name]) if row[name] else math.nan
             np.testing.assert_equal(value, float(getattr(record, name)))
     # TensorBoard's own numbers are those of the lines.
-    (events,) = (path / "tensorboard").iterdir()
-    sent = {}
-    content = events.read_bytes()
-    while content:
-        size = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + size])
-        for value in event.summary.value:
-            sent[value.tag, event.step] = value.simple_value
-        content = content[16 + size :]
+    sent = events_of(path)
     for record in records:
         tag = f"validation_accuracy/seed{record.seed}"
         assert sent[tag, record.step] == pytest.approx(record.validation_accuracy)
