@@ -1,5 +1,6 @@
 # make demo      projection beside tuned Adam and the paper's methods, on digits; PNGs in runs/demo
 # make test      the test suite and the doctests
+# make coverage  the tests, and which lines and branches of the core they reach
 # make lint      ruff, pyright and the contracts of imports
 # make examples  every script in examples/
 # make docs      the documentation, into site/
@@ -7,13 +8,16 @@
 
 BIN := .venv/bin
 
-.PHONY: demo test lint examples docs clean
+.PHONY: demo test coverage lint examples docs clean
 
 demo: .venv/.installed-lab
 	$(BIN)/pjax demo
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --benchmark-disable
+
+coverage: .venv/.installed-dev
+	$(BIN)/python -m pytest -n 2 --benchmark-disable --cov --cov-report=term
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

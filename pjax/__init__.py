@@ -73,7 +73,8 @@ from pjax.rules import register_projection as register_projection
 from pjax.training import displacement as displacement
 from pjax.training import value_and_displacement as value_and_displacement
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
 #: Modules that users use; the others are found by their names.
 _MODULES = ("lab", "metrics", "nn", "numpy", "optim", "solvers")
 

@@ -104,3 +104,19 @@ def recorded(folder: Path, name: str, settings: TrainConfig, finished: bool = Tr
         content = {**costs, "config": config.to_table(settings), "seeds": rows}
         write_json(path / "result.json", content)
     return path
+
+
+def events_of(folder: Path) -> dict[tuple[str, int], float]:
+    """TensorBoard's numbers in the event files of a folder, by tag and step."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    sent = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            for value in event.summary.value:
+                sent[value.tag, event.step] = value.simple_value
+            content = content[16 + size :]
+    return sent

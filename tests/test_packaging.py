@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import pjax
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +92,9 @@ def test_the_core_imports_alone_and_lab_names_its_extra(environment: Path, tmp_p
     core, everything = map(int, imported.stdout.split())
     assert 10 < core < everything
 
+    trained = run(environment / "python", ROOT / ".ci" / "smoke", cwd=tmp_path, env=clean)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+
     command = run(environment / "pjax", "demo", cwd=tmp_path, env=clean)
     assert command.returncode == 1
     assert 'pip install ".[lab]"' in command.stderr
@@ -102,3 +109,62 @@ def test_lab_requires_what_its_extra_installs() -> None:
     names = [one.split(">=")[0] for one in project["optional-dependencies"]["lab"]]
     extra = {modules.get(name, name) for name in names}
     assert extra == set(lab.REQUIREMENTS)
+
+
+def test_versions_agree_wherever_they_are_written() -> None:
+    """pyproject, the package, the citation, and the newest section of the changelog."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    sections = re.findall(
+        r"^## \[([^\]]+)\](?: - \d{4}-\d{2}-\d{2})?$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert sections[0] == "Unreleased"
+    assert project["version"] == pjax.__version__ == citation["version"] == sections[1]
+    assert citation["license"] == project["license"]
+    # What Citation File Format 1.2 requires of a file and of each reference.
+    for entry, fields in (
+        (citation, {"cff-version", "message", "title", "authors"}),
+        (citation["references"][0], {"type", "title", "authors"}),
+    ):
+        assert fields <= entry.keys()
+    assert citation["references"][0]["url"] == project["urls"]["Paper"]
+
+
+def test_workflows_name_what_is_there() -> None:
+    """Steps run targets of the Makefile and files of `.ci`; what a job needs is a job."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = {
+        one.rsplit(" ", 1)[1] for one in project["classifiers"] if one.startswith("Programming")
+    } - {"3"}
+    workflows = {path.name: path for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert set(workflows) == {"tests.yml", "build.yml", "release.yml"}
+    for path in workflows.values():
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        for name, job in jobs.items():
+            needs = job.get("needs", [])
+            assert set([needs] if isinstance(needs, str) else needs) <= jobs.keys(), name
+            if "uses" in job:
+                assert (ROOT / job["uses"]).is_file(), job["uses"]
+            for step in job.get("steps", []):
+                command = step.get("run", "")
+                assert set(re.findall(r"\bmake (\w+)", command)) <= targets
+                for used in re.findall(r"\.ci/\w+", command):
+                    assert (ROOT / used).is_file(), used
+    matrix = yaml.safe_load(workflows["tests.yml"].read_text())["jobs"]["tests"]["strategy"]
+    assert set(matrix["matrix"]["python"]) == pythons
+    publish = yaml.safe_load(workflows["release.yml"].read_text())["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"}
+    assert publish["environment"] == "pypi"
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= form.keys(), path
+
+
+def test_the_oldest_requirements_are_those_of_pyproject() -> None:
+    printed = run(sys.executable, ROOT / ".ci" / "oldest").stdout.split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [one.replace(">=", "==") for one in project["dependencies"]]
+    assert sorted(printed) == sorted(
+        [*wanted, *(one.replace("jax==", "jaxlib==") for one in wanted if one.startswith("jax=="))]
+    )

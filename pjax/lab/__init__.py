@@ -27,3 +27,5 @@ if _missing:
         f"pjax.lab needs packages that are not installed ({', '.join(_missing)}). "
         'Install them in a clone of pjax: pip install ".[lab]"'
     )
+
+from pjax.lab.logger import Logger as Logger  # noqa: E402 (after the message above)

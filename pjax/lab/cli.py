@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = given
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = difflib.get_close_matches(name, [*COMMANDS, "--version", "--help"], 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         print(f"pjax: there is no command {shown(name)}: {hint}", file=sys.stderr)
         return 2
@@ -122,9 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif kind is commands.Compare:
             options["default"] = commands.from_file(rest, commands.Compare)
         # One command alone: what it says of a typo is about this command's options.
-        command = tyro.cli(
-            kind, prog=f"pjax {name}", args=rest, config=(tyro.conf.DisallowNone,), **options
-        )
+        try:
+            command = tyro.cli(
+                kind, prog=f"pjax {name}", args=rest, config=(tyro.conf.DisallowNone,), **options
+            )
+        except SystemExit as error:
+            if error.code == 2:
+                _tell_options(kind, rest)
+            raise
         console = terminal.console()
         match command:
             case demo.Demo():
@@ -164,6 +169,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pjax: interrupted.", file=sys.stderr)
         return 130
+
+
+def _tell_options(kind: type, given: Sequence[str]) -> None:
+    """After what tyro said, the options that were meant: it tells near misses only."""
+    names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
+    names += [f"--no-{name[2:]}" for name in names] + ["--help"]
+    for one in given:
+        option = one.partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(option, names, 1)
+        if option.startswith("--") and option not in names and near:
+            print(f"pjax: {option}: did you mean {near[0]}?", file=sys.stderr)
 
 
 def _prepare(options: Graph) -> tuple[Dataset, MLP]:

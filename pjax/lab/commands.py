@@ -254,17 +254,35 @@ def predict(options: Predict, console: Console) -> int:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "class", "probability"])
+    far: list[tuple[int, float]] = []
     for start in range(0, len(x), _CHUNK):
         part = np.array(x[start : start + _CHUNK], np.float32)
         if not np.isfinite(part).all():
             row = start + int(np.argmin(np.isfinite(part).all(axis=1))) + 1
             raise RunError(f"{options.input}: row {row} holds a value that is not finite.")
+        given = part.copy()
         if run.moments is not None:
             standardise(part.reshape(-1, len(run.moments[0])), *run.moments)
+        if run.range is not None:
+            # A whole width beyond what training rows hold is no tail of theirs.
+            low, high = run.range
+            beyond = np.maximum(part - high, low - part) > high - low
+            far += [
+                (start + int(row) + 1, float(given[row, np.argmax(beyond[row])]))
+                for row in np.flatnonzero(beyond.any(axis=1))
+            ]
         chances = np.asarray(forward(params, part))
         for number, row in enumerate(chances, start + 1):
             best = int(np.argmax(row))
             writer.writerow([number, best, f"{row[best]:.4f}"])
+    if far and run.range is not None:
+        scaled = " (after standardising them)" if run.moments is not None else ""
+        _warn(
+            f"{options.input}: {len(far)} of {len(x)} rows hold values far outside those of the "
+            f"training rows, which are from {run.range[0]:g} to {run.range[1]:g}{scaled}; row "
+            f"{far[0][0]} holds {far[0][1]:g}. Scale them as the data set does, or do not trust "
+            "their classes."
+        )
     if options.output is None:
         sys.stdout.write(text.getvalue())
     else:

@@ -18,7 +18,7 @@ from pjax.lab.errors import RunError, UsageError
 from pjax.lab.files import write_text
 from pjax.lab.train import Record
 
-#: The fields of a line, in the order of the columns.
+#: The fields of every line, in the order of the columns; measures by other names follow.
 FIELDS = (
     "step",
     "epoch",
@@ -67,7 +67,8 @@ class Recorder:
         with open(path, "ab") as file:
             file.truncate(len(kept))
         records = [_parse(path, number, line) for number, line in _lines(kept)]
-        write_text(folder / CSV, _csv([FIELDS, *map(_row, records)]))
+        self._columns = FIELDS
+        self._write_table(records)
         if self._events:
             for record in records:
                 self._send(record)
@@ -83,8 +84,11 @@ class Recorder:
             os.fsync(file.fileno())
         self._digest.update(content)
         self._bytes += len(content)
-        with open(self._folder / CSV, "a", encoding="utf-8", newline="") as file:
-            file.write(_csv(map(_row, records)))
+        if any(name not in self._columns for record in records for name in record.measures):
+            self._write_table(read_records(self._folder))
+        else:
+            with open(self._folder / CSV, "a", encoding="utf-8", newline="") as file:
+                file.write(_csv(_row(record, self._columns) for record in records))
         if self._events:
             for record in records:
                 self._send(record)
@@ -98,9 +102,17 @@ class Recorder:
         if self._events:
             self._events.close()
 
+    def _write_table(self, records: Sequence[Record]) -> None:
+        """The whole table, with a column for each measure that a record has."""
+        measures = dict.fromkeys(name for record in records for name in record.measures)
+        self._columns = (*FIELDS, *measures)
+        rows = (_row(record, self._columns) for record in records)
+        write_text(self._folder / CSV, _csv([self._columns, *rows]))
+
     def _send(self, record: Record) -> None:
-        for name in ("loss", "residual", "train_accuracy", "validation_accuracy"):
-            value = getattr(record, name)
+        names = ("loss", "residual", "train_accuracy", "validation_accuracy")
+        values = {name: getattr(record, name) for name in names} | record.measures
+        for name, value in values.items():
             if math.isfinite(value):
                 self._events.add_scalar(f"{name}/seed{record.seed}", value, record.step)  # pyright: ignore
 
@@ -110,25 +122,30 @@ def read_records(folder: Path) -> list[Record]:
 
     **Raises:** `RunError` for a file that is missing or damaged.
     """
-    path = folder / JSON_LINES
-    return [_parse(path, number, line) for number, line in _lines(_read(path))]
+    return [record for record, _ in parse_lines(folder / JSON_LINES)]
+
+
+def parse_lines(path: Path) -> list[tuple[Record, bytes]]:
+    """Each whole line of a file with the record that it holds. `RunError` as `read_records`."""
+    return [(_parse(path, number, line), line + b"\n") for number, line in _lines(_read(path))]
 
 
 def plain(record: Record) -> dict[str, Any]:
-    """The record as JSON has it: `None` for numbers that are not finite."""
+    """The record as JSON has it, measures beside fields: `None` for numbers that are not finite."""
+    content = dataclasses.asdict(record)
+    measures = content.pop("measures")
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in dataclasses.asdict(record).items()
+        for name, value in (content | measures).items()
     }
 
 
 def parse(content: Any) -> Record:
     """The record that `plain` made this of. `ValueError` if there is none."""
-    if not isinstance(content, dict) or content.keys() != set(FIELDS):
+    if not isinstance(content, dict) or not content.keys() >= set(FIELDS):
         raise ValueError(f"the fields {', '.join(FIELDS)} expected")
     values: dict[str, Any] = {}
-    for name in FIELDS:
-        value = content[name]
+    for name, value in content.items():
         if name in ("step", "seed"):
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be an integer from 0 on")
@@ -139,7 +156,8 @@ def parse(content: Any) -> Record:
             values[name] = float(value)
         else:
             raise ValueError(f"{name} must be a number")
-    return Record(**values)
+    measures = {name: values.pop(name) for name in content if name not in FIELDS}
+    return Record(**values, measures=measures)
 
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
@@ -152,12 +170,13 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
 
 def _line(record: Record) -> str:
     content = plain(record)
-    return json.dumps({name: content[name] for name in FIELDS}, allow_nan=False) + "\n"
+    content = {name: content.pop(name) for name in FIELDS} | content
+    return json.dumps(content, allow_nan=False) + "\n"
 
 
-def _row(record: Record) -> list[Any]:
+def _row(record: Record, columns: Sequence[str]) -> list[Any]:
     content = plain(record)
-    return ["" if content[name] is None else content[name] for name in FIELDS]
+    return ["" if content.get(name) is None else content[name] for name in columns]
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
@@ -184,7 +203,7 @@ def check_event_writer() -> None:
         import tensorboardX  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"--tensorboard needs tensorboardX ({error}); in a clone of pjax: "
+            f"TensorBoard's event files need tensorboardX ({error}); in a clone of pjax: "
             'pip install ".[tensorboard]".'
         ) from error
 

@@ -68,7 +68,8 @@ def create(settings: TrainConfig, dataset: Dataset, runs_dir: Path, name: str = 
         except OSError as error:
             raise RunError(f"{folder}: cannot create the folder ({error.strerror}).") from error
     write_json(folder / ENVIRONMENT, environment())
-    write_json(folder / DATA, describe(dataset))
+    bounds = [float(dataset.train.x.min()), float(dataset.train.x.max())]
+    write_json(folder / DATA, {**describe(dataset), "range": bounds})
     # Last: a folder with settings is a run.
     write_text(folder / CONFIG, config.to_toml(settings))
     return folder
@@ -297,6 +298,8 @@ class Trained:
     - `params`: stacked along a first axis, one entry for each seed.
     - `validation_accuracy`, `best_step`: of each seed.
     - `moments`: mean and deviation of each channel, if the data were standardised.
+    - `range`: the least and the greatest value of the training rows, standardised if these were;
+      `None` where the run does not tell.
     """
 
     settings: TrainConfig
@@ -308,6 +311,7 @@ class Trained:
     validation_accuracy: list[float]
     best_step: list[int]
     moments: tuple[np.ndarray, np.ndarray] | None = None
+    range: tuple[float, float] | None = None
 
     def of_seed(self, seed: int | None = None) -> Params:
         """The parameters of a seed; by default the one with the best validation accuracy."""
@@ -336,6 +340,10 @@ def trained(folder: Path, say: Say = lambda message: None) -> Trained:
         standings = found.numbers["training"]["standings"]
         accuracies = [float(one["best_accuracy"]) for one in standings]
         steps = [int(one["best_step"]) for one in standings]
+        bounds = None
+        if "range" in data:
+            low, high = map(float, data["range"])
+            bounds = low, high
         moments = None
         if settings.standardise:
             mean, deviation = (np.array(values, np.float64) for values in data["moments"])
@@ -357,7 +365,16 @@ def trained(folder: Path, say: Say = lambda message: None) -> Trained:
             )
         params[name] = jax.numpy.asarray(array)
     return Trained(
-        settings, model, features, classes, found.step, params, accuracies, steps, moments
+        settings,
+        model,
+        features,
+        classes,
+        found.step,
+        params,
+        accuracies,
+        steps,
+        moments,
+        bounds,
     )
 
 

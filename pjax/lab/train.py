@@ -197,6 +197,7 @@ class Record:
       look at, not a result. NaN if it was not asked for.
     - `epoch`: how many times the training rows were seen.
     - `seed`: of the initial parameters and of the order of the rows.
+    - `measures`: other numbers by name, those that a loop of one's own gives to `pjax.lab.Logger`.
     """
 
     step: int
@@ -207,6 +208,7 @@ class Record:
     train_accuracy: float = math.nan
     epoch: float = 0.0
     seed: int = 0
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,8 +468,7 @@ def train(
     batch_size: int,
     seed: int,
     measure_every: int,
-    on_step: Callable[[int, Record], None] = lambda step, record: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    callback: Callable[[Record], bool | None] = lambda record: None,
 ) -> Run:
     """Trains from `model.init(jax.random.key(seed))` for `steps` batches.
 
@@ -477,8 +478,25 @@ def train(
     - `steps`, `batch_size`, `seed`: how many batches, their size, and the seed of the initial
       parameters and of the order of the rows.
     - `measure_every`: validation accuracy is measured after so many batches, and at the end.
-    - `on_step`: called after each batch with its number and the latest record.
-    - `should_stop`: asked before each batch; the run then ends with what is there.
+    - `callback`: called with each record, the first at step 0: `record.step`, `record.loss`,
+      `record.residual`, `record.validation_accuracy`. If it returns `True` the run ends there, with
+      what is there and `interrupted` set; what it raises goes on to the caller. The method `write`
+      of a `pjax.lab.Logger` is one.
+
+    **Raises:** `ValueError` for counts that are not positive.
+
+    ```python
+    from pjax.lab.config import TrainConfig, make_method, make_model
+    from pjax.lab.data import load
+    from pjax.lab.train import train
+
+    settings, digits = TrainConfig(hidden=(16,)), load("digits")
+    run = train(
+        make_method(settings, 10), make_model(settings, digits), digits,
+        steps=100, batch_size=128, seed=0, measure_every=5,
+        callback=lambda record: record.validation_accuracy > 0.9,  # enough
+    )
+    ```
     """
     training = Training(
         method,
@@ -491,13 +509,12 @@ def train(
         measure_train=False,
     )
     records = training.measure()
-    interrupted = False
-    while not training.finished:
-        if should_stop():
-            interrupted = True
-            break
-        records += training.advance()
-        on_step(training.step, records[-1])
+    interrupted = callback(records[0]) is True
+    while not (interrupted or training.finished):
+        found = training.advance()
+        records += found
+        # What it says of the last record interrupts nothing.
+        interrupted = any(callback(one) is True for one in found) and not training.finished
     return Run(
         method=method.name,
         description=method.description,

@@ -175,9 +175,27 @@ def test_a_typo_is_told_by_this_command(capsys) -> None:
         assert other not in told
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["report", "--otu", "x"], "--output"),
+        (["predict", "run", "--imput=x"], "--input"),
+        (["train", "--no-standardize"], "--no-standardise"),
+        (["compare", "--batchsize", "3"], "--batch-size"),
+    ],
+)
+def test_a_typo_is_answered_with_the_option_that_was_meant(given, meant, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(given)
+    option = given[-2] if given[-1] in ("x", "3") else given[-1].partition("=")[0]
+    assert capsys.readouterr().err.endswith(f"pjax: {option}: did you mean {meant}?\n")
+
+
 def test_a_command_that_there_is_not_is_told_the_nearest(capsys) -> None:
     assert cli.main(["grph"]) == 2
     assert capsys.readouterr().err == "pjax: there is no command 'grph': did you mean graph?\n"
+    assert cli.main(["--versoin"]) == 2
+    assert capsys.readouterr().err.endswith("did you mean --version?\n")
 
 
 def test_graph_lists_every_node_and_draws_it(tmp_path: Path, capsys) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_helpers import TINY, assert_same_runs, metrics, prepare, start
+from run_helpers import TINY, assert_same_runs, events_of, metrics, prepare, start
 
 from pjax.lab import checkpoints, cli, commands, config, runs
 from pjax.lab.config import TrainConfig
@@ -103,8 +103,6 @@ def test_the_last_checkpoints_are_kept_and_no_others(tmp_path: Path) -> None:
 
 
 def test_what_a_run_writes(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
     path, settings, dataset, model = start(tmp_path, tensorboard=True)
     runs.advance(path, settings, dataset, model)
     assert runs.settings_of(path) == settings
@@ -126,15 +124,7 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
             value = float(row[name]) if row[name] else math.nan
             np.testing.assert_equal(value, float(getattr(record, name)))
     # TensorBoard's own numbers are those of the lines.
-    (events,) = (path / "tensorboard").iterdir()
-    sent = {}
-    content = events.read_bytes()
-    while content:
-        size = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + size])
-        for value in event.summary.value:
-            sent[value.tag, event.step] = value.simple_value
-        content = content[16 + size :]
+    sent = events_of(path)
     for record in records:
         tag = f"validation_accuracy/seed{record.seed}"
         assert sent[tag, record.step] == pytest.approx(record.validation_accuracy)
@@ -433,7 +423,31 @@ def test_predict_gives_the_class_of_each_row(tmp_path: Path, capsys) -> None:
         np.testing.assert_allclose([float(row["probability"]) for row in found], chances, atol=1e-4)
     capsys.readouterr()
     assert cli.main(["predict", str(path), "--input", str(tmp_path / "rows.npy")]) == 0
-    assert capsys.readouterr().out.startswith("row,class,probability\n1,")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("row,class,probability\n1,")
+    assert printed.err == ""
+
+
+def test_predict_warns_of_rows_far_outside_the_training_rows(tmp_path: Path, capsys) -> None:
+    path, settings, dataset, model = start(tmp_path, method="sgd", seeds=(0,))
+    runs.advance(path, settings, dataset, model)
+    low, high = json.loads((path / "data.json").read_text())["range"]
+    assert (low, high) == (float(dataset.train.x.min()), float(dataset.train.x.max()))
+    rows = np.tile((low + high) / 2, (6, dataset.num_features)).astype(np.float32)
+    rows[1, 3] = high + 0.9 * (high - low)
+    rows[2, 3], rows[4, 0] = 255, low - 1.1 * (high - low)
+    np.save(tmp_path / "rows.npy", rows)
+    assert cli.main(["predict", str(path), "--input", str(tmp_path / "rows.npy")]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 7
+    assert "rows.npy: 2 of 6 rows hold values far outside those of the training rows" in printed.err
+    assert f"from {low:g} to {high:g}; row 3 holds 255." in printed.err
+    # A run whose description does not tell the range warns of nothing.
+    content = json.loads((path / "data.json").read_text())
+    del content["range"]
+    (path / "data.json").write_text(json.dumps(content))
+    assert cli.main(["predict", str(path), "--input", str(tmp_path / "rows.npy")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_options_go_before_the_file(tmp_path: Path) -> None:

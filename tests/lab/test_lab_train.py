@@ -58,9 +58,9 @@ def projection(name: str, steps: int = 10) -> Projection:
 def test_a_run_by_projection_learns_and_reports(digits: Dataset, model: MLP) -> None:
     method = projection("AlternatingProjections", 30)
     seen = []
-    run = train(method, model, digits, **SETTINGS, on_step=lambda step, record: seen.append(step))
+    run = train(method, model, digits, **SETTINGS, callback=seen.append)
     assert [record.step for record in run.records] == [0, 5, 10, 12]
-    assert seen == list(range(1, 13))
+    assert seen == run.records
     assert run.steps == 12
     assert not run.interrupted
     assert run.seconds == run.records[-1].seconds > run.records[1].seconds > 0
@@ -122,14 +122,27 @@ def test_the_best_parameters_are_kept(digits: Dataset, model: MLP) -> None:
     assert run.test_accuracy == pytest.approx(correct.mean())
 
 
-def test_stopping_early_keeps_what_is_there(digits: Dataset, model: MLP) -> None:
-    asked = iter([False, False, False, True])
+@pytest.mark.parametrize("last", [0, 3])
+def test_a_callback_that_is_true_ends_the_run_with_what_is_there(
+    digits: Dataset, model: MLP, last: int
+) -> None:
     method = baselines.Descent("sgd", 0.1, 0, 10)
-    run = train(
-        method, model, digits, **{**SETTINGS, "measure_every": 1}, should_stop=lambda: next(asked)
-    )
+    settings = {**SETTINGS, "measure_every": 1}
+    run = train(method, model, digits, **settings, callback=lambda record: record.step == last)
     assert run.interrupted
-    assert run.steps == 3
+    assert run.steps == last
+    whole = train(method, model, digits, **settings, callback=lambda record: record.step == 12)
+    assert not whole.interrupted
+    accuracies = [record.validation_accuracy for record in run.records]
+    assert accuracies == [record.validation_accuracy for record in whole.records[: last + 1]]
+
+
+def test_what_a_callback_raises_reaches_the_caller(digits: Dataset, model: MLP) -> None:
+    def callback(record: Any) -> None:
+        raise LookupError(record.step)
+
+    with pytest.raises(LookupError, match="0"):
+        train(baselines.Descent("sgd", 0.1, 0, 10), model, digits, **SETTINGS, callback=callback)
 
 
 def muon(schedule: Any) -> optax.GradientTransformation:
