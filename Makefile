@@ -2,7 +2,7 @@
 # make test      the test suite and the doctests
 # make lint      ruff and pyright
 # make examples  every script in examples/
-# make docs      the documentation, into site/
+# make docs      the documentation, into site/, with the tutorials executed
 # PYTHON=/path/to/python3.12 make demo  chooses the interpreter of a new .venv
 
 BIN := .venv/bin
