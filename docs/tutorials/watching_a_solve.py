@@ -49,7 +49,7 @@ print(f"{problem.sizes().edge_variables:,} edge variables")
 # blue, B is orange:
 
 # %%
-draw_graph(problem.graph)
+draw_graph(problem.graph, "layers")
 
 # %% [markdown]
 # ## Residuals by node
