@@ -3,7 +3,7 @@
 # make coverage  the tests, and which lines and branches of the core they reach
 # make lint      ruff, pyright and the contracts of imports
 # make examples  every script in examples/
-# make docs      the documentation, into site/
+# make docs      the documentation, into site/, with the tutorials executed
 # PYTHON=/path/to/python3.12 make demo  chooses the interpreter of a new .venv
 
 BIN := .venv/bin

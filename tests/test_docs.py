@@ -1,4 +1,7 @@
-"""Every Python block of the documents runs as it stands, and links between files lead somewhere."""
+"""Every Python block of the documents runs as it stands, and links between files lead somewhere.
+
+Tutorials are executed by the build of the documentation (`make docs`).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,11 @@ def test_the_documents_show_python() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in DOCUMENTS]
+    "document",
+    [
+        pytest.param(path, id=str(path.relative_to(ROOT)))
+        for path in [*DOCUMENTS, *sorted((ROOT / "docs" / "tutorials").glob("*.py"))]
+    ],
 )
 def test_links_lead_to_files(document: Path) -> None:
     for target in LINK.findall(document.read_text()):
