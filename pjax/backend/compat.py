@@ -1,4 +1,4 @@
-"""The only file that knows JAX versions: primitives, jaxpr types, source lines.
+"""What differs between versions of JAX: primitives, and the types and bodies of jaxprs.
 
 `jax.extend` promises no compatibility, and names moved between releases (`pjit` became `jit`,
 `remat` was `checkpoint`). Everything that depends on such facts is looked up here, once.

@@ -23,7 +23,7 @@ from jaxtyping import Array, PyTree
 
 from pjax.backend import device
 from pjax.graph import Graph, Node, bipartite, honoured, latent_nodes, unused
-from pjax.metrics import default_metric
+from pjax.metrics.defaults import default_metric
 from pjax.options import Exactness, Splitting
 from pjax.patterns import Computed
 from pjax.problem import Layout, make_layout, sizes

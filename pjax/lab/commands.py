@@ -260,7 +260,6 @@ def predict(options: Predict, console: Console) -> int:
         if not np.isfinite(part).all():
             row = start + int(np.argmin(np.isfinite(part).all(axis=1))) + 1
             raise RunError(f"{options.input}: row {row} holds a value that is not finite.")
-        given = part.copy()
         if run.moments is not None:
             standardise(part.reshape(-1, len(run.moments[0])), *run.moments)
         if run.range is not None:
@@ -268,7 +267,7 @@ def predict(options: Predict, console: Console) -> int:
             low, high = run.range
             beyond = np.maximum(part - high, low - part) > high - low
             far += [
-                (start + int(row) + 1, float(given[row, np.argmax(beyond[row])]))
+                (start + int(row) + 1, float(x[start + row, np.argmax(beyond[row])]))
                 for row in np.flatnonzero(beyond.any(axis=1))
             ]
         chances = np.asarray(forward(params, part))

@@ -13,6 +13,5 @@ from pjax.metrics.base import Measures as Measures
 from pjax.metrics.base import Metric as Metric
 from pjax.metrics.base import Weighing as Weighing
 from pjax.metrics.base import Weight as Weight
-from pjax.metrics.defaults import default_metric as default_metric
 from pjax.metrics.spectral import Spectral as Spectral
 from pjax.metrics.uniform import Uniform as Uniform

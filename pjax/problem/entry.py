@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
-from pjax.metrics import Metric, default_metric
+from pjax.metrics import Metric
+from pjax.metrics.defaults import default_metric
 from pjax.options import Fallback, Fanout, Grouping, Splitting
 from pjax.problem.find_layout import layout
 from pjax.problem.problem import Problem

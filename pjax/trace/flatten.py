@@ -21,7 +21,6 @@ from pjax.program import (
     Scalar,
     canonical,
     live,
-    vocabulary,
 )
 from pjax.trace import (
     complex_values,
@@ -34,9 +33,6 @@ from pjax.trace import (
     windows,
 )
 from pjax.trace.writer import Writer
-
-#: What does not follow its operands in a solve.
-_RESTING = vocabulary.INDICES | compat.find_primitives("stop_gradient", "floor", "ceil")
 
 
 class Flattener(Writer):

@@ -21,10 +21,10 @@ from pjax.program import (
     UNIFORM_ELEMENTWISE,
     UNIFORM_WIRING,
     Atom,
+    CustomRule,
     Equation,
     Scalar,
     functions,
-    program,
     vocabulary,
 )
 
@@ -46,7 +46,7 @@ class Writer(abc.ABC):
         #: Of complex variables the real and the imaginary part.
         self._parts: dict[int, Any] = {}
         #: The derivative rules that forces follow; a dictionary for its order.
-        self.honoured: dict[program.CustomRule, None] = {}
+        self.honoured: dict[CustomRule, None] = {}
 
     def is_variable(self, atom: Atom) -> bool:
         return isinstance(atom, int) and atom in self.variable

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pjax.compile import rolled
-from pjax.metrics import Metric, default_metric
+from pjax.metrics import Metric
+from pjax.metrics.defaults import default_metric
 from pjax.options import Fallback, Fanout, Splitting
 from pjax.problem import Layout, Problem
 from pjax.program import Program, leaves_of, read

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from selection import mostly_slow
 
 import pjax
 from pjax.inspection import label
 from pjax.lab import problem_plots
 from pjax.problem import Layout, layout, sizes
 from pjax.trace import trace
+from tests.selection import mostly_slow
 
 
 def problem_of(network: Any, params: Any, splitting: Any = "neuron") -> Layout:

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import TINY, prepare, recorded
-from selection import mostly_slow
 
 from pjax.lab import cli, commands, comparison, config, inspection, report, runs, summaries
 from pjax.lab.config import CompareConfig, TrainConfig
 from pjax.lab.data import batch_rows, load
 from pjax.lab.files import write_json
 from pjax.lab.train import Record
+from tests.selection import mostly_slow
 
 #: Without hidden layers it compiles sooner.
 PROJECTED = dataclasses.replace(
