@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from pjax.lab.config import NAMES
 from pjax.lab.files import make_folder
 
-#: Okabe and Ito's colours, told apart with any colour vision; one for each method.
+#: Okabe and Ito's colours and Tol's, told apart with any colour vision; one for each method.
 COLOURS = {
     "ap": "#0072B2",
     "cp": "#56B4E9",
@@ -24,7 +24,7 @@ COLOURS = {
     "dm": "#999999",
     "ar": "#F0E442",
     "projection": "#AA4499",
-    "displacement-adam": "#CC79A7",
+    "displacement-adam": "#999933",
     "adam": "#D55E00",
     "sgd": "#E69F00",
     "muon": "#332288",

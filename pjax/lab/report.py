@@ -163,11 +163,11 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
         sizes = [cell.state_bytes for cell in line.cells if cell.state_bytes is not None]
         rows.append(
             (
-                label,
+                config.NAMES[line.method],
                 _shown(line, "test_accuracy", comparison.percent),
                 *([_shown(line, "test_auc", comparison.fraction)] if auc else []),
                 _shown(line, "validation_accuracy", comparison.percent),
-                line.method,
+                label,
                 line.description,
                 str(len(line.cells)),
                 str(max(cell.steps for cell in line.cells)),
@@ -176,11 +176,11 @@ def _results_table(lines: Sequence[tuple[str, Line]]) -> ET.Element:
             )
         )
     headings = (
-        "run",
+        "method",
         "test",
         *(["test AUC"] if auc else []),
         "validation",
-        "method",
+        "run",
         "settings",
         "seeds",
         "batches",

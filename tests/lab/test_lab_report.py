@@ -185,8 +185,11 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_results_are_those_of_the_runs_with_their_errors(page: Page, folder: Path) -> None:
     headings, *rows = page.table("Accuracies: means")
-    found = {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+    assert headings[:2] == ["method", "test"]
+    cells = [dict(zip(headings, row, strict=True)) for row in rows]
+    found = {row["run"]: row for row in cells}
     assert list(found) == ["projected", "stopped", "compared: SGD"]
+    assert found["compared: SGD"]["method"] == "SGD"
     (seed,) = result(folder / "projected")["seeds"]
     assert found["projected"]["test"] == f"{100 * seed['test_accuracy']:.2f} %"
     tests, validations = np.array([0.8, 0.8 + 1 / 60]), np.array([0.9, 0.92])
