@@ -353,6 +353,20 @@ def test_zero_weights_move():
     assert float(jnp.max(jnp.abs(moves["w"]))) > 1e-5
 
 
+def test_a_head_that_begins_small_moves_as_one_that_begins_at_zero():
+    """Policies and residual branches begin with small weights, and are not held there by them."""
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    y = jax.nn.one_hot(jnp.arange(16) % 3, 3)
+    head = jax.random.normal(jax.random.key(1), (4, 3))
+
+    def move(scale):
+        loss = lambda w: jnp.mean(pjax.cross_entropy(x @ w, y))  # noqa: E731
+        return moves_of(OPTIMIZER, loss, scale * head)
+
+    zero, small = move(0.0), move(0.005)
+    assert float(jnp.linalg.norm(small - zero)) < 0.02 * float(jnp.linalg.norm(zero))
+
+
 @pytest.mark.parametrize(
     "output",
     [
