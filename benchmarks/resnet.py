@@ -36,9 +36,8 @@ import pjax
 from benchmarks.accuracy_methods import matrices
 from benchmarks.suite.cases import Measured
 from pjax.lab import baselines, data
-from pjax.problem import sizes
+from pjax.problem import Formulation, layout, sizes
 from pjax.trace import trace
-from pjax.training.start import layout_for
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SCHEDULES = ("constant", "cosine")
@@ -173,10 +172,7 @@ def show_sizes(options: argparse.Namespace) -> None:
             cells: list[Any] = ["batch" if norm else "none"]
             cells.append(f"{sum(p.size for p in jax.tree.leaves(params)) / 1e6:.2f}")
             for splitting in ("layer", "neuron"):
-                metric = pjax.metrics.Spectral() if splitting == "layer" else pjax.metrics.Uniform()
-                found = layout_for(
-                    pjax.solvers.CyclicProjections(1), program, metric, "exact", splitting
-                )
+                found = layout(program, Formulation(splitting=splitting, grouping="levels"))
                 size = sizes(found)
                 if splitting == "layer":
                     cells.append(len(found.graph.nodes))

@@ -86,12 +86,12 @@ class NaiveProblem:
             rhos = [self.rho[i] for i in node.slots]
             if node.kind == "loss":
                 assert isinstance(node.rule, CrossEntropy)
-                lam = self.layout.metric.prox_step / rhos[0][..., 0]
+                lam = self.layout.formulation.metric.prox_step / rhos[0][..., 0]
                 new[node.slots[0]] = cross_entropy_prox(inputs[0], self.knowns[index][0], lam)
                 continue
             ids = self._ids(index).astype(int)
             z, w = mean[ids], weight[ids]
-            if self.layout.fanout == "paper":
+            if self.layout.formulation.fanout == "paper":
                 w = np.where(w > 0, 1.0, 0.0)
             if node.kind == "parameter":
                 outputs, moved = z, []

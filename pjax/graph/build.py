@@ -43,6 +43,7 @@ from pjax.program import (
 from pjax.projections.numeric import Rows
 from pjax.rules import (
     BILINEAR,
+    PARAMETER,
     Addend,
     Affine,
     ArrayFunction,
@@ -404,7 +405,7 @@ class _Builder:
         for var in sorted(leaves):
             index_of[var] = len(nodes)
             name = program.leaves[var].path or "params"
-            nodes.append(Node(len(nodes), "parameter", name, None, (), (), var))
+            nodes.append(Node(len(nodes), "parameter", name, PARAMETER, (), (), var))
         self.slots: list[Slot] = []
         for var in sorted(units):
             index_of[var] = len(nodes)

@@ -46,7 +46,7 @@ class Node:
 
     **Attributes:**
 
-    - `rule`: the specification; equal nodes share one. None for a parameter.
+    - `rule`: the specification; equal nodes share one.
     - `slots`: indices of its slots.
     - `knowns`: its operands that are data.
     - `output`: the variable that it defines; None for a loss.
@@ -59,7 +59,7 @@ class Node:
     index: int
     kind: Kind
     name: str
-    rule: Rule | None
+    rule: Rule
     slots: tuple[int, ...]
     knowns: tuple[Atom, ...]
     output: int | None
@@ -82,6 +82,10 @@ class Graph:
     def edges(self) -> list[tuple[int, int]]:
         """All pairs `(producer, reader)` of node indices, without repetition, sorted."""
         return sorted({(p, slot.node) for slot in self.slots for p in slot.producers})
+
+    def shapes(self, node: Node) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a node's slots."""
+        return tuple(self.slots[i].shape for i in node.slots)
 
     def readers(self) -> dict[int, list[int]]:
         """For each node, the indices of the slots that read it."""

@@ -22,7 +22,7 @@ def latent_nodes(graph: Graph) -> frozenset[int]:
     for index in reversed(graph.backward_order()):
         node = graph.nodes[index]
         reading = [graph.slots[i].kind for i in readers[index]]
-        if node.rule is None or "weight" not in reading:
+        if node.kind == "parameter" or "weight" not in reading:
             continue
         before = {p for i in node.slots for p in graph.slots[i].producers}
         if isinstance(node.rule, Threshold) or not before.isdisjoint(latent):
@@ -31,7 +31,7 @@ def latent_nodes(graph: Graph) -> frozenset[int]:
     while pending:
         for i in graph.nodes[pending.pop()].slots:
             for producer in graph.slots[i].producers:
-                if graph.nodes[producer].rule is not None and producer not in latent:
+                if graph.nodes[producer].kind != "parameter" and producer not in latent:
                     latent.add(producer)
                     pending.append(producer)
     return frozenset(latent)

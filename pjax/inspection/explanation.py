@@ -23,10 +23,9 @@ from jaxtyping import Array, PyTree
 
 from pjax.backend import device
 from pjax.graph import Graph, Node, bipartite, honoured, latent_nodes, unused
-from pjax.metrics.defaults import default_metric
 from pjax.options import Exactness, Splitting
 from pjax.patterns import Computed
-from pjax.problem import Layout, make_layout, sizes
+from pjax.problem import Formulation, Layout, make_layout, sizes
 from pjax.program import Program, live, run
 from pjax.projections.products.operation import Bilinear
 from pjax.rules import Addend, LayerSum
@@ -247,9 +246,8 @@ def explain(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) and x.ndim else x, (args, kwargs)
     )
     program, _, consts, _ = trace(lambda p: fn(p, *args, **kwargs), params, has_aux)
-    layout = make_layout(
-        program, default_metric(splitting), "exact", splitting, "levels", False, "gauss-newton"
-    )
+    formulation = Formulation(splitting=splitting, grouping="levels", fallback="gauss-newton")
+    layout = make_layout(program, formulation)
     graph = layout.graph
     coloured = bipartite(graph)
     rows = _parameter_lines(graph, splitting)
@@ -265,11 +263,11 @@ def explain(
 
 def _node_lines(layout: Layout, coloured: Graph) -> tuple[NodeLine, ...]:
     graph, found = layout.graph, sizes(layout)
-    work = {node.index: _work(graph, node) for node in graph.nodes if node.rule is not None}
+    work = {node.index: _work(graph, node) for node in graph.nodes if node.kind != "parameter"}
     total, bytes_ = max(sum(work.values()), 1), max(found.bytes, 1)
     merged: dict[Any, list[Node]] = {}
     for node in graph.nodes:
-        if node.rule is not None:
+        if node.kind != "parameter":
             merged.setdefault((node.source, *_described(graph, node)), []).append(node)
     return tuple(
         NodeLine(
@@ -290,7 +288,6 @@ def _node_lines(layout: Layout, coloured: Graph) -> tuple[NodeLine, ...]:
 
 
 def _described(graph: Graph, node: Node) -> tuple[Any, ...]:
-    assert node.rule is not None
     return (
         node.name,
         type(node.rule).__name__,

@@ -44,7 +44,8 @@ def profile(problem: Problem, solver: Solver) -> Profile:
     of copies.
     """
     problem.require(solver.grouping, solver.reflecting)
-    if problem.layout.splitting == "neuron" and not problem.layout.reflecting:
+    formulation = problem.layout.formulation
+    if formulation.splitting == "neuron" and not formulation.reflecting:
         raise ValueError(
             "A profile needs the copies of operands, and this problem keeps their means: make it "
             'with `reflecting=True`, or with `splitting="layer"`.'

@@ -16,7 +16,7 @@ from pjax.inspection import Profile
 from pjax.lab import config, data, runs, terminal
 from pjax.lab.errors import RunError
 from pjax.lab.train import Params, Projection, PureProjection
-from pjax.problem import Sizes, layout, sizes
+from pjax.problem import Formulation, Sizes, layout, make_problem, sizes
 from pjax.trace import trace
 
 #: A solve that would store more bytes than this is left out.
@@ -102,20 +102,19 @@ def inspect(
             pure = pjax.optim.Projection()
             displacement, *_ = pure.displacement(fn, params, pure.init(fn, params))
     solver = found.solver
-    options = {name: getattr(found, name) for name in ("metric", "fanout", "splitting")}
-    program = trace(fn, params)[0]
-    coloured = layout(program, grouping="colours", reflecting=solver.reflecting, **options)
-    stored = layout(program, grouping=solver.grouping, reflecting=solver.reflecting, **options)
+    stored = Formulation(found.metric, found.fanout, found.splitting).for_solver(solver)
+    coloured = dataclasses.replace(stored, grouping="colours")
     # Residuals need the copies.
-    options.update(
-        grouping=solver.grouping, reflecting=solver.reflecting or found.splitting == "neuron"
-    )
-    needed = sizes(layout(program, **options)).bytes
+    copied = dataclasses.replace(stored, reflecting=True)
+    if found.splitting == "layer":
+        copied = stored
+    program = trace(fn, params)[0]
+    needed = sizes(layout(program, copied)).bytes
     profile = None
     if needed <= LARGEST_STATE:
         # In one program: operation by operation it takes several times as long.
         def solve(params: Params) -> tuple[Any, Any]:
-            profile = pjax.profile(pjax.feasibility_problem(fn, params, **options), solver)
+            profile = pjax.profile(make_problem(fn, params, copied), solver)
             names.extend(profile.names)
             return profile.deviation, profile.residual
 
@@ -129,8 +128,8 @@ def inspect(
         seed=seed,
         step=run.best_step[number],
         batch_size=settings.batch_size,
-        graph=coloured.graph,
-        sizes=sizes(stored),
+        graph=layout(program, coloured).graph,
+        sizes=sizes(layout(program, stored)),
         profile=profile,
         params=params,
         displacement=displacement,

@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pjax.graph import Graph, Node
+from pjax.graph import Graph
 from pjax.options import RowWeights
 
 
@@ -52,10 +52,6 @@ class Measures(Protocol):
         """For each loss the weights of its rows, relative to the largest of all."""
         ...
 
-    def shapes(self, node: Node, /) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a node's slots."""
-        ...
-
     def reader_weight(self, node: int, weights: Mapping[int, Weight], /) -> Weight:
         """`W_v`: the sum of the weights of all entries that read a node's output."""
         ...
@@ -98,8 +94,8 @@ class Metric(ABC):
         """ρ for each slot of `graph`, if that is all there is to the metric."""
         raise NotImplementedError(f"`{type(self).__name__}` must define `slot_weights` or `weigh`.")
 
-    def resting(self, graph: Graph) -> Sequence[bool]:
-        """For each slot whether its weight is infinite: its entries rest, and gather forces."""
+    def stiff(self, graph: Graph) -> Sequence[bool]:
+        """For each slot whether its weight is infinite: its entries stay, and gather forces."""
         return [False] * len(graph.slots)
 
     def curved(self, graph: Graph) -> Sequence[bool]:

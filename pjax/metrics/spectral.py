@@ -69,7 +69,7 @@ class Spectral(Metric):
         check_iterations("iterations", self.iterations)
         check_iterations("power_iterations", self.power_iterations)
 
-    def resting(self, graph: Graph) -> Sequence[bool]:
+    def stiff(self, graph: Graph) -> Sequence[bool]:
         found = by_parameter("parameters", self.parameters, graph)
         return [
             slot.kind == "weight" and all(value == "stiff" for value in values)
@@ -79,20 +79,20 @@ class Spectral(Metric):
     def curved(self, graph: Graph) -> Sequence[bool]:
         parameters = {node.index for node in graph.parameters}
         return [
-            not rests and slot.kind == "weight" and not parameters.isdisjoint(slot.producers)
-            for slot, rests in zip(graph.slots, self.resting(graph), strict=True)
+            not is_stiff and slot.kind == "weight" and not parameters.isdisjoint(slot.producers)
+            for slot, is_stiff in zip(graph.slots, self.stiff(graph), strict=True)
         ]
 
     def weigh(self, measures: Measures) -> Weighing:
         graph = measures.graph
         stiffness = by_parameter("parameters", self.parameters, graph)
-        resting, curved = self.resting(graph), self.curved(graph)
+        stiff, curved = self.stiff(graph), self.curved(graph)
         readers = graph.readers()
         begun = any(vector is not None for vector in measures.vectors)
         iterations = min(self.power_iterations, 2) if begun else self.power_iterations
         level = self.activations * len(graph.level_groups())
         wanted = [
-            not resting[slot.index] or all(resting[i] for i in readers[slot.node])
+            not stiff[slot.index] or all(stiff[i] for i in readers[slot.node])
             for slot in graph.slots
         ]
         gains, vectors = measures.gains(wanted, iterations)
@@ -101,13 +101,13 @@ class Spectral(Metric):
             node = graph.nodes[index]
             if node.kind == "loss":
                 for slot in node.slots:
-                    # A penalty on parameters that rest: a force on them.
+                    # A penalty on stiff parameters: a force on them.
                     found = Weight(measures.loss_weights[index])
-                    weights[slot] = Weight(1.0, INFINITE) if resting[slot] else found
+                    weights[slot] = Weight(1.0, INFINITE) if stiff[slot] else found
                 continue
-            if node.rule is None:
+            if not node.slots:
                 continue
-            copies = node.rule.copies(measures.shapes(node))
+            copies = node.rule.copies(graph.shapes(node))
             asked = measures.reader_weight(index, weights)
             largest = asked.mantissa
             if jnp.ndim(largest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pjax.rules.affine import Affine as Affine
 from pjax.rules.affine import Term as Term
+from pjax.rules.base import PARAMETER as PARAMETER
 from pjax.rules.base import Force as Force
 from pjax.rules.base import Geometry as Geometry
 from pjax.rules.base import NodeSpec as NodeSpec

@@ -55,7 +55,7 @@ class Affine(Rule):
     name: str = "affine"
 
     @property
-    def accepts_rest(self) -> bool:
+    def accepts_unmoved(self) -> bool:
         return self.function is not None and self.terms == (Term(),)
 
     def _coefficients(self, knowns: Sequence[Any]) -> tuple[Any, ...]:
@@ -67,7 +67,7 @@ class Affine(Rule):
         axes = tuple(term.axes for term in self.terms)
         if self.function is None:
             return linear.affine(states, coefficients, axes, weights, target, target_weight)
-        if self.accepts_rest:
+        if self.accepts_unmoved:
             moved, output = piecewise(
                 self.function, reference.inner, reference.output, states[0], weights[0],
                 target, target_weight, reference.geometry.exponent,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Array
 
@@ -75,7 +76,7 @@ class Rule(ABC):
     name: str = ""
 
     @property
-    def accepts_rest(self) -> bool:
+    def accepts_unmoved(self) -> bool:
         """Whether `project` takes None for the state of a slot that has not moved."""
         return False
 
@@ -132,6 +133,23 @@ class Rule(ABC):
         **Returns:** the bounds: numbers, and a `PowerIteration` where one is to find it.
         """
         return (1.0,) * len(reference.inputs)
+
+
+@dataclass(frozen=True)
+class Parameter(Rule):
+    """A parameter: all that is asked of it is that its readers agree, so it has no slots, and the
+    nearest point is the weighted mean of its readers, its target.
+    """
+
+    exactness: ClassVar[Exactness] = "exact"
+    name: str = "parameter"
+
+    def project(self, reference, states, weights, target, target_weight):
+        return (), target
+
+
+#: The rule of every parameter.
+PARAMETER = Parameter()
 
 
 class NodeSpec(NamedTuple):

@@ -49,7 +49,7 @@ class LayerSum(Rule):
     name: str = "dot"
 
     @property
-    def accepts_rest(self) -> bool:
+    def accepts_unmoved(self) -> bool:
         return True
 
     def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:

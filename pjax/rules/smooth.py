@@ -32,7 +32,7 @@ class _Numeric(Rule):
     name: str = "function"
 
     @property
-    def accepts_rest(self) -> bool:
+    def accepts_unmoved(self) -> bool:
         return True
 
     def _call(self, reference: Reference) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ class Storage(ABC):
 
     #: How many copies of each entry the slot stands for; 0 for an entry that nothing reads.
     copies: Copies = 1
+    #: Whether the state has all of these copies.
+    lifted: bool = False
+    #: Whether it is one array for each producer of the slot. Rules have such a slot as one array.
+    in_parts: bool = False
 
     @abstractmethod
     def fill(self, value: Array) -> Any:
@@ -66,6 +70,10 @@ class Storage(ABC):
     def combine(self, base: Any, kept: Array, value: Array) -> Any:
         """The state in which the copies of an entry equal `value`, or stay where `kept` is 1."""
         return self.fill(value + kept * self.mean(base))
+
+    def spread(self, state: Any) -> Any:
+        """`Σ ρ |copy − mean|²`, where that is all that the state says of the copies; else 0."""
+        return 0.0
 
     @abstractmethod
     def numbers(self, shape: tuple[int, ...]) -> int:
@@ -101,10 +109,12 @@ class Joined(Storage):
     """One array for each producer of a slot that reads each of their entries once, and nothing
     else.
 
-    Of an array that joins the steps of a loop each step then writes and reads its own part.
+    Of an array that joins the steps of a loop each step then writes and reads its own part: of
+    `T` steps `T` parts in all, where `T` writes of the whole array would be `T²`.
     """
 
     route: Route
+    in_parts: ClassVar[bool] = True
 
     def fill(self, value):
         return self.route.pull(value, {})
@@ -154,6 +164,9 @@ class Compact(Storage):
         # The spread of entries apart is not kept: where there is one, all entries are meant.
         return super().squared_distance_to(state, value, mask, weight) + state[1]
 
+    def spread(self, state):
+        return state[1]
+
     def difference(self, a, b):
         # At most one of the two has a spread: the other's copies are equal, so it is the
         # difference's.
@@ -169,6 +182,7 @@ class Lifted(Storage):
 
     operation: Bilinear
     side: Side
+    lifted: ClassVar[bool] = True
 
     @property
     def copies(self) -> Copies:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -74,7 +74,7 @@ class Solver(ABC):
             (state, _), rows = rolled_scan(body, (initial, initial), self.steps)
         else:
             # Single steps need no loop, and what of their history is not used is not computed.
-            carry, found = (_at_rest(problem), initial), []
+            carry, found = (_unmoved(problem), initial), []
             for _ in range(self.steps):
                 carry, row = body(carry)
                 found.append(row)
@@ -84,15 +84,15 @@ class Solver(ABC):
     def run(self, problem: Sets) -> State:
         """All steps from the forward pass, without the history of distances.
 
-        The first step begins at rest, where most of the work is to be saved; a few steps are not
-        worth a loop.
+        The first step begins where nothing has moved, which saves most of its work; a few steps are
+        not worth a loop.
 
         **Returns:** the solution point.
 
         **Raises:** `ValueError` if the problem was made for another kind of solver.
         """
         problem.require(self.grouping, self.reflecting)
-        state = problem.initial() if self.reflecting else _at_rest(problem)
+        state = problem.initial() if self.reflecting else _unmoved(problem)
         first = min(self.steps, 1 if self.steps > _UNROLLED else self.steps)
         for _ in range(first):
             state = self.step(problem, state).state
@@ -103,9 +103,9 @@ class Solver(ABC):
         return self.solution(problem, state)
 
 
-def _at_rest(problem: Sets) -> State:
+def _unmoved(problem: Sets) -> State:
     """The initial state, in the cheaper form that some problems have for it."""
-    return getattr(problem, "at_rest", problem.initial)()
+    return getattr(problem, "unmoved", problem.initial)()
 
 
 #: Up to so many steps are compiled one after the other.

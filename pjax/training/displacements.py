@@ -20,13 +20,11 @@ from jaxtyping import Array
 
 from pjax.compile import rolled
 from pjax.metrics import Metric
-from pjax.metrics.defaults import default_metric
 from pjax.options import Fallback, Fanout, Splitting
-from pjax.problem import Layout, Problem
+from pjax.problem import Formulation, Layout, Problem, first_vectors, layout
 from pjax.program import Program, leaves_of, read
 from pjax.solvers import CyclicProjections, Solver
 from pjax.trace import require_function, trace
-from pjax.training.start import first_vectors, layout_for
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -52,7 +50,7 @@ def _displaced(
     state = problem.sweep() if solver == CyclicProjections(steps=1) else solver.run(problem)
     # A loss's force is −λ times its gradient (at the proximal point), for rows that count 1, and
     # each step of a solver hands on a request of its own.
-    scale = problem.largest_coefficient / found.metric.prox_step / solver.steps
+    scale = problem.largest_coefficient / found.formulation.metric.prox_step / solver.steps
     factor = -scale
     moved = [
         _zero(leaf) if force is None else (factor * force).astype(jnp.result_type(leaf))
@@ -106,10 +104,7 @@ class ValueAndDisplacement:
         """A state for `update`, from arguments of the right shapes."""
         params, fn = self._of_params(args, kwargs)
         program, leaves, consts, _ = trace(fn, params, self.has_aux, scalar=True)
-        found = self._layout(program)
-        return DisplacementState(
-            first_vectors(lambda *given: Problem(found, *given).vectors, leaves, consts)
-        )
+        return DisplacementState(first_vectors(self._layout(program), leaves, consts))
 
     def update(
         self, state: DisplacementState, *args: Any, **kwargs: Any
@@ -148,9 +143,8 @@ class ValueAndDisplacement:
         return params, fn
 
     def _layout(self, program: Program) -> Layout:
-        return layout_for(
-            self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
-        )
+        options = Formulation(self.metric, self.fanout, self.splitting, fallback=self.fallback)
+        return layout(program, options.for_solver(self.solver))
 
     def _solve(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: DisplacementState | None
@@ -239,7 +233,7 @@ def value_and_displacement(
         fn,
         CyclicProjections(steps=1) if solver is None else solver,
         splitting,
-        default_metric(splitting) if metric is None else metric,
+        Formulation(metric, fanout, splitting).metric,
         fanout,
         has_aux,
         argnums if isinstance(argnums, int) else tuple(argnums),

@@ -14,14 +14,13 @@ from jaxtyping import Array, PyTree
 from pjax.compile import rolled
 from pjax.metrics import Metric, Uniform
 from pjax.options import Fallback, Fanout, Splitting
-from pjax.problem import Layout, Problem
+from pjax.problem import Formulation, Layout, Problem, first_vectors, layout
 from pjax.program import Program, leaves_of
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import trace
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, raise_if_unsound
 from pjax.training.checks import check as check_solve
-from pjax.training.start import first_vectors, layout_for
 
 
 @jax.tree_util.register_dataclass
@@ -97,10 +96,7 @@ class Optimizer:
         """A state for `update`, from a function and parameters of the right shapes."""
         require_own_call(self, fn, params)
         program, leaves, consts, _ = trace(fn, params)
-        found = self.layout(program)
-        return OptimizerState(
-            first_vectors(lambda *args: Problem(found, *args).vectors, leaves, consts)
-        )
+        return OptimizerState(first_vectors(self.layout(program), leaves, consts))
 
     @overload
     def update(
@@ -166,13 +162,12 @@ class Optimizer:
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
-        found = layout_for(
-            self.solver, program, self.metric, self.fanout, self.splitting, self.fallback
-        )
+        options = Formulation(self.metric, self.fanout, self.splitting, fallback=self.fallback)
+        found = layout(program, options.for_solver(self.solver))
         read = [index for index, slot in enumerate(found.graph.slots) if slot.kind == "weight"]
-        if read and all(found.resting[index] for index in read):
+        if read and all(found.stiff[index] for index in read):
             raise ValueError(
-                "All parameters rest in this metric, so no update would move them: give "
+                "All parameters are stiff in this metric, so no update would move them: give "
                 "`Spectral(parameters=…)` a number, or use `pjax.optim.Projection` or "
                 "`pjax.value_and_displacement`."
             )

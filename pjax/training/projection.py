@@ -15,9 +15,8 @@ from jaxtyping import Array, PyTree
 from pjax.compile import rolled
 from pjax.metrics import Spectral
 from pjax.options import Fallback
-from pjax.problem import Layout, Problem
+from pjax.problem import Formulation, Layout, Problem, layout
 from pjax.program import leaves_of, read
-from pjax.solvers import CyclicProjections
 from pjax.trace import trace
 from pjax.training import requests
 from pjax.training.calls import MISSING, require_own_call
@@ -25,7 +24,6 @@ from pjax.training.checks import Checks, check, raise_if_unsound
 from pjax.training.memory import Memory
 from pjax.training.readers import Units, find_units
 from pjax.training.requests import Requests
-from pjax.training.start import layout_for
 
 
 @jax.tree_util.register_dataclass
@@ -128,11 +126,11 @@ def _solved(
     count: Array,
 ) -> _Solved:
     problem = Problem(layout, leaves, consts, vectors)
-    state, forces = problem.layer_forces()
+    state = problem.sweep(layer_forces=True)
     units = _units(layout)
-    moved, memory = requests.moves(problem, units, state, forces, memory, count, settings)
+    moved, memory = requests.moves(problem, units, state, state.forces, memory, count, settings)
     moves = problem.leaf_moves(moved)
-    total = sum((jnp.sum(jnp.square(f)) for f in forces.values()), start=jnp.zeros(()))
+    total = sum((jnp.sum(jnp.square(f)) for f in state.forces.values()), start=jnp.zeros(()))
     aux = [read(problem.forward, atom) for atom in layout.graph.program.auxiliary_outputs]
     checks = None
     if checked:
@@ -325,10 +323,10 @@ class Projection:
     ) -> tuple[list[Array | None], ProjectionState, Info]:
         require_own_call(self, fn, params, state, ProjectionState)
         program, leaves, consts, aux_tree = self._traced(fn, params, args, kwargs)
-        layout = self._layout(program)
-        _check_state(layout, state)
+        found_layout = self._layout(program)
+        _check_state(found_layout, state)
         found = _solve(
-            layout,
+            found_layout,
             self.requests,
             self.check,
             leaves,
@@ -362,8 +360,8 @@ class Projection:
             raise
 
     def _layout(self, program: Any) -> Layout:
-        solver = CyclicProjections(steps=1)
-        return layout_for(solver, program, _METRIC, "exact", "layer", self.fallback)
+        options = Formulation(_METRIC, splitting="layer", grouping="levels", fallback=self.fallback)
+        return layout(program, options)
 
 
 def _bytes(tree: Any) -> int:

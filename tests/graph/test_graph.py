@@ -19,7 +19,7 @@ import pytest
 
 import pjax
 from pjax.graph import UnusedParameterWarning, bipartite, build_graph
-from pjax.problem import Layout, Problem, layout
+from pjax.problem import Formulation, Layout, Problem, layout
 from pjax.program import TraceError, read
 from pjax.projections import linear
 from pjax.rules import Affine, Dense, Lifted
@@ -206,7 +206,7 @@ def make_layout(reflecting: bool) -> tuple[Layout, list[Any], list[Any]]:
     targets = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items()}
     program, leaves, consts, _ = trace(lambda p: zoo_loss(p, data, targets), params)
     metric = pjax.metrics.Uniform(weight=1.3, activation=0.8)
-    return layout(program, metric=metric, reflecting=reflecting), leaves, consts
+    return layout(program, Formulation(metric, reflecting=reflecting)), leaves, consts
 
 
 # --- Structure -----------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Case:
     def __init__(self, node, problem: Problem):
         rng = np.random.default_rng(node.index)
         self.node, self.rng = node, rng
-        reference = problem._references[node.index]
+        reference = problem.reference(node.index)
         self.storages = node.rule.storages(True, [True] * len(node.slots))
         assert all(isinstance(storage, (Dense, Lifted)) for storage in self.storages)
         shapes = [
@@ -310,7 +310,7 @@ CASES = ((0.0, 0.7, 0.7), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0))
 
 def project(problem: Problem, case: Case, starts, target, target_weight):
     """The three projections onto one node."""
-    reference = problem._references[case.node.index]
+    reference = problem.reference(case.node.index)
 
     def one(states, target, target_weight):
         weights = tuple(case.weights)
@@ -322,7 +322,7 @@ def project(problem: Problem, case: Case, starts, target, target_weight):
 def outputs(problem: Problem, case: Case, points):
     """The outputs of one node's operations in the program at some points, as deviations."""
     node, rule = case.node, case.node.rule
-    reference: Any = problem._references[node.index]
+    reference: Any = problem.reference(node.index)
     lifted = [isinstance(storage, Lifted) for storage in case.storages]
 
     def one(states):
@@ -489,18 +489,18 @@ def test_the_forms_of_storage_agree_on_every_product(x64):
         return sum(jnp.sum(pjax.squared_error(out, jnp.zeros(out.shape))) for out in outs)
 
     program, leaves, consts, _ = trace(loss, params)
-    found = layout(program, metric=pjax.metrics.Uniform())
+    found = layout(program, Formulation())
     nodes = [n for n in found.graph.nodes if isinstance(n.rule, (NeuronBilinear, PinnedBilinear))]
     assert len(nodes) == len(PRODUCTS)
 
     def one(problem, node, storages, draws):
         *values, target, target_weight = draws
-        other = problem._references[node.index].knowns
+        other = problem.reference(node.index).knowns
         other = other[0] if other else None
         weights = (1.3, 0.7)[: len(storages)]
         start = [storage.fill(value) for storage, value in zip(storages, values, strict=True)]
         end, out = node.rule.project(
-            problem._references[node.index], tuple(start), weights, target, target_weight
+            problem.reference(node.index), tuple(start), weights, target, target_weight
         )
         means = [s.mean(e, other) for s, e in zip(storages, end, strict=True)]
         distances = [
@@ -564,7 +564,7 @@ def tower_graph():
 
 def test_equal_nodes_share_one_specification():
     graph = bipartite(tower_graph())
-    rules = [n.rule for n in graph.nodes if n.rule is not None]
+    rules = [n.rule for n in graph.nodes if n.kind != "parameter"]
     dots = [r for r in rules if isinstance(r, NeuronBilinear)]
     relus = [r for r in rules if isinstance(r, Affine)]
     assert (len(dots), len(relus)) == (3, 4)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import pjax
 from pjax.inspection import label
 from pjax.lab import problem_plots
-from pjax.problem import Layout, layout, sizes
+from pjax.problem import Formulation, Layout, layout, sizes
 from pjax.trace import trace
 from tests.selection import mostly_slow
 
@@ -24,7 +24,7 @@ def problem_of(network: Any, params: Any, splitting: Any = "neuron") -> Layout:
     metric = pjax.metrics.Uniform() if splitting == "neuron" else pjax.metrics.Spectral()
     labels = jax.nn.one_hot(jnp.arange(4), 6)
     program = trace(lambda p: pjax.cross_entropy(network(p), labels), params)[0]
-    return layout(program, metric=metric, splitting=splitting)
+    return layout(program, Formulation(metric, splitting=splitting))
 
 
 def chain(depth: int, skip: int = 0, **options: Any) -> Layout:

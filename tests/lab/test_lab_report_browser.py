@@ -16,7 +16,7 @@ from run_helpers import TINY, recorded
 import pjax
 from pjax.lab import report, runs
 from pjax.lab.inspection import Inspection
-from pjax.problem import layout, sizes
+from pjax.problem import Formulation, layout, sizes
 from pjax.trace import trace
 
 _BROWSER = next(
@@ -51,7 +51,7 @@ def page(folder: Path) -> Path:
             hidden = pjax.relu(hidden @ weight)
         return pjax.squared_error(hidden, jnp.zeros((4, 6)))
 
-    found = layout(trace(loss, params)[0], metric=pjax.metrics.Uniform())
+    found = layout(trace(loss, params)[0], Formulation())
     names = tuple(f"{node.index} {node.name}" for node in found.graph.nodes)
     steps = jnp.linspace(1, 2, 5)[:, None] ** -jnp.arange(1.0, len(names) + 1)
     look = Inspection(

@@ -11,7 +11,7 @@ import pytest
 
 import pjax
 from pjax import solvers
-from pjax.problem import find_layout
+from pjax.problem import layouts
 from pjax.rules import Joined
 from tests.naive import NaiveProblem
 from tests.selection import mostly_slow
@@ -360,11 +360,11 @@ def test_slots_in_parts_follow_whole_ones(x64, monkeypatch, solver, splitting):
 
     made, found = solve()
     assert any(isinstance(storage, Joined) for storage in made.layout.storages)
-    monkeypatch.setattr(find_layout, "_is_join", lambda slot: False)
-    find_layout._LAYOUTS.clear()
+    monkeypatch.setattr(layouts, "_is_join", lambda slot: False)
+    layouts._LAYOUTS.clear()
     jax.clear_caches()
     made, expected = solve()
     assert not any(isinstance(storage, Joined) for storage in made.layout.storages)
-    find_layout._LAYOUTS.clear()
+    layouts._LAYOUTS.clear()
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-12)

@@ -12,8 +12,8 @@ import pytest
 
 import pjax
 from pjax.graph import Graph, build_graph
-from pjax.problem import Problem, layout
-from pjax.problem.find_layout import _reader_counts
+from pjax.problem import Formulation, Problem, State, layout
+from pjax.problem.layouts import _reader_counts
 from pjax.program import TraceError, is_wiring
 from pjax.trace import trace
 
@@ -220,10 +220,10 @@ def test_consensus_is_the_weighted_mean_over_scalar_indices(x64):
             weights[:] = [0.5 + 0.25 * slot.index for slot in graph.slots]
             return weights
 
-    found = layout(program, metric=Metric(), grouping="levels")
+    found = layout(program, Formulation(Metric(), grouping="levels"))
     slots, nodes = found.graph.slots, found.graph.nodes
     assert all(n.kind in ("parameter", "loss") for n in nodes)
-    state = tuple(jnp.asarray(rng.normal(size=s.shape)) for s in slots)
+    state = State(tuple(jnp.asarray(rng.normal(size=s.shape)) for s in slots))
 
     @compiled
     def everything(leaves, consts, state):
@@ -236,7 +236,7 @@ def test_consensus_is_the_weighted_mean_over_scalar_indices(x64):
 
     matrices, moved, new = everything(leaves, consts, state)
     numerator, denominator = np.zeros((2, 24)), np.zeros((2, 24))
-    for slot, matrix, value in zip(slots, matrices, state, strict=True):
+    for slot, matrix, value in zip(slots, matrices, state.slots, strict=True):
         for producer, block in zip(slot.producers, blocks_of(slot, matrix), strict=True):
             weight = weights[slot.index]
             numerator[producer] += weight * block.T @ np.asarray(value).ravel()
@@ -248,7 +248,7 @@ def test_consensus_is_the_weighted_mean_over_scalar_indices(x64):
     assert (denominator[0].reshape(A)[3] == 0).all()
     assert (np.asarray(moved[0])[3] == 0).all()
     # Written back, every entry that reads a producer agrees with it, and constants rest.
-    for slot, matrix, after in zip(slots, matrices, new, strict=True):
+    for slot, matrix, after in zip(slots, matrices, new.slots, strict=True):
         flat = np.concatenate([np.ravel(moved[nodes[p].output]) for p in slot.producers])
         np.testing.assert_allclose(np.ravel(after), np.asarray(matrix) @ flat, atol=1e-12)
 

@@ -132,16 +132,16 @@ def test_a_dense_layer_with_bias_is_the_joint_least_squares_solution(x64, dtype,
     node = layer_node(problem)
     assert len(node.slots) == 2  # the bias has one entry per column, whatever the rows
     asked = problem.project(0, problem.initial())
-    request = asked[problem.graph.losses[0].slots[0]]
+    request = asked.slots[problem.graph.losses[0].slots[0]]
     found = problem.project(1, asked)
     data = np.concatenate([np.asarray(x, np.float64), np.ones((rows, 1))], axis=1)
     best = np.linalg.solve(data.T @ data + 0.7 * np.eye(width + 1), data.T @ np.asarray(request))
     tolerance = 1e-9 if dtype == "float64" else 1e-3
-    dw, db = (np.asarray(found[i]) for i in node.slots)
+    dw, db = (np.asarray(found.slots[i]) for i in node.slots)
     scale = np.abs(best).max()
     np.testing.assert_allclose(dw, best[:-1], atol=tolerance * scale)
     np.testing.assert_allclose(db, best[-1], atol=tolerance * scale)
-    output = np.asarray(found[problem.graph.losses[0].slots[0]])
+    output = np.asarray(found.slots[problem.graph.losses[0].slots[0]])
     np.testing.assert_allclose(output, data @ best, atol=tolerance * np.abs(output).max())
 
 
@@ -176,7 +176,7 @@ def test_weights_and_biases_end_at_the_nearest_point(x64, name, biases):
         metrics.Uniform(iterations=steps),
     )
     node = next(n for n in problem.graph.nodes if isinstance(n.rule, LayerSum))
-    rule, reference = node.rule, problem._references[node.index]
+    rule, reference = node.rule, problem.reference(node.index)
     assert isinstance(rule, LayerSum)
     assert len(node.slots) == 1 + biases
     like = reference.output
@@ -244,13 +244,13 @@ def test_two_free_operands_stay_feasible_and_decrease_the_objective(x64, name, s
         moved[name_of] = params[name_of] + deviation
     change = fn(moved["a"], moved["b"]) - fn(params["a"], params["b"])
     if name != "two products":  # an operand read twice is averaged by the consensus
-        np.testing.assert_allclose(state[loss_slot], change, atol=1e-9 * (1 + size**2))
+        np.testing.assert_allclose(state.slots[loss_slot], change, atol=1e-9 * (1 + size**2))
     request = np.asarray(target - fn(params["a"], params["b"]))
     request = request * (1e9 / (1 + 1e9))
-    node_state = [np.asarray(state[i]) for n in problem.graph.nodes for i in n.slots
+    node_state = [np.asarray(state.slots[i]) for n in problem.graph.nodes for i in n.slots
                   if isinstance(n.rule, LayerSum)]  # fmt: skip
     spent = sum(1.3 * np.sum(s**2) for s in node_state)
-    missed = np.sum((np.asarray(state[loss_slot]) - request) ** 2)
+    missed = np.sum((np.asarray(state.slots[loss_slot]) - request) ** 2)
     assert spent + missed < np.sum(request**2)
     assert float(problem.distance(asked, before)) < float(problem.distance(before, state)) + 1e3
 

@@ -13,7 +13,7 @@ import pytest
 
 import pjax
 from pjax.graph import build_graph
-from pjax.problem import find_layout
+from pjax.problem import layouts
 from pjax.program import REGISTRATIONS, TraceError, canonical, primitives
 from pjax.rules import Reference
 from pjax.rules import registry as rules
@@ -30,7 +30,7 @@ def registry() -> Iterator[None]:
     rules._BUILDERS.update(builders)
     REGISTRATIONS.clear()
     REGISTRATIONS.update(counts)
-    find_layout._LAYOUTS.clear()
+    layouts._LAYOUTS.clear()
 
 
 def normal(seed, *shape):

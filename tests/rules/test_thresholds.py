@@ -353,7 +353,7 @@ def test_what_all_places_of_an_image_share_is_asked_for_less(layout, x64):
     assert isinstance(node.rule, LayerSum)
     assert node.output is not None
     request = np.random.default_rng(4).normal(1.0, 1.0, problem.values[node.output].shape)
-    shapes = problem.shapes(node)
+    shapes = problem.graph.shapes(node)
     found = np.asarray(node.rule.steadied(jnp.asarray(request), shapes))
     channel = 3 if layout == "NHWC" else 1
     others = tuple(axis for axis in range(4) if axis != channel)
@@ -378,7 +378,8 @@ def test_dense_layers_are_asked_for_all_of_it_whatever_the_rows_of_the_loss(clas
         assert node.output is not None
         request = 1.0 + jnp.arange(problem.values[node.output].size, dtype=float)
         request = request.reshape(problem.values[node.output].shape)
-        np.testing.assert_array_equal(node.rule.steadied(request, problem.shapes(node)), request)
+        shapes = problem.graph.shapes(node)
+        np.testing.assert_array_equal(node.rule.steadied(request, shapes), request)
 
 
 def _is_convolution(node):

@@ -12,7 +12,7 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.graph import build_graph
-from pjax.problem import feasibility_problem
+from pjax.problem import State, feasibility_problem
 from pjax.program import TraceError
 from pjax.trace import trace
 from tests.selection import mostly_slow
@@ -281,16 +281,16 @@ def test_the_consensus_of_repeated_tokens(x64):
     readers = [s for s in problem.graph.slots if table.index in s.producers]
     assert len(readers) == STEPS  # one wire per step, of one lookup
     rng = np.random.default_rng(3)
-    state = list(problem.initial())
+    slots = list(problem.initial().slots)
     for slot in readers:
-        state[slot.index] = jnp.asarray(rng.normal(size=slot.shape))
-    found = problem.parameter_deviations(tuple(state))[table.output]
+        slots[slot.index] = jnp.asarray(rng.normal(size=slot.shape))
+    found = problem.parameter_deviations(State(tuple(slots)))[table.output]
     total = np.zeros((SYMBOLS, WIDTH))
     weights = np.zeros((SYMBOLS, 1))
     for slot, row in zip(readers, np.asarray(tokens), strict=True):
         rho = float(problem.weights[slot.index].mantissa)
         for place, token in enumerate(row):
-            total[token] += rho * np.asarray(state[slot.index])[place]
+            total[token] += rho * np.asarray(slots[slot.index])[place]
             weights[token] += rho
     expected = np.where(weights > 0, total / np.where(weights > 0, weights, 1), 0)
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=1e-12)

@@ -67,7 +67,7 @@ SMOOTH_OFTEN = [tied, attention, several_losses]
         ("layer", metrics.Spectral(parameters=2.0)),
         ("neuron", metrics.Uniform()),
     ],
-    ids=["resting", "moving", "neuron"],
+    ids=["stiff", "moving", "neuron"],
 )
 @pytest.mark.filterwarnings("ignore::pjax.UnusedParameterWarning")
 def test_a_sweep_has_the_forces_of_a_cyclic_solver(x64, splitting, metric):
@@ -336,14 +336,14 @@ def test_weights_by_parameter():
         )
 
     problem = make({"w": ["stiff", 0.5, "stiff"], "b": "stiff"})
-    resting = {
-        problem.graph.nodes[slot.producers[0]].name: problem.layout.resting[slot.index]
+    stiff = {
+        problem.graph.nodes[slot.producers[0]].name: problem.layout.stiff[slot.index]
         for slot in problem.graph.slots
         if slot.kind == "weight"
     }
-    assert resting.pop("['w'][1]") is False
-    assert all(resting.values())
-    assert len(resting) == 5
+    assert stiff.pop("['w'][1]") is False
+    assert all(stiff.values())
+    assert len(stiff) == 5
     with pytest.raises(ValueError, match=r"`parameters\['v'\]` names no parameter"):
         make({"w": "stiff", "b": "stiff", "v": 1.0})
     with pytest.raises(ValueError, match=r"no entry for the parameter `\['b'\]\[0\]`"):

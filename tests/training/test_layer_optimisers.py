@@ -53,7 +53,7 @@ def test_a_layer_is_the_ridge_regression_of_its_request(x64):
     logits = x @ params["w"] + params["b"]
     request = losses.cross_entropy(logits, jnp.zeros_like(logits), y, 2.0)
     # The bound on the input's gain is that of the power iteration.
-    gains = (problem._slot_gains[i] for i in problem.graph.nodes[2].slots)
+    gains = (problem.gains[i] for i in problem.graph.nodes[2].slots)
     gain = next(g for g in gains if jnp.ndim(g) == 0)
     data = np.concatenate([np.asarray(x), np.ones((20, 1))], axis=1)
     stiffness = np.diag([float(gain) * 5 / 20] * 6 + [5.0])
@@ -195,10 +195,10 @@ def test_a_state_begins_where_power_iterations_end(x64):
     many = pjax.optim.CyclicProjections(splitting="layer", metric=metric).problem(loss, params)
     compared = 0
     for node in begun.graph.nodes:
-        if node.index not in begun._references or node.rule is None:
+        if not node.slots:
             continue
-        gains = [begun._slot_gains[i] for i in node.slots]
-        best = [many._slot_gains[i] for i in node.slots]
+        gains = [begun.gains[i] for i in node.slots]
+        best = [many.gains[i] for i in node.slots]
         for gain, limit in zip(gains, best, strict=True):
             if isinstance(gain, jax.Array) and gain.ndim == 0:
                 assert float(limit) / MARGIN <= float(gain) <= float(limit) * (1 + 1e-9)

@@ -13,7 +13,7 @@ import pytest
 
 import pjax
 from pjax import optim, solvers
-from pjax.problem.size_report import LargeStateWarning
+from pjax.problem.layouts import LargeStateWarning
 from pjax.solvers import ResidualHistory
 from pjax.training import optimizer as solves
 from tests.conftest import enable_x64
