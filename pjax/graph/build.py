@@ -1,64 +1,35 @@
-"""From a program to a graph: each operation, or group of them, becomes a node with a rule."""
+"""From a program to a graph: each operation, or group of them, becomes a node with a rule.
+
+In comes a program; out go nodes, the slots in which they hold copies of variables, and the routes
+by which these are read. `units` says what is one node.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from pjax.backend.compat import P
 from pjax.graph.graph import Graph, Kind, Node, Slot
-from pjax.graph.missing import LOOPS, no_rule
-from pjax.graph.rest import Rests, at_rest, check_decisions
+from pjax.graph.stopped import Stopped, check_decisions, stop
+from pjax.graph.units import LayerUnits, Unit, Units
 from pjax.options import Fallback, Splitting
 from pjax.patterns import (
-    Cone,
-    Cones,
-    Piece,
+    LossTerm,
     RowLoss,
-    SumTerm,
     find_losses,
-    normal_form,
-    piecewise,
-    single,
-    sums,
 )
 from pjax.program import (
-    REGISTRATIONS,
-    SMOOTH,
-    Atom,
     Equation,
     Program,
-    Scalar,
-    TraceError,
-    broadcast_step,
-    data_operands,
     find_route,
-    is_function,
-    is_wiring,
 )
-from pjax.projections.numeric import Rows
 from pjax.rules import (
-    BILINEAR,
     PARAMETER,
-    Addend,
-    Affine,
-    ArrayFunction,
-    LayerSum,
     LinearLoss,
     NodeSpec,
-    Normalization,
     NumericLoss,
-    Product,
     Rule,
-    ScalarFunction,
-    Term,
-    as_threshold,
-    bilinear_name,
-    bilinear_operands,
     find_builder,
 )
 
@@ -77,315 +48,29 @@ def build_graph(
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
     """
+    kind = LayerUnits if splitting == "layer" else Units
     while True:
+        with_losses, terms = find_losses(program)
         try:
-            return _Builder(program, splitting, fallback).build()
-        except Rests as found:
-            check_decisions(program, found.variables)
-            program = at_rest(program, found.variables)
-
-
-@dataclass
-class _Unit:
-    """What one producer will be: its rule, the variables of its slots, and the rest of a node."""
-
-    name: str
-    spec: NodeSpec
-    inner: tuple[int, Atom | None] | None
-    source: str
-    fallback: bool = False
+            return _Builder(with_losses, terms, kind(with_losses, terms, fallback)).build()
+        except Stopped as stopped:
+            check_decisions(program, stopped.variables)
+            program = stop(program, stopped.variables)
 
 
 class _Builder:
-    def __init__(self, program: Program, splitting: Splitting, fallback: Fallback | None = None):
-        program, self.terms = find_losses(program)
-        self.program = program
-        self.fallback: Fallback | None = fallback
-        self.layers = splitting == "layer"
-        self.registered = frozenset(
-            out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
-        )
-        self.predictions = [term.equation.inputs[0] for term in self.terms]
-        self.is_empty = any(0 in program.shape(var) for var in self.predictions)
-        stop: Any = frozenset(self.predictions)
-        self.cones = piecewise.find_cones(program, stop, self.registered)
-        self.functions = Cones(program, stop, self.registered)
-        self.reads = self._count_reads()
-        self.pure = self._find_pure()
-        self.specs: dict[Rule, Rule] = {}
-
-    # What is read how often, and what depends on parameters alone.
-
-    def _operands(self, var: int) -> list[int]:
-        found = self.functions.base(var)
-        if found is not None:
-            return [found[0]]
-        cone = self.cones[var]
-        if cone.base != var:
-            return [cone.base]
-        equation = self.program.definitions.get(var)
-        if equation is None:
-            return []
-        return [a for a in equation.inputs if isinstance(a, int) and self.program.is_variable(a)]
-
-    def _count_reads(self) -> dict[int, int]:
-        reads = dict.fromkeys(self.predictions, 0)
-        for prediction in self.predictions:
-            reads[prediction] += 1
-        # Operands have smaller numbers than what they define: from the greatest down.
-        for var in range(len(self.program.avals) - 1, -1, -1):
-            if var in reads:
-                for operand in self._operands(var):
-                    reads[operand] = reads.get(operand, 0) + 1
-        return reads  # pyright: ignore[reportReturnType]
-
-    def _find_pure(self) -> set[int]:
-        """What depends on parameters alone. Rows of a parameter that data asks for do as well, but
-        what is computed of them depends on the data.
-        """
-        program = self.program
-        pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
-        rows: set[int] = set()
-        for equation in program.equations:
-            if all(isinstance(a, Scalar) or a in pure for a in equation.inputs):
-                pure.update(equation.outputs)
-            elif is_wiring(program, equation) and all(
-                isinstance(a, Scalar) or a in pure or a in rows for a in data_operands(equation)
-            ):
-                rows.update(equation.outputs)
-        return pure | rows
-
-    # Units.
-
-    def _is_by_itself(self, var: int) -> bool:
-        """Whether the operation that defines `var` joins no cone, and has no user's rule."""
-        return (
-            var not in self.registered
-            and self.cones[var].base == var
-            and self.functions.base(var) is None
-        )
-
-    def _is_wire(self, var: int) -> bool:
-        equation = self.program.definitions.get(var)
-        return (
-            equation is not None and self._is_by_itself(var) and is_wiring(self.program, equation)
-        )
-
-    def _expand(self, start: SumTerm, own: bool) -> list[SumTerm]:
-        """`start` as a sum over variables that have nodes; `own`: the first step is free."""
-        if self.layers and not own:  # a sum joins the products before it instead
-            return [start]
-        done, pending = [], [(start, own)]
-        while pending:
-            term, free = pending.pop(0)
-            parts = None
-            if free or self.reads[term.variable] == 1:
-                parts = self._open(term)
-            if parts is None:
-                done.append(term)
-            else:
-                pending[:0] = [(part, False) for part in parts]
-        return done
-
-    def _open(self, term: SumTerm) -> list[SumTerm] | None:
-        cone = self.cones[term.variable]
-        if self.functions.base(term.variable) is not None:
-            return None
-        if cone.base != term.variable:
-            pieces = cone.function.pieces
-            if len(pieces) != 1:
-                return None
-            return [term.of(cone.base).scaled(pieces[0].slope)]
-        equation = self.program.definitions.get(term.variable)
-        if equation is None or term.variable in self.registered:
-            return None
-        return sums.sum_step(self.program, equation, term)
-
-    def _unit(self, var: int) -> _Unit:
-        # What has no entries cannot move; an empty batch is an error of its own.
-        nothing = 0 in self.program.shape(var) and not self.is_empty
-        if nothing or not self._is_number(var):
-            raise Rests([var])
-        cone = self.cones[var]
-        equation = self.program.definitions[var]
-        piece = self.functions.piece(var)
-        if piece is not None:
-            return self._function_unit(piece, equation)
-        if cone.base != var:
-            return self._cone_unit(var, cone, equation)
-        if var in self.registered:
-            return self._rule_unit(equation, var)
-        if self.layers:
-            unit = self._layer_unit(var, equation)
-            if unit is not None:
-                return unit
-        kink = piecewise.known_kink(self.program, equation)
-        if kink is not None:
-            base, offset, function = kink
-            terms = self._expand(SumTerm(base), own=False)
-            return self._affine_unit(equation.name, terms, function, (base, offset), equation)
-        terms = sums.sum_step(self.program, equation, SumTerm(var))
-        if terms is not None:
-            terms = self._expand(SumTerm(var), own=True)
-            return self._affine_unit(equation.name, terms, None, None, equation)
-        return self._rule_unit(equation, var)
-
-    def _is_number(self, atom: Atom) -> bool:
-        """Whether an operand is of a floating-point type: no condition, and no index."""
-        return bool(jnp.issubdtype(self.program.dtype(atom), jnp.floating))
-
-    def _function_unit(self, piece: Piece, equation: Equation) -> _Unit:
-        """A cone, or an operation without a rule, by a numeric projection."""
-        name = _cone_name(piece)
-        if piece.elementwise:
-            rule = ScalarFunction(piece.function, self.layers, name)
-        else:
-            shapes = [self.program.shape(var) for var in piece.inputs]
-            inputs, output = tuple(a for a, _ in piece.rows), tuple(b for _, b in piece.rows)
-            kept = Rows((inputs,) * len(shapes), output)
-            rule = ArrayFunction(piece.function, self.layers, name, kept)
-            form = normal_form(self.program, piece)
-            if form is not None:
-                rule = Normalization(piece.function, self.layers, "normalize", kept, form=form)
-        return _Unit(name, NodeSpec(rule, piece.inputs, piece.knowns), None, equation.source)
-
-    # Layer splitting: products and what is added to them.
-
-    def _product(self, var: int) -> Equation | None:
-        """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
-        equation = self.program.definitions.get(var)
-        if equation is None or not self._is_by_itself(var):
-            return None
-        builder = find_builder(equation.primitive)
-        if builder is None or equation.primitive not in BILINEAR:
-            return None
-        # A product with a known number or array entry by entry is a scaling: a linear term.
-        variable = [self.program.is_variable(atom) for atom in equation.inputs]
-        scaling = equation.primitive is P.mul_p and sum(variable) == 1
-        return None if scaling else equation
-
-    def _layer_unit(self, var: int, equation: Equation) -> _Unit | None:
-        """`var` as a sum of products and addends; None if no product is among them."""
-        own = self._product(var)
-        terms = [SumTerm(var)] if own is not None else self._layer_terms(var)
-        found: list[Product | Addend] = []
-        slots: list[Atom] = []
-        knowns: list[Atom] = []
-        has_product = False
-        for term in terms or []:
-            product = None
-            plain = not term.factors and not term.axes
-            if plain and (term.variable == var or self.reads[term.variable] == 1):
-                product = self._product(term.variable)
-            if product is not None:
-                spec = bilinear_operands(self.program, product)
-                found.append(Product(spec.operation, *spec.free, scale=term.scale))
-                slots += [a for a, free in zip(product.inputs, spec.free, strict=True) if free]
-                knowns += [a for a, free in zip(product.inputs, spec.free, strict=True) if not free]
-                has_product = True
-            else:
-                addend, source = self._addend(term)
-                found.append(addend)
-                slots.append(source)
-                knowns += [atom for atom, _, _ in term.factors]
-        if not has_product:
-            return None
-        name = "layer" if len(found) > 1 else "dot"
-        if own is not None:
-            name = bilinear_name(own)
-        rule = LayerSum(tuple(found), name)
-        return _Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
-
-    def _layer_terms(self, var: int) -> list[SumTerm] | None:
-        equation = self.program.definitions[var]
-        if sums.sum_step(self.program, equation, SumTerm(var)) is None:
-            return None
-        return self._open_sums(SumTerm(var))
-
-    def _open_sums(self, start: SumTerm) -> list[SumTerm]:
-        """`start` as a sum, down to products, values that are read elsewhere, and other nodes."""
-        done, pending = [], [(start, True)]
-        while pending:
-            term, own = pending.pop(0)
-            parts = None
-            if own or (self.reads[term.variable] == 1 and self._product(term.variable) is None):
-                parts = self._open(term)
-            if parts is None:
-                done.append(term)
-            else:
-                pending[:0] = [(part, False) for part in parts]
-        return done
-
-    def _addend(self, term: SumTerm) -> tuple[Addend, Atom]:
-        """An addend and the variable that it reads: what is broadcast is read before that."""
-        spec = Term(term.scale, tuple((d, s) for _, d, s in term.factors), term.axes)
-        if term.factors or term.axes:
-            return Addend(spec), term.variable
-        shape = self.program.shape(term.variable)
-        source, dimensions = term.variable, tuple(range(len(shape)))
-        while self._is_wire(source):
-            step = broadcast_step(self.program, self.program.definitions[source])
-            if step is None:
-                break
-            source, inner = step
-            dimensions = tuple(dimensions[axis] for axis in inner)
-        if source == term.variable:
-            return Addend(spec), source
-        return Addend(spec, shape, dimensions), source
-
-    def _rule_unit(self, equation: Equation, var: int) -> _Unit:
-        builder = find_builder(equation.primitive)
-        if builder is None or len(equation.outputs) != 1:
-            general = is_function(equation.primitive)
-            moving = [a for a in equation.inputs if self.program.is_variable(a)]
-            resting = [a for a in moving if not self._is_number(a)]
-            if resting:
-                raise Rests(resting)
-            allowed = general or self.fallback is not None
-            if allowed and len(equation.outputs) == 1 and equation.name not in LOOPS:
-                piece = single(self.program, equation, var)
-                _check_derivative(self.program, piece, equation)
-                return replace(self._function_unit(piece, equation), fallback=not general)
-            raise TraceError(no_rule(equation, self.fallback is not None))
-        spec = builder(self.program, equation)
-        return _Unit(spec.rule.name or equation.name, spec, None, equation.source)
-
-    def _cone_unit(self, var: int, cone: Cone, equation: Equation) -> _Unit:
-        if len(cone.function.pieces) == 1:
-            unit = self._layer_unit(var, equation) if self.layers else None
-            if unit is not None:
-                return unit
-            terms = self._expand(SumTerm(var), own=True)
-            return self._affine_unit(equation.name, terms, None, None, equation)
-        terms = self._expand(SumTerm(cone.base), own=False)
-        name = "relu" if piecewise.is_relu(cone.function) else equation.name
-        return self._affine_unit(name, terms, cone.function, (cone.base, None), equation)
-
-    def _affine_unit(
-        self,
-        name: str,
-        terms: Sequence[SumTerm],
-        function: Any,
-        inner: tuple[int, Atom | None] | None,
-        equation: Equation,
-    ) -> _Unit:
-        rule = Affine(
-            tuple(Term(t.scale, tuple((d, s) for _, d, s in t.factors), t.axes) for t in terms),
-            function,
-            f"sum_{name}" if function is not None and len(terms) > 1 else name,
-        )
-        knowns = tuple(atom for t in terms for atom, _, _ in t.factors)
-        spec = NodeSpec(rule, tuple(t.variable for t in terms), knowns)
-        return _Unit(rule.name, spec, inner, equation.source)
-
-    # The graph.
+    def __init__(self, program: Program, terms: tuple[LossTerm, ...], units: Units):
+        self.program, self.terms, self.units = program, terms, units
+        #: Equal rules are one object.
+        self.rules: dict[Rule, Rule] = {}
+        self.slots: list[Slot] = []
 
     def build(self) -> Graph:
         program = self.program
-        units: dict[int, _Unit] = {}
+        units: dict[int, Unit] = {}
         leaves: dict[int, None] = {}
         seen: set[int] = set()
-        pending: list[Any] = list(self.predictions)
+        pending: list[Any] = list(self.units.predictions)
         while pending:
             var = pending.pop()
             if var in seen:
@@ -393,10 +78,10 @@ class _Builder:
             seen.add(var)
             if var < len(program.leaves):
                 leaves[var] = None
-            elif self._is_wire(var):
-                pending += self._operands(var)
+            elif self.units.is_wire(var):
+                pending += self.units.operands(var)
             else:
-                units[var] = self._unit(var)
+                units[var] = self.units.unit(var)
                 pending += [a for a in units[var].spec.slots if isinstance(a, int)]
         producers = {*leaves, *units}
         # Parameters in the order of the pytree, operations in the order of the program, losses.
@@ -406,17 +91,15 @@ class _Builder:
             index_of[var] = len(nodes)
             name = program.leaves[var].path or "params"
             nodes.append(Node(len(nodes), "parameter", name, PARAMETER, (), (), var))
-        self.slots: list[Slot] = []
         for var in sorted(units):
             index_of[var] = len(nodes)
             unit = units[var]
-            if self.layers:
-                rule = as_threshold(unit.spec.rule, of_weights=var in self.pure)
-                unit = replace(unit, spec=unit.spec._replace(rule=rule))
+            rule = self.units.finished(var, unit.spec.rule)
+            unit = replace(unit, spec=unit.spec._replace(rule=rule))
             nodes.append(self._node(len(nodes), "operation", unit, var, producers, index_of))
         for equation in (term.equation for term in self.terms):
             spec = _loss_spec(program, equation)
-            unit = _Unit(spec.rule.name, spec, None, equation.source)
+            unit = Unit(spec.rule.name, spec, None, equation.source)
             out = equation.outputs[0]
             nodes.append(self._node(len(nodes), "loss", unit, out, producers, index_of))
         return Graph(program, tuple(nodes), tuple(self.slots), self.terms)
@@ -425,7 +108,7 @@ class _Builder:
         self,
         index: int,
         kind: Kind,
-        unit: _Unit,
+        unit: Unit,
         output: int,
         producers: set[int],
         index_of: Mapping[int, int],
@@ -443,14 +126,14 @@ class _Builder:
                     producers=tuple(index_of[source] for source in route.sources),
                     shape=program.shape(atom),
                     dtype=program.deviation_dtype(atom),
-                    kind="weight" if atom in self.pure else "activation",
+                    kind="weight" if atom in self.units.pure else "activation",
                 )
             )
         return Node(
             index=index,
             kind=kind,
             name=unit.name,
-            rule=self.specs.setdefault(unit.spec.rule, unit.spec.rule),
+            rule=self.rules.setdefault(unit.spec.rule, unit.spec.rule),
             slots=tuple(range(first, len(self.slots))),
             knowns=unit.spec.knowns,
             output=output,
@@ -472,31 +155,3 @@ def _loss_spec(program: Program, equation: Equation) -> NodeSpec:
     builder = find_builder(loss)
     assert builder is not None
     return builder(program, equation)
-
-
-def _check_derivative(program: Program, piece: Piece, equation: Equation) -> None:
-    """Raises an error for an operation that cannot be linearised."""
-    inputs, knowns = (
-        [jax.ShapeDtypeStruct(program.shape(a), program.deviation_dtype(a)) for a in atoms]
-        for atoms in (piece.inputs, piece.knowns)
-    )
-
-    def derive(inputs: Any, knowns: Any) -> Any:
-        out, back = jax.vjp(lambda *xs: piece.function(xs, knowns), *inputs)
-        return back(out)
-
-    try:
-        jax.eval_shape(derive, inputs, knowns)
-    except Exception as error:
-        raise TraceError(
-            f"{no_rule(equation, True)}\nIt has no derivative that could be used "
-            f"instead: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _cone_name(piece: Piece) -> str:
-    """The operations that say what a cone is: those that have no exact rule."""
-    names = [e.name for e in piece.function.equations if e.primitive in SMOOTH]
-    if not names:
-        return piece.function.equations[-1].name
-    return "-".join(dict.fromkeys(names))

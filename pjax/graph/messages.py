@@ -7,7 +7,7 @@ import warnings
 
 from pjax.backend import source_lines
 from pjax.graph.graph import Graph
-from pjax.graph.rest import DECIDES, decides
+from pjax.graph.stopped import DECIDES, decides
 from pjax.program import CustomRule, Leaf
 
 

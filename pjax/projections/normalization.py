@@ -55,12 +55,18 @@ class NormalForm:
         """`x` without its mean, where that does not count."""
         return x - jnp.mean(x, axis=self.axes, keepdims=True) if self.centred else x
 
-    def fits(self, weight: Any, operand: tuple[int, ...]) -> bool:
-        """Whether a weight that broadcasts to the operand is the same for all of a group."""
-        return jnp.ndim(weight) == 0 or (
-            self.shape == operand
-            and jnp.ndim(weight) == len(operand)
-            and all(jnp.shape(weight)[axis] == 1 for axis in self.axes)
+    def fits(self, *weights: tuple[Any, tuple[int, ...]]) -> bool:
+        """Whether weights that broadcast to operands of these shapes are the same for all of a
+        group.
+        """
+        return all(
+            jnp.ndim(weight) == 0
+            or (
+                self.shape == operand
+                and jnp.ndim(weight) == len(operand)
+                and all(jnp.shape(weight)[axis] == 1 for axis in self.axes)
+            )
+            for weight, operand in weights
         )
 
 

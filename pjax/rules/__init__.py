@@ -28,8 +28,11 @@ from pjax.rules.registration import register_projection as register_projection
 from pjax.rules.registry import IDENTITY as IDENTITY
 from pjax.rules.registry import find_builder as find_builder
 from pjax.rules.smooth import ArrayFunction as ArrayFunction
+from pjax.rules.smooth import ArrayStep as ArrayStep
 from pjax.rules.smooth import Normalization as Normalization
+from pjax.rules.smooth import NormalizationStep as NormalizationStep
 from pjax.rules.smooth import ScalarFunction as ScalarFunction
+from pjax.rules.smooth import ScalarStep as ScalarStep
 from pjax.rules.storages import Compact as Compact
 from pjax.rules.storages import Dense as Dense
 from pjax.rules.storages import Joined as Joined

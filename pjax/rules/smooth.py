@@ -1,5 +1,8 @@
 """Rules for functions without a closed form: smooth scalar functions, functions of rows, and any
 operation that the user allows by `fallback="gauss-newton"`.
+
+Each has two: a search for the nearest point, for neuron splitting, and one step of the linearised
+constraint (`…Step`), for layer splitting.
 """
 
 from __future__ import annotations
@@ -23,17 +26,12 @@ from pjax.rules.base import Reference, Rule
 
 @dataclass(frozen=True)
 class _Numeric(Rule):
-    """What the two rules share: a step of a linearised constraint, for layer splitting."""
+    """A node by its function alone."""
 
     exactness: ClassVar[Exactness] = "inexact"
 
     function: Function
-    layers: bool
     name: str = "function"
-
-    @property
-    def accepts_unmoved(self) -> bool:
-        return True
 
     def _call(self, reference: Reference) -> Any:
         return lambda *inputs: self.function(inputs, reference.knowns)
@@ -44,8 +42,94 @@ class _Numeric(Rule):
             return self._call(reference)(*reference.inputs)
         return reference.output
 
+
+@dataclass(frozen=True)
+class ScalarFunction(_Numeric):
+    """`y_i = φ_i(x_i)`, a chain of elementwise operations: the nearest point is looked for in the
+    whole interval that can hold it.
+    """
+
+    def project(self, reference, states, weights, target, target_weight):
+        (state,), (weight,) = states, weights
+        moved, output = numeric.scalar(
+            self._call(reference), reference.inputs[0], self._value(reference), state, weight,
+            target, target_weight,
+        )  # fmt: skip
+        return (moved,), output
+
+    def _slope(self, reference: Reference, point: Array) -> Array:
+        _, slope = jax.jvp(self._call(reference), (point,), (jnp.ones_like(point),))
+        return jnp.where(jnp.isfinite(slope), slope, 0)
+
+    def gains(self, reference, wanted, vectors):
+        return (jnp.max(jnp.square(self._slope(reference, reference.inputs[0]))),)
+
+
+@dataclass(frozen=True)
+class ArrayFunction(_Numeric):
+    """`y = φ(x_1, …)` of rows or of whole arrays (softmax, norms, and what has no rule): damped
+    Gauss-Newton steps, each row by itself.
+    """
+
+    rows: Rows = Rows((), ())  # noqa: RUF009 - immutable
+
+    def project(self, reference, states, weights, target, target_weight):
+        return numeric.gauss_newton(
+            self._call(reference), self.rows, reference.inputs, self._value(reference), states,
+            weights, target, target_weight,
+        )  # fmt: skip
+
+    def gains(self, reference, wanted, vectors):
+        call = self._call(reference)
+        return tuple(
+            self._gain(call, reference.inputs, place, vector) if want else 0.0
+            for place, (want, vector) in enumerate(zip(wanted, vectors, strict=True))
+        )
+
+    def _gain(self, call: Any, inputs: Sequence[Array], place: int, vector: Any) -> PowerIteration:
+        """`|J|²` over all rows, by the power iteration in each."""
+        apply, transpose = _linear(call, inputs, place)
+        value, kept = inputs[place], self.rows.inputs[place]
+        axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
+
+        def response(x: Array) -> Array:
+            return transpose(apply(x))
+
+        return PowerIteration(response, (), value.shape, value.dtype, axes, vector)
+
+
+@dataclass(frozen=True)
+class Normalization(ArrayFunction):
+    """`y = a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½` of each group of entries, or without the
+    mean (layer, batch, group and RMS norms, and division by a length): the nearest point, by a
+    search for one number for each group. As an [`ArrayFunction`][] where the weights within a group
+    differ.
+    """
+
+    form: NormalForm = field(kw_only=True)
+
+    def project(self, reference, states, weights, target, target_weight):
+        (operand,), (state,), (weight,) = reference.inputs, states, weights
+        if not self.form.fits((weight, operand.shape), (target_weight, target.shape)):
+            return super().project(reference, states, weights, target, target_weight)
+        moved, output = normalization.project(
+            self.form, operand, state, weight, target, target_weight
+        )
+        return (moved,), output
+
+    def gains(self, reference, wanted, vectors):
+        return (normalization.largest_gain(self.form, reference.inputs[0]),)
+
+
+class _Step(_Numeric):
+    """One Gauss-Newton step of the linearised constraint, for layer splitting."""
+
+    @property
+    def accepts_unmoved(self) -> bool:
+        return True
+
     def _point(self, reference: Reference, states: Sequence[Any]) -> list[Array]:
-        """The values that the operands have now; None is at rest."""
+        """The values that the operands have now; None has not moved."""
         exponent = reference.geometry.exponent
         return [
             value if state is None else value + scaling.from_unit(state, exponent)
@@ -78,8 +162,8 @@ class _Numeric(Rule):
                 geometry.exponent, noise,
             )  # fmt: skip
 
-        at_rest = all(state is None for state in states)
-        height = jnp.zeros_like(target) if at_rest else rise(starts)
+        unmoved = all(state is None for state in states)
+        height = jnp.zeros_like(target) if unmoved else rise(starts)
         weight = jnp.asarray(target_weight, target.dtype)
         moves, change, _ = layer.solve(parts, target - height, weight, geometry.iterations)
 
@@ -129,28 +213,14 @@ class _Numeric(Rule):
 
 
 @dataclass(frozen=True)
-class ScalarFunction(_Numeric):
-    """`y_i = φ_i(x_i)`, a chain of elementwise operations.
-
-    In neuron splitting the nearest point is looked for in the whole interval that can hold it; in
-    layer splitting it is one safeguarded Gauss-Newton step, as for every other part of a layer.
+class ScalarStep(_Step, ScalarFunction):
+    """`y_i = φ_i(x_i)`, a chain of elementwise operations: one safeguarded Gauss-Newton step, as
+    for every other part of a layer.
     """
 
     def project(self, reference, states, weights, target, target_weight):
-        (state,), (weight,) = states, weights
-        call = self._call(reference)
-        if not self.layers:
-            moved, output = numeric.scalar(
-                call,
-                reference.inputs[0],
-                self._value(reference),
-                state,
-                weight,
-                target,
-                target_weight,
-            )
-            return (moved,), output
-        slope = self._slope(call, self._point(reference, states)[0])
+        (weight,) = weights
+        slope = self._slope(reference, self._point(reference, states)[0])
 
         def scaled(x: Array) -> Array:
             return slope * x
@@ -159,33 +229,15 @@ class ScalarFunction(_Numeric):
         part = layer.Part(scaled, scaled, weight, jnp.square(slope) / weight, curved=False)
         return self._linear_step(reference, states, [part], target, target_weight)
 
-    def _slope(self, call: Any, point: Array) -> Array:
-        _, slope = jax.jvp(call, (point,), (jnp.ones_like(point),))
-        return jnp.where(jnp.isfinite(slope), slope, 0)
-
-    def gains(self, reference, wanted, vectors):
-        slope = self._slope(self._call(reference), reference.inputs[0])
-        return (jnp.max(jnp.square(slope)),)
-
 
 @dataclass(frozen=True)
-class ArrayFunction(_Numeric):
-    """`y = φ(x_1, …)` of rows or of whole arrays: softmax, norms, and what has no rule.
-
-    In neuron splitting damped Gauss-Newton steps, each row by itself; in layer splitting one
+class ArrayStep(_Step, ArrayFunction):
+    """`y = φ(x_1, …)` of rows or of whole arrays (softmax, norms, and what has no rule): one
     safeguarded step of the linearised constraint.
     """
 
-    rows: Rows = Rows((), ())  # noqa: RUF009 - immutable
-
     def project(self, reference, states, weights, target, target_weight):
-        call = self._call(reference)
-        if not self.layers:
-            return numeric.gauss_newton(
-                call, self.rows, reference.inputs, self._value(reference), states, weights, target,
-                target_weight,
-            )  # fmt: skip
-        geometry = reference.geometry
+        geometry, call = reference.geometry, self._call(reference)
         point = self._point(reference, states)
         parts = [
             layer.Part(*_linear(call, point, place), weight, compliance, curved)
@@ -195,56 +247,22 @@ class ArrayFunction(_Numeric):
         ]
         return self._linear_step(reference, states, parts, target, target_weight)
 
-    def gains(self, reference, wanted, vectors):
-        call = self._call(reference)
-        return tuple(
-            self._gain(call, reference.inputs, place, vector) if want else 0.0
-            for place, (want, vector) in enumerate(zip(wanted, vectors, strict=True))
-        )
-
-    def _gain(self, call: Any, inputs: Sequence[Array], place: int, vector: Any) -> PowerIteration:
-        """`|J|²` over all rows, by the power iteration in each."""
-        apply, transpose = _linear(call, inputs, place)
-        value, kept = inputs[place], self.rows.inputs[place]
-        axes = tuple(axis for axis in range(value.ndim) if axis not in kept)
-
-        def response(x: Array) -> Array:
-            return transpose(apply(x))
-
-        return PowerIteration(response, (), value.shape, value.dtype, axes, vector)
-
 
 @dataclass(frozen=True)
-class Normalization(ArrayFunction):
+class NormalizationStep(ArrayStep, Normalization):
     """`y = a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½` of each group of entries, or without the
-    mean: layer, batch, group and RMS norms, and division by a length.
-
-    In neuron splitting the nearest point, by a search for one number for each group; in layer
-    splitting a safeguarded step in closed form. As an [`ArrayFunction`][] where the weights within
-    a group differ.
+    mean (layer, batch, group and RMS norms, and division by a length): a safeguarded step in closed
+    form. As an [`ArrayStep`][] where the weights within a group differ.
     """
-
-    form: NormalForm = field(kw_only=True)
 
     def project(self, reference, states, weights, target, target_weight):
         (operand,), (state,), (weight,) = reference.inputs, states, weights
-        shapes = (operand.shape, target.shape)
-        pairs = zip((weight, target_weight), shapes, strict=True)
-        if not all(self.form.fits(w, shape) for w, shape in pairs):
+        if not self.form.fits((weight, operand.shape), (target_weight, target.shape)):
             return super().project(reference, states, weights, target, target_weight)
-        if self.layers:
-            moved, output = normalization.step(
-                self.form, operand, state, weight, target, target_weight,
-                reference.geometry.exponent,
-            )  # fmt: skip
-        else:
-            moved, output = normalization.project(
-                self.form, operand, state, weight, target, target_weight
-            )
+        moved, output = normalization.step(
+            self.form, operand, state, weight, target, target_weight, reference.geometry.exponent
+        )
         return (moved,), output
-
-    def gains(self, reference, wanted, vectors):
-        return (normalization.largest_gain(self.form, reference.inputs[0]),)
 
 
 def _linear(call: Any, point: Sequence[Array], place: int) -> tuple[Any, Any]:

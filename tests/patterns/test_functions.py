@@ -89,7 +89,7 @@ def nodes(loss, splitting, params=None):
 @pytest.mark.parametrize("name", SCALAR)
 def test_a_chain_of_scalar_functions_is_one_node(name):
     found = nodes(loss_with(SCALAR[name]), "layer")
-    assert [type(n.rule).__name__ for n in found] == ["LayerSum", "ScalarFunction", "LayerSum"]
+    assert [type(n.rule).__name__ for n in found] == ["LayerSum", "ScalarStep", "LayerSum"]
 
 
 @pytest.mark.parametrize("name", [*ROWS, *COLUMNS])

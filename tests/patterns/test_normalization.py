@@ -13,7 +13,14 @@ from flax import nnx
 from pjax.graph import build_graph
 from pjax.projections import normalization
 from pjax.projections.normalization import NormalForm
-from pjax.rules import ArrayFunction, Geometry, Normalization, Reference
+from pjax.rules import (
+    ArrayFunction,
+    ArrayStep,
+    Geometry,
+    Normalization,
+    NormalizationStep,
+    Reference,
+)
 from pjax.trace import trace
 from tests.selection import mostly_slow
 
@@ -294,8 +301,9 @@ def test_weights_that_differ_in_a_group_take_the_general_way(layers):
     (rule,) = found(RECOGNISED["mean of squares"][0])
     assert isinstance(rule, Normalization)
     form = rule.form
-    plain = ArrayFunction(rule.function, layers, rule.name, rule.rows)
-    rule = Normalization(rule.function, layers, rule.name, rule.rows, form=form)
+    kinds = (ArrayStep, NormalizationStep) if layers else (ArrayFunction, Normalization)
+    plain = kinds[0](rule.function, rule.name, rule.rows)
+    rule = kinds[1](rule.function, rule.name, rule.rows, form=form)
     target = 0.1 * jax.random.normal(jax.random.key(2), X.shape)
     gain = normalization.largest_gain(form, X)
     reference = Reference(

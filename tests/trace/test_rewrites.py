@@ -99,7 +99,7 @@ def test_norms_of_flax_are_one_function_and_a_layer(make):
 
     program, *_ = trace(loss, {"model": params, "shift": jnp.zeros((5, 4))})
     found = [n for n in build_graph(program, "layer").nodes if n.kind == "operation"]
-    assert [type(n.rule).__name__ for n in found] == ["Affine", "Normalization", "LayerSum"]
+    assert [type(n.rule).__name__ for n in found] == ["Affine", "NormalizationStep", "LayerSum"]
 
 
 def test_factors_that_others_read_stay():

@@ -1,4 +1,7 @@
-"""What rests during a solve, and decisions that depend on what moves."""
+"""What is stopped, as by `stop_gradient`: decisions that depend on what moves.
+
+Of `jnp.where(w > 0, …)` the condition follows no move of `w`, as for a gradient: it is data.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _BITS = compat.find_primitives("bitcast_convert_type")
 _ROUNDED = compat.find_primitives("floor", "ceil")
 
 
-class Rests(Exception):
+class Stopped(Exception):
     """Conditions, counts and indices of parameters that are part of no piecewise linear function:
     they are data, as for a gradient.
     """
@@ -38,7 +41,7 @@ def check_decisions(program: Program, variables: Sequence[Atom]) -> None:
         behind.update(a for a in moving)
 
 
-def at_rest(program: Program, variables: Sequence[Atom]) -> Program:
+def stop(program: Program, variables: Sequence[Atom]) -> Program:
     """The same program, in which these variables do not follow the parameters."""
     moving = set(program.variable) - set(variables)
     for equation in program.equations:
@@ -49,14 +52,14 @@ def at_rest(program: Program, variables: Sequence[Atom]) -> Program:
 
 #: What there is to say of a parameter that only decides.
 DECIDES = (
-    "is read by conditions, indices and roundings alone, which rest: it stays as it is, and its "
-    "gradient is 0, too. `pjax.step` in the place of a comparison would move it"
+    "is read by conditions, indices and roundings alone, which do not move: it stays as it is, and "
+    "its gradient is 0, too. `pjax.step` in the place of a comparison would move it"
 )
 
 
 def decides(program: Program, leaf: int) -> bool:
     """Whether what is computed of a parameter becomes a condition, an index or a rounded number,
-    and no `stop_gradient` says that it is to rest.
+    and no `stop_gradient` says so.
     """
     seen = {leaf}
     for equation in program.equations:
