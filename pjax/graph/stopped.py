@@ -12,11 +12,9 @@ import jax.numpy as jnp
 
 from pjax.backend import compat
 from pjax.graph.missing import no_rule
-from pjax.program import Atom, Program, TraceError
+from pjax.program import ROUNDED, STOP_GRADIENT, Atom, Program, TraceError
 
-_STOPPED = compat.find_primitives("stop_gradient")
 _BITS = compat.find_primitives("bitcast_convert_type")
-_ROUNDED = compat.find_primitives("floor", "ceil")
 
 
 class Stopped(Exception):
@@ -63,10 +61,10 @@ def decides(program: Program, leaf: int) -> bool:
     """
     seen = {leaf}
     for equation in program.equations:
-        if seen.isdisjoint(equation.inputs) or equation.primitive in _STOPPED:
+        if seen.isdisjoint(equation.inputs) or equation.primitive in STOP_GRADIENT:
             continue
         seen.update(equation.outputs)
         numbers = (jnp.issubdtype(program.dtype(out), jnp.floating) for out in equation.outputs)
-        if not all(numbers) or equation.primitive in _ROUNDED:
+        if not all(numbers) or equation.primitive in ROUNDED:
             return True
     return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program import Atom, Equation, Program
+from pjax.program import ADDITIONS, Atom, Equation, Program
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class SumTerm:
         return SumTerm(variable, self.scale, self.factors, self.axes)
 
 
-_ADD = compat.find_primitives("add", "add_jaxvals")
-_SUMS = _ADD | compat.find_primitives("sub", "neg", "mul", "div", "reduce_sum")
+_SUMS = ADDITIONS | compat.find_primitives("sub", "neg", "mul", "div", "reduce_sum")
 
 
 def sum_step(program: Program, equation: Equation, outer: SumTerm) -> list[SumTerm] | None:
@@ -51,7 +50,7 @@ def sum_step(program: Program, equation: Equation, outer: SumTerm) -> list[SumTe
     if primitive not in _SUMS or any(program.dtype(atom) != out for atom in inputs):
         return None
     variable = [program.is_variable(atom) for atom in inputs]
-    if primitive in _ADD:
+    if primitive in ADDITIONS:
         return [outer.of(a) for a in inputs if program.is_variable(a)]  # pyright: ignore
     if primitive is P.sub_p:
         signs = (1.0, -1.0)

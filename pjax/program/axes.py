@@ -6,12 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program.program import Equation, Program
-from pjax.program.vocabulary import ELEMENTWISE, LOSSES, REDUCTIONS, SHAPES
-
-_JOINS = compat.find_primitives("stack", "concatenate")
+from pjax.program.vocabulary import ELEMENTWISE, JOINS, LOSSES, REDUCTIONS, SHAPES
 
 
 def independent_axes(
@@ -87,7 +84,7 @@ def _carried(
         return tuple(first[axis] for axis in params["permutation"])
     if primitive in SHAPES:
         return _reshaped(program.shape(operands[0]), first, shape, lose)
-    if primitive in _JOINS:
+    if primitive in JOINS:
         place = params.get("axis", params.get("dimension"))
         return _joined(place, [axes[a] for a in operands], len(shape), lose)
     if primitive in LOSSES:

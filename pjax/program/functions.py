@@ -19,19 +19,19 @@ from jax import lax
 from jaxtyping import Array
 
 from pjax.backend import compat
-from pjax.program.vocabulary import ELEMENTWISE, REDUCTIONS, SERIES
+from pjax.program.vocabulary import (
+    ELEMENTWISE,
+    FOURIER,
+    MATRICES,
+    REDUCTIONS,
+    RUNNING,
+    SERIES,
+    SYSTEMS,
+)
 
-_RUNNING = compat.find_primitives("cumprod", "cumlogsumexp", "cummax", "cummin")
-#: Of the last two axes of their operands.
-MATRICES = compat.find_primitives(
-    "cholesky", "triangular_solve", "eigh", "qr", "householder_product", "svd", "lu",
-    "tridiagonal_solve", "geqrf", "symmetric_product",
-)  # fmt: skip
-_FOURIER = compat.find_primitives("fft")
 #: `scatter_mul`: of entries that are named once.
 _OTHERS = compat.find_primitives("random_gamma", "scatter_mul")
-_SYSTEMS = compat.find_primitives("linear_solve", "custom_linear_solve")
-FUNCTIONS = ELEMENTWISE | REDUCTIONS | _RUNNING | MATRICES | _SYSTEMS | _OTHERS
+FUNCTIONS = ELEMENTWISE | REDUCTIONS | RUNNING | MATRICES | SYSTEMS | _OTHERS
 
 
 def is_function(primitive: Any) -> bool:
@@ -41,7 +41,7 @@ def is_function(primitive: Any) -> bool:
 
 def is_noisy(primitive: Any) -> bool:
     """Whether entries of the result may be off by more than their own rounding."""
-    noisy = SERIES | MATRICES | _SYSTEMS | _RUNNING | _OTHERS
+    noisy = SERIES | MATRICES | SYSTEMS | RUNNING | _OTHERS
     return primitive in noisy or isinstance(primitive, (Packed, OfParts))
 
 
@@ -71,11 +71,11 @@ def operation_axes(
     elif primitive in REDUCTIONS:
         # What is left of the axes in front; others move.
         kept = tuple(range(min(params["axes"], default=ndim)))
-    elif primitive in _RUNNING:
+    elif primitive in RUNNING:
         kept = tuple(axis for axis in range(ndim) if axis != params["axis"])
     elif primitive in MATRICES:
         kept = tuple(range(ndim - 2))
-    elif primitive in _FOURIER:
+    elif primitive in FOURIER:
         kept = tuple(range(ndim - len(params["fft_lengths"])))
     if others or any(shape[axis] != output[axis + shift] for shape in inputs for axis in kept):
         return ()

@@ -20,6 +20,7 @@ from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program.program import Atom, Equation, Program, Scalar, read
 from pjax.program.scatters import is_overwriting
+from pjax.program.vocabulary import EVEN_WIRING, SPLITS
 
 #: Wiring primitives, and which of their operands are structure (indices, predicates), not data.
 #: `slice(k, None)`: all operands from the k-th on.
@@ -95,13 +96,6 @@ def _linear_part(equation: Equation) -> Equation:
     return replace(equation, params={**equation.params, "fill_value": 0})
 
 
-_SPLIT = compat.find_primitives("split")
-#: These read each entry of their operand equally often.
-_EVEN = compat.find_primitives(
-    "broadcast_in_dim", "reshape", "squeeze", "transpose", "rev", "convert_element_type", "copy"
-)
-
-
 def _some_parts(equation: Equation, operand: Any, used: set[Any]) -> list[Any]:
     """The outputs of a `split` that are in `used`, None for the others: a step of a long loop
     reads one of many.
@@ -141,7 +135,8 @@ class Route:
     def even(self) -> bool:
         """Whether each entry of its one producer is read as often as any other."""
         return len(self.sources) == 1 and all(
-            equation.primitive in _EVEN and len(equation.inputs) == 1 for equation in self.equations
+            equation.primitive in EVEN_WIRING and len(equation.inputs) == 1
+            for equation in self.equations
         )
 
     def __call__(self, deviations: Sequence[Array | None], known: Mapping[int, Any]) -> Array:
@@ -184,7 +179,7 @@ class Route:
                 # Deviations are not rounded to a narrow type.
                 (out,) = equation.outputs
                 outputs = [operands[0].astype(self.program.deviation_dtype(out))]
-            elif equation.primitive in _SPLIT and not used.issuperset(equation.outputs):
+            elif equation.primitive in SPLITS and not used.issuperset(equation.outputs):
                 outputs = _some_parts(equation, operands[0], used)
             else:
                 outputs = _linear_part(equation).bind(*operands)

@@ -18,6 +18,7 @@ from jax import lax
 from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program import (
+    ADDITIONS,
     ELEMENTWISE,
     SHAPES,
     Atom,
@@ -39,7 +40,7 @@ _LINEAR = SHAPES | compat.find_primitives(
     "dynamic_update_slice", "select_n", "scatter", "scatter_add", "stop_gradient",
     "optimization_barrier", "device_put", "sharding_constraint", "name",
 )  # fmt: skip
-_SUMS = compat.find_primitives("add", "add_jaxvals", "sub")
+_SUMS = ADDITIONS | compat.find_primitives("sub")
 _SQUARES = compat.find_primitives("square", "integer_pow")
 _PRODUCTS = compat.find_primitives("mul", "dot_general", "conv_general_dilated")
 _OTHERS = ELEMENTWISE | compat.find_primitives(

@@ -16,10 +16,9 @@ from typing import Any
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, Atom, Dominators, Equation
+from pjax.program import COMPARISONS, ELEMENTWISE, REDUCTIONS, SHAPES, Atom, Dominators, Equation
 from pjax.trace.writer import Writer
 
-_COMPARISONS = compat.find_primitives("gt", "ge", "lt", "le", "eq", "ne")
 _BINARY = {"add": P.add_p, "mul": P.mul_p, "div": P.div_p}
 
 
@@ -245,7 +244,7 @@ class Regrouping:
         condition, *branches = equation.inputs
         assert isinstance(condition, int)
         comparison = self.definitions.get(condition)
-        if comparison is None or comparison.primitive not in _COMPARISONS:
+        if comparison is None or comparison.primitive not in COMPARISONS:
             return
         if sum(map(self._is_variable, comparison.inputs)) != 1:
             return

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pjax.backend import compat
 from pjax.backend.compat import P
-from pjax.program import REDUCTIONS, Atom
+from pjax.program import ORDERED_SHAPES, REDUCTIONS, Atom
 from pjax.trace.writer import Writer
 
 _COLLECTIVES: dict[Any, Any] = {
@@ -23,8 +23,6 @@ _COLLECTIVES: dict[Any, Any] = {
     **dict.fromkeys(compat.find_primitives("pmax"), jnp.max),
     **dict.fromkeys(compat.find_primitives("pmin"), jnp.min),
 }
-#: Shapes that leave all entries in their order, if the number of entries is the same.
-_ORDERED = compat.find_primitives("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 
 
 def expand(writer: Writer, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
@@ -47,7 +45,7 @@ def expand(writer: Writer, eqn: Any, inputs: Sequence[Atom], source: str) -> lis
         return [first]
     if primitive is P.convert_element_type_p and aval.dtype == out.dtype:
         return [first]
-    if primitive in _ORDERED and aval.size == out.size and aval.shape != out.shape:
+    if primitive in ORDERED_SHAPES and aval.size == out.size and aval.shape != out.shape:
         return _came_and_went(writer, first, out.shape)
     return None
 
@@ -56,7 +54,7 @@ def _came_and_went(writer: Writer, var: int, shape: tuple[int, ...]) -> list[Ato
     """What has `shape` and has become `var` by shapes alone."""
     while True:
         equation = writer.definitions.get(var)
-        if equation is None or equation.primitive not in _ORDERED:
+        if equation is None or equation.primitive not in ORDERED_SHAPES:
             return None
         (operand, *_) = equation.inputs
         if not isinstance(operand, int):

@@ -18,6 +18,7 @@ from pjax.backend.compat import P
 from pjax.program import (
     INTEGER_ARITHMETIC,
     REGISTRATIONS,
+    STOPPED,
     UNIFORM_ELEMENTWISE,
     UNIFORM_WIRING,
     Atom,
@@ -25,11 +26,7 @@ from pjax.program import (
     Equation,
     Scalar,
     functions,
-    vocabulary,
 )
-
-#: What does not follow its operands in a solve.
-_RESTING = vocabulary.INDICES | compat.find_primitives("stop_gradient", "floor", "ceil")
 
 
 class Writer(abc.ABC):
@@ -147,7 +144,7 @@ class Writer(abc.ABC):
         self.definitions.update(dict.fromkeys(equation.outputs, equation))
         # What a `stop_gradient` returns rests during a solve, like any other data; so does the
         # index of a choice.
-        rests = equation.primitive in _RESTING and not REGISTRATIONS[equation.primitive]
+        rests = equation.primitive in STOPPED and not REGISTRATIONS[equation.primitive]
         if not rests and any(map(self.is_variable, equation.inputs)):
             self.variable.update(equation.outputs)
             return

@@ -29,11 +29,9 @@ from pjax.patterns.losses.rows import RowShape
 from pjax.patterns.losses.tail import Tail, is_inner_product, one_number
 from pjax.patterns.losses.terms import Computed, LossTerm, RowLoss
 from pjax.program import (
-    ELEMENTWISE,
+    IN_LOSSES,
     LOSSES,
-    REDUCTIONS,
     REGISTRATIONS,
-    SHAPES,
     Atom,
     Dominators,
     Equation,
@@ -42,17 +40,6 @@ from pjax.program import (
     TraceError,
 )
 
-#: What a loss is made of. Products of arrays and convolutions belong to networks.
-_IN_LOSSES = (
-    ELEMENTWISE
-    | REDUCTIONS
-    | SHAPES
-    | LOSSES
-    | compat.find_primitives(
-        "gather", "slice", "dynamic_slice", "concatenate", "stack", "pad", "rev", "cumsum",
-        "cumlogsumexp", "cummax", "cumprod", "sort", "clamp", "sign",
-    )
-)  # fmt: skip
 _WHAT_TO_DO = (
     "End it in a loss of the predictions, such as `optax.softmax_cross_entropy`, "
     "`pjax.cross_entropy` or `pjax.squared_error`, or in means and weighted sums of losses."
@@ -218,7 +205,7 @@ class _Finder:
         if equation is None or len(equation.outputs) != 1 or REGISTRATIONS[equation.primitive]:
             return []
         if (
-            equation.primitive not in _IN_LOSSES
+            equation.primitive not in IN_LOSSES
             and equation not in self.tail
             and not is_inner_product(self.program, equation)
         ):
@@ -280,7 +267,7 @@ class _Finder:
         ):
             return
         definitions = [self.program.definitions.get(head) for head in heads]
-        if any(e is not None and e.primitive in _IN_LOSSES for e in definitions):
+        if any(e is not None and e.primitive in IN_LOSSES for e in definitions):
             return
         name, source = self._name(heads)
         equation = self.program.definitions.get(max(heads))
