@@ -15,7 +15,7 @@ from pjax.problem import Problem
 from pjax.program import read
 from pjax.rules import Affine
 from pjax.rules.losses import CrossEntropy
-from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
+from pjax.rules.products import NeuronBilinear, PinnedBilinear
 
 
 class NaiveProblem:

@@ -11,8 +11,8 @@ from pjax.graph.build import build_graph as build_graph
 from pjax.graph.graph import Graph as Graph
 from pjax.graph.graph import Node as Node
 from pjax.graph.graph import Slot as Slot
-from pjax.graph.latent import feeds_thresholds as feeds_thresholds
-from pjax.graph.latent import latent_nodes as latent_nodes
+from pjax.graph.graph import feeds_thresholds as feeds_thresholds
+from pjax.graph.graph import latent_nodes as latent_nodes
 from pjax.graph.messages import CustomRuleWarning as CustomRuleWarning
 from pjax.graph.messages import UnusedParameterWarning as UnusedParameterWarning
 from pjax.graph.messages import honoured as honoured

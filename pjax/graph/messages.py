@@ -1,14 +1,15 @@
-"""Warnings and errors about a graph: parameters without effect, operations without a rule."""
+"""What there is to say of a graph: parameters without effect, operations without a rule."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 
-from pjax.backend import source_lines
+import jax.numpy as jnp
+
+from pjax.backend import compat, source_lines
 from pjax.graph.graph import Graph
-from pjax.graph.stopped import DECIDES, decides
-from pjax.program import CustomRule, Leaf
+from pjax.program import ROUNDED, STOP_GRADIENT, CustomRule, Equation, Leaf, Program
 
 
 class CustomRuleWarning(UserWarning):
@@ -66,3 +67,65 @@ def _levels_to_caller() -> int:
     while frame.f_back is not None and source_lines.is_library_file(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
     return level
+
+
+#: What to do about loops whose length is not known.
+LOOPS = {
+    "scan": "unroll the loop in Python",
+    "while": "give the loop a fixed number of steps (`jax.lax.fori_loop` with Python numbers, "
+    "`jax.lax.scan`), the largest that may be needed, and keep what is done by "
+    "`jnp.where(is_running, new, old)`",
+}
+
+
+def no_rule(equation: Equation, has_fallback: bool) -> str:
+    name = equation.name
+    where = f" at {equation.source}" if equation.source else ""
+    message = f"There is no projection for the operation `{name}`{where}."
+    if name in LOOPS:
+        return (
+            f"{message} Control flow over parameters whose course depends on data is not "
+            f"supported: {LOOPS[name]}; or make the function around it an operation of its own, "
+            "with a projection: `pjax.register_projection`."
+        )
+    if len(equation.outputs) != 1:
+        return (
+            f"{message} It has several outputs, and a node has one: make a function of it that "
+            "returns one array an operation of its own, `@pjax.register_projection(function)`."
+        )
+    path = compat.primitive_path(name.replace("-", "_")) or "the_primitive"
+    message = (
+        f"{message} Register one:\n"
+        f"    @pjax.register_projection({path})\n"
+        "    def project(inputs, target, input_weights, target_weight, **params): ...\n"
+        "It returns the inputs nearest to `inputs` whose output is nearest to `target`; see "
+        "`help(pjax.register_projection)`."
+    )
+    if not has_fallback:
+        message += (
+            '\nOr allow a numeric one, of the linearised operation: `fallback="gauss-newton"`, of '
+            "`pjax.value_and_displacement`, `pjax.optim.Projection` and all that train."
+        )
+    return message
+
+
+#: What there is to say of a parameter that only decides.
+DECIDES = (
+    "is read by conditions, indices and roundings alone, which do not move: it stays as it is, and "
+    "its gradient is 0, too. `pjax.step` in the place of a comparison would move it"
+)
+
+
+def decides(program: Program, leaf: int) -> bool:
+    """Whether what is computed of a parameter becomes a condition, an index or a rounded number,
+    and no `stop_gradient` says so.
+    """
+    seen = {leaf}
+    for equation in program.equations:
+        if seen.isdisjoint(equation.inputs) or equation.primitive in STOP_GRADIENT:
+            continue
+        seen.update(equation.outputs)
+        numbers = (jnp.issubdtype(program.dtype(out), jnp.floating) for out in equation.outputs)
+        if not all(numbers) or equation.primitive in ROUNDED:
+            return True
+    return False

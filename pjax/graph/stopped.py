@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import jax.numpy as jnp
-
 from pjax.backend import compat
-from pjax.graph.missing import no_rule
-from pjax.program import ROUNDED, STOP_GRADIENT, Atom, Program, TraceError
+from pjax.graph.messages import no_rule
+from pjax.program import Atom, Program, TraceError
 
 _BITS = compat.find_primitives("bitcast_convert_type")
 
@@ -46,25 +44,3 @@ def stop(program: Program, variables: Sequence[Atom]) -> Program:
         if moving.isdisjoint(equation.inputs):
             moving.difference_update(equation.outputs)
     return replace(program, variable=frozenset(moving))
-
-
-#: What there is to say of a parameter that only decides.
-DECIDES = (
-    "is read by conditions, indices and roundings alone, which do not move: it stays as it is, and "
-    "its gradient is 0, too. `pjax.step` in the place of a comparison would move it"
-)
-
-
-def decides(program: Program, leaf: int) -> bool:
-    """Whether what is computed of a parameter becomes a condition, an index or a rounded number,
-    and no `stop_gradient` says so.
-    """
-    seen = {leaf}
-    for equation in program.equations:
-        if seen.isdisjoint(equation.inputs) or equation.primitive in STOP_GRADIENT:
-            continue
-        seen.update(equation.outputs)
-        numbers = (jnp.issubdtype(program.dtype(out), jnp.floating) for out in equation.outputs)
-        if not all(numbers) or equation.primitive in ROUNDED:
-            return True
-    return False

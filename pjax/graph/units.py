@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.backend.compat import P
-from pjax.graph.missing import LOOPS, no_rule
+from pjax.graph.messages import LOOPS, no_rule
 from pjax.graph.stopped import Stopped
 from pjax.options import Fallback
 from pjax.patterns import (

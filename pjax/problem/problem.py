@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from pjax.graph import Node, Slot
 from pjax.metrics import Metric, Weight
 from pjax.options import Fallback, Fanout, Grouping, Splitting
-from pjax.problem import moves, projection, residuals, state
+from pjax.problem import moves, projection, state
 from pjax.problem.consensus import Consensus
 from pjax.problem.forward import ForwardPass
 from pjax.problem.layouts import Formulation, Layout, Sizes, layout, sizes
@@ -193,7 +193,7 @@ class Problem:
         point = self.initial() if state is None else state
         return {
             f"{node.index} {node.name}": jnp.sqrt(
-                residuals.squared_residual(self._consensus, node, point)
+                projection.squared_residual(self._consensus, node, point)
             )
             for node in self.graph.nodes
         }

@@ -37,9 +37,6 @@ from pjax.program.program import live as live
 from pjax.program.program import read as read
 from pjax.program.program import run as run
 from pjax.program.program import widened as widened
-from pjax.program.scatters import bind_scatter as bind_scatter
-from pjax.program.scatters import is_overwriting as is_overwriting
-from pjax.program.scatters import scatter_add as scatter_add
 from pjax.program.vocabulary import ADDITIONS as ADDITIONS
 from pjax.program.vocabulary import BINARY as BINARY
 from pjax.program.vocabulary import COMPARISONS as COMPARISONS
@@ -58,8 +55,11 @@ from pjax.program.vocabulary import STOPPED as STOPPED
 from pjax.program.vocabulary import UNIFORM_ELEMENTWISE as UNIFORM_ELEMENTWISE
 from pjax.program.vocabulary import UNIFORM_WIRING as UNIFORM_WIRING
 from pjax.program.wiring import Route as Route
+from pjax.program.wiring import bind_scatter as bind_scatter
 from pjax.program.wiring import broadcast_step as broadcast_step
 from pjax.program.wiring import data_operands as data_operands
 from pjax.program.wiring import find_route as find_route
+from pjax.program.wiring import is_overwriting as is_overwriting
 from pjax.program.wiring import is_wiring as is_wiring
 from pjax.program.wiring import pull_together as pull_together
+from pjax.program.wiring import scatter_add as scatter_add

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program.program import Atom, Equation, Program, Scalar, read
-from pjax.program.scatters import is_overwriting
 from pjax.program.vocabulary import EVEN_WIRING, SPLITS
 
 #: Wiring primitives, and which of their operands are structure (indices, predicates), not data.
@@ -251,3 +251,24 @@ def find_route(program: Program, producers: set[int], target: int) -> Route:
 
     visit(target)
     return Route(program, tuple(sources), tuple(equations), target)
+
+
+def is_overwriting(params: Mapping[str, Any]) -> bool:
+    """Whether a `scatter` writes its updates: not `x.at[i].apply(f)`."""
+    if params["update_jaxpr"] is None:
+        return True
+    jaxpr, _ = compat.open_jaxpr(params["update_jaxpr"])
+    return list(jaxpr.outvars) == list(jaxpr.invars[1:])
+
+
+def bind_scatter(scatter: Any, x: Array, indices: Array, updates: Array, params: Any) -> Array:
+    return scatter(
+        x, indices, updates, params["dimension_numbers"],
+        indices_are_sorted=params["indices_are_sorted"],
+        unique_indices=params["unique_indices"], mode=params["mode"],
+    )  # fmt: skip
+
+
+def scatter_add(x: Array, indices: Array, updates: Array, params: Mapping[str, Any]) -> Array:
+    """`x` with each entry of the updates added to the entry that its index names."""
+    return bind_scatter(lax.scatter_add, x, indices, updates, params)

@@ -11,9 +11,14 @@ from pjax.rules.affine import Affine, ScatterAdd, Term
 from pjax.rules.base import Builder, NodeSpec
 from pjax.rules.extrema import Extremum
 from pjax.rules.losses import CrossEntropy, Loss, Margin, SquaredError
-from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
 from pjax.rules.piecewise_constant import Quantizer
-from pjax.rules.products import BILINEAR, bilinear_name, bilinear_operands
+from pjax.rules.products import (
+    BILINEAR,
+    NeuronBilinear,
+    PinnedBilinear,
+    bilinear_name,
+    bilinear_operands,
+)
 
 _BUILDERS: dict[Any, Builder] = {}
 

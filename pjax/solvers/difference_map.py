@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pjax.solvers.sets import Step, affine, require_two
-from pjax.solvers.solver import Solver
+from pjax.solvers.solver import Solver, Step, affine, require_two
 
 
 @dataclass(frozen=True)

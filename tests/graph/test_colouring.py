@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjax.graph import colouring
-from pjax.graph.colouring import conflicts, two_colour
+from pjax.graph import bipartition
+from pjax.graph.bipartition import conflicts, two_colour
 
 
 def split(size, edges, colours, producers):
@@ -68,15 +68,15 @@ def test_large_graphs_by_local_search(seed):
     size = 300
     first = rng.integers(0, size - 1, 700)
     edges = [(int(i), int(rng.integers(i + 1, size))) for i in first]
-    start = colouring._breadth_first(size, sorted(set(edges)))
-    found = colouring._improve(start, sorted(set(edges)))
+    start = bipartition._breadth_first(size, sorted(set(edges)))
+    found = bipartition._improve(start, sorted(set(edges)))
     assert len(conflicts(found, edges)) <= len(conflicts(start, edges))
     # No single flip helps any more.
     count = len(conflicts(found, edges))
     for node in range(0, size, 7):
         flipped = [*found[:node], 1 - found[node], *found[node + 1 :]]
         assert len(conflicts(flipped, edges)) >= count
-    assert colouring._improve(start, sorted(set(edges))) == found
+    assert bipartition._improve(start, sorted(set(edges))) == found
 
 
 def test_the_same_graph_gets_the_same_answer():
@@ -114,7 +114,7 @@ def recurrent(steps):
 
 def test_shared_weights_need_one_identity_each_not_one_per_step():
     size, edges = recurrent(28)
-    breadth_first = conflicts(colouring._breadth_first(size, sorted(edges)), edges)
+    breadth_first = conflicts(bipartition._breadth_first(size, sorted(edges)), edges)
     assert len(two_colour(size, edges)[1]) <= 3 < len(breadth_first)
 
 
@@ -141,7 +141,7 @@ def test_a_deep_network_is_coloured_quickly():
     assert len(producers) == 200
     assert time.perf_counter() - start < 20
     size, edges = chain_of_blocks(2000, 3)
-    assert len(edges) > colouring._MAX_EDGES_EXACT
+    assert len(edges) > bipartition._MAX_EDGES_EXACT
     colours, producers = two_colour(size, edges)
     assert producers == conflicts(colours, edges)
     assert len(producers) <= 2000

@@ -23,8 +23,8 @@ from pjax.problem import Formulation, Layout, Problem, layout
 from pjax.program import TraceError, read
 from pjax.projections import linear
 from pjax.rules import Affine, Dense, Lifted
-from pjax.rules.neuron import NeuronBilinear, PinnedBilinear
 from pjax.rules.piecewise_constant import Quantizer
+from pjax.rules.products import NeuronBilinear, PinnedBilinear
 from pjax.trace import trace
 from tests.conftest import enable_x64
 

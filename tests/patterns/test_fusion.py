@@ -18,7 +18,7 @@ from pjax.program import read
 from pjax.projections import linear
 from pjax.projections.piecewise import RELU
 from pjax.rules import Affine, ScalarFunction
-from pjax.rules.neuron import PinnedBilinear
+from pjax.rules.products import PinnedBilinear
 from pjax.trace import trace
 
 X = jnp.arange(12.0).reshape(4, 3) / 7 - 0.8

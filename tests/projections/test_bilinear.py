@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from jax import lax
 from scipy import optimize
 
-from pjax.projections.products.compact import CompactProjection, project_compact
 from pjax.projections.products.dot_general import DotGeneral
-from pjax.projections.products.lifted import project_lifted
+from pjax.projections.products.free import CompactProjection, project_compact, project_lifted
 from pjax.projections.products.operation import Multiply
 from pjax.projections.products.pinned import (
     project_pinned_compact,

@@ -12,9 +12,8 @@ import pytest
 import pjax
 from pjax import metrics
 from pjax.projections.gains import largest
-from pjax.projections.products.compact import project_compact
 from pjax.projections.products.convolution import Convolution
-from pjax.projections.products.lifted import project_lifted
+from pjax.projections.products.free import project_compact, project_lifted
 from pjax.projections.products.pinned import (
     project_pinned_compact,
     project_pinned_structured,

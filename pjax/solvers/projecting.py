@@ -1,12 +1,11 @@
-"""Cyclic projections: one level of the graph after the other."""
+"""Solvers that project in turn, onto two sets or onto all levels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pjax.solvers.sets import Step
-from pjax.solvers.solver import Solver
+from pjax.solvers.solver import Solver, Step, require_two
 
 
 @dataclass(frozen=True)
@@ -44,4 +43,32 @@ class CyclicProjections(Solver):
             lambda: tuple(map(problem.distance, points[1:], points)),
             points[place],
             points[place + 1],
+        )
+
+
+@dataclass(frozen=True)
+class AlternatingProjections(Solver):
+    """`z ← P_B(P_A(z))`.
+
+    **Arguments:**
+
+    - `steps`: how many.
+    - `change_projection_order`: project onto B, then A.
+
+    Source: von Neumann; arXiv 2506.05878, section 3.
+    """
+
+    change_projection_order: bool = False
+
+    reflecting: ClassVar[bool] = False
+
+    def step(self, problem, state):
+        first, second = require_two(problem, self.change_projection_order)
+        middle = problem.project(first, state)
+        end = problem.project(second, middle)
+        return Step(
+            end,
+            lambda: (problem.distance(middle, state), problem.distance(end, middle)),
+            middle,
+            end,
         )
