@@ -23,11 +23,13 @@ Where to look:
 """
 
 from types import ModuleType as _Module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
 from pjax import solvers as solvers
+from pjax.backend import moved as _moved
 from pjax.graph import CustomRuleWarning as CustomRuleWarning
 from pjax.graph import Graph as Graph
 from pjax.graph import UnusedParameterWarning as UnusedParameterWarning
@@ -77,11 +79,19 @@ __version__ = "0.2.0"
 
 #: Modules that users use; the others are found by their names.
 _MODULES = ("lab", "metrics", "nn", "numpy", "optim", "solvers")
+_moved.install()
 
 
 def __dir__() -> list[str]:
     return [
         name
         for name, value in globals().items()
-        if not isinstance(value, _Module) or name in _MODULES
+        if (not isinstance(value, _Module) or name in _MODULES)
+        and (not name.startswith("_") or name.startswith("__"))
     ]
+
+
+if not _TYPE_CHECKING:  # type checkers would take every name
+
+    def __getattr__(name: str) -> _Module:
+        return _moved.attribute(name)

@@ -168,3 +168,14 @@ def test_the_oldest_requirements_are_those_of_pyproject() -> None:
     assert sorted(printed) == sorted(
         [*wanted, *(one.replace("jax==", "jaxlib==") for one in wanted if one.startswith("jax=="))]
     )
+
+
+def test_old_names_of_modules_warn_and_completion_shows_no_machinery() -> None:
+    with pytest.warns(DeprecationWarning, match=r"`pjax\.displacements` is `pjax\.training"):
+        from pjax.displacements import value_and_displacement  # pyright: ignore
+    assert value_and_displacement is pjax.value_and_displacement
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pjax.nothing  # pyright: ignore  # noqa: B018
+    shown = {name for name in dir(pjax) if not name.startswith("__")}
+    assert shown.isdisjoint({"backend", "graph", "program", "training", "annotations"})
+    assert {"optim", "solvers", "metrics", "explain"} <= shown

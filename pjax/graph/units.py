@@ -19,10 +19,10 @@ from pjax.graph.messages import LOOPS, no_rule
 from pjax.graph.stopped import Stopped
 from pjax.options import Fallback
 from pjax.patterns import (
-    Cone,
-    Cones,
+    Excerpt,
     LossTerm,
-    Piece,
+    OfOneValue,
+    SmoothFunctions,
     SumTerm,
     normal_form,
     piecewise,
@@ -91,7 +91,7 @@ class Units:
         self.is_empty = any(0 in program.shape(var) for var in self.predictions)
         stop: Any = frozenset(self.predictions)
         self.cones = piecewise.find_cones(program, stop, self.registered)
-        self.functions = Cones(program, stop, self.registered)
+        self.functions = SmoothFunctions(program, stop, self.registered)
         self.reads = self._count_reads()
         self.pure = self._find_pure()
 
@@ -185,9 +185,9 @@ class Units:
             raise Stopped([var])
         cone = self.cones[var]
         equation = self.program.definitions[var]
-        piece = self.functions.piece(var)
-        if piece is not None:
-            return self._function_unit(piece, equation)
+        excerpt = self.functions.excerpt(var)
+        if excerpt is not None:
+            return self._function_unit(excerpt, equation)
         if cone.base != var:
             return self._cone_unit(var, cone, equation)
         if var in self.registered:
@@ -223,20 +223,20 @@ class Units:
     _ARRAY: type[ArrayFunction] = ArrayFunction
     _NORMALIZATION: type[Normalization] = Normalization
 
-    def _function_unit(self, piece: Piece, equation: Equation) -> Unit:
+    def _function_unit(self, excerpt: Excerpt, equation: Equation) -> Unit:
         """A cone, or an operation without a rule, by a numeric projection."""
-        name = _cone_name(piece)
-        if piece.elementwise:
-            rule = self._SCALAR(piece.function, name)
+        name = _cone_name(excerpt)
+        if excerpt.elementwise:
+            rule = self._SCALAR(excerpt.function, name)
         else:
-            shapes = [self.program.shape(var) for var in piece.inputs]
-            inputs, output = tuple(a for a, _ in piece.rows), tuple(b for _, b in piece.rows)
+            shapes = [self.program.shape(var) for var in excerpt.inputs]
+            inputs, output = tuple(a for a, _ in excerpt.rows), tuple(b for _, b in excerpt.rows)
             kept = Rows((inputs,) * len(shapes), output)
-            rule = self._ARRAY(piece.function, name, kept)
-            form = normal_form(self.program, piece)
+            rule = self._ARRAY(excerpt.function, name, kept)
+            form = normal_form(self.program, excerpt)
             if form is not None:
-                rule = self._NORMALIZATION(piece.function, "normalize", kept, form=form)
-        return Unit(name, NodeSpec(rule, piece.inputs, piece.knowns), None, equation.source)
+                rule = self._NORMALIZATION(excerpt.function, "normalize", kept, form=form)
+        return Unit(name, NodeSpec(rule, excerpt.inputs, excerpt.knowns), None, equation.source)
 
     def _rule_unit(self, equation: Equation, var: int) -> Unit:
         builder = find_builder(equation.primitive)
@@ -248,14 +248,14 @@ class Units:
                 raise Stopped(whole)
             allowed = general or self.fallback is not None
             if allowed and len(equation.outputs) == 1 and equation.name not in LOOPS:
-                piece = single(self.program, equation, var)
-                _check_derivative(self.program, piece, equation)
-                return replace(self._function_unit(piece, equation), fallback=not general)
+                excerpt = single(self.program, equation, var)
+                _check_derivative(self.program, excerpt, equation)
+                return replace(self._function_unit(excerpt, equation), fallback=not general)
             raise TraceError(no_rule(equation, self.fallback is not None))
         spec = builder(self.program, equation)
         return Unit(spec.rule.name or equation.name, spec, None, equation.source)
 
-    def _cone_unit(self, var: int, cone: Cone, equation: Equation) -> Unit:
+    def _cone_unit(self, var: int, cone: OfOneValue, equation: Equation) -> Unit:
         if len(cone.function.pieces) == 1:
             unit = self._product_unit(var, equation)
             if unit is not None:
@@ -381,15 +381,15 @@ class LayerUnits(Units):
         return Addend(spec, shape, dimensions), source
 
 
-def _check_derivative(program: Program, piece: Piece, equation: Equation) -> None:
+def _check_derivative(program: Program, excerpt: Excerpt, equation: Equation) -> None:
     """Raises an error for an operation that cannot be linearised."""
     inputs, knowns = (
         [jax.ShapeDtypeStruct(program.shape(a), program.deviation_dtype(a)) for a in atoms]
-        for atoms in (piece.inputs, piece.knowns)
+        for atoms in (excerpt.inputs, excerpt.knowns)
     )
 
     def derive(inputs: Any, knowns: Any) -> Any:
-        out, back = jax.vjp(lambda *xs: piece.function(xs, knowns), *inputs)
+        out, back = jax.vjp(lambda *xs: excerpt.function(xs, knowns), *inputs)
         return back(out)
 
     try:
@@ -401,9 +401,9 @@ def _check_derivative(program: Program, piece: Piece, equation: Equation) -> Non
         ) from error
 
 
-def _cone_name(piece: Piece) -> str:
+def _cone_name(excerpt: Excerpt) -> str:
     """The operations that say what a cone is: those that have no exact rule."""
-    names = [e.name for e in piece.function.equations if e.primitive in SMOOTH]
+    names = [e.name for e in excerpt.function.equations if e.primitive in SMOOTH]
     if not names:
-        return piece.function.equations[-1].name
+        return excerpt.function.equations[-1].name
     return "-".join(dict.fromkeys(names))

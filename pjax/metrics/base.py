@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -93,6 +94,16 @@ class Metric(ABC):
     def slot_weights(self, graph: Graph) -> Sequence[float]:
         """ρ for each slot of `graph`, if that is all there is to the metric."""
         raise NotImplementedError(f"`{type(self).__name__}` must define `slot_weights` or `weigh`.")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "resting" in vars(cls):
+            warnings.warn(
+                f"`{cls.__name__}.resting` is `stiff` now; the old name goes with the next release.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            cls.stiff = vars(cls)["resting"]
 
     def stiff(self, graph: Graph) -> Sequence[bool]:
         """For each slot whether its weight is infinite: its entries stay, and gather forces."""

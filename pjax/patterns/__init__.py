@@ -6,14 +6,14 @@ norms over axes (`normalizations`), sums of multiples (`sums`), and the terms of
 
 from __future__ import annotations
 
+from pjax.patterns.excerpts import Excerpt as Excerpt
 from pjax.patterns.excerpts import Function as Function
-from pjax.patterns.excerpts import Piece as Piece
 from pjax.patterns.excerpts import single as single
 from pjax.patterns.losses.find import find_losses as find_losses
 from pjax.patterns.losses.terms import Computed as Computed
 from pjax.patterns.losses.terms import LossTerm as LossTerm
 from pjax.patterns.losses.terms import RowLoss as RowLoss
 from pjax.patterns.normalizations import normal_form as normal_form
-from pjax.patterns.piecewise import Cone as Cone
-from pjax.patterns.smooth import Cones as Cones
+from pjax.patterns.piecewise import OfOneValue as OfOneValue
+from pjax.patterns.smooth import SmoothFunctions as SmoothFunctions
 from pjax.patterns.sums import SumTerm as SumTerm

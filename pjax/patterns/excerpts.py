@@ -37,8 +37,6 @@ class Function:
     - `key`: what two equal pieces have in common.
     """
 
-    num_inputs: int
-    num_knowns: int
     equations: tuple[Equation, ...]
     output: Atom
     narrow: bool
@@ -63,7 +61,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Excerpt:
     """A function, and what it reads in the program that it was cut out of.
 
     **Attributes:**
@@ -94,7 +92,7 @@ def _wide_params(equation: Equation) -> Any:
 
 def cut(
     program: Program, equations: Sequence[Equation], inputs: Sequence[int], output: int
-) -> Piece:
+) -> Excerpt:
     """The function from `inputs` to `output` that `equations`, in order, compute."""
     inside = {out for e in equations for out in e.outputs}
     knowns: dict[Atom, int] = {}
@@ -130,7 +128,7 @@ def cut(
     )
     types = {program.dtype(a) for a in (*free, *inside)}
     narrow = any(widened(dtype) != dtype for dtype in types)
-    function = Function(len(inputs), len(knowns), tuple(local), number[output], narrow, key)
+    function = Function(tuple(local), number[output], narrow, key)
     rows: tuple[tuple[int, int], ...] = ()
     elementwise = False
     if len(inputs) == 1:
@@ -142,10 +140,10 @@ def cut(
             for e in equations
         )  # fmt: skip
         rows = independent_axes(program, equations, inputs[0], output)
-    return Piece(function, tuple(inputs), tuple(knowns), elementwise, rows)
+    return Excerpt(function, tuple(inputs), tuple(knowns), elementwise, rows)
 
 
-def single(program: Program, equation: Equation, output: int) -> Piece:
+def single(program: Program, equation: Equation, output: int) -> Excerpt:
     """One operation as a function of all its operands that depend on parameters."""
     inputs = tuple(
         dict.fromkeys(a for a in equation.inputs if isinstance(a, int) and program.is_variable(a))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pjax.backend.compat import P
-from pjax.patterns.excerpts import Piece
+from pjax.patterns.excerpts import Excerpt
 from pjax.program import SHAPES, Atom, Equation, Program, Scalar
 from pjax.projections.normalization import NormalForm
 
@@ -62,7 +62,7 @@ class _Value:
         return replace(self, axes=tuple(axes), shape=tuple(shape))
 
 
-def normal_form(program: Program, piece: Piece) -> NormalForm | None:
+def normal_form(program: Program, piece: Excerpt) -> NormalForm | None:
     """The normalisation that a function of one operand is; None if it is none."""
     if len(piece.inputs) != 1:
         return None
@@ -97,7 +97,7 @@ class _Search:
 
     def __init__(
         self,
-        piece: Piece,
+        piece: Excerpt,
         numbers: Sequence[Any],
         shape: tuple[int, ...],
         groups: tuple[tuple[int, ...], ...],

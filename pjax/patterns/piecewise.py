@@ -23,9 +23,8 @@ from pjax.backend.compat import P
 from pjax.program import Atom, Equation, Program, Scalar, primitives
 from pjax.projections.piecewise import RELU, Piece, PiecewiseLinear
 
-Function = PiecewiseLinear
 _IDENTITY = PiecewiseLinear.identity()
-_SIMPLE: dict[Any, Callable[..., Function]] = {
+_SIMPLE: dict[Any, Callable[..., PiecewiseLinear]] = {
     P.add_p: lambda f, g: f.add(g),
     P.sub_p: lambda f, g: f.subtract(g),
     P.mul_p: lambda f, g: f.multiply(g),
@@ -48,16 +47,16 @@ _SIMPLE: dict[Any, Callable[..., Function]] = {
 
 
 @dataclass(frozen=True)
-class Cone:
+class OfOneValue:
     """`variable = function(base)`, elementwise; a variable that is no cone is its own base."""
 
     base: int
-    function: Function
+    function: PiecewiseLinear
 
 
 def find_cones(
     program: Program, stop: frozenset[int], opaque: frozenset[int] = frozenset()
-) -> dict[int, Cone]:
+) -> dict[int, OfOneValue]:
     """The largest cones, with every variable that something else reads the base of what follows it.
 
     A variable that only cones read is no value of its own: each of them computes it from its base.
@@ -80,30 +79,32 @@ def find_cones(
         materialised |= new
 
 
-def _grow(program: Program, materialised: set[int], opaque: frozenset[int]) -> dict[int, Cone]:
+def _grow(
+    program: Program, materialised: set[int], opaque: frozenset[int]
+) -> dict[int, OfOneValue]:
     cones = {
-        number: Cone(number, _IDENTITY)
+        number: OfOneValue(number, _IDENTITY)
         for number, leaf in enumerate(program.leaves)
         if leaf.trainable
     }
 
-    def current(atom: Atom) -> Cone | None:
+    def current(atom: Atom) -> OfOneValue | None:
         """What `atom` is to a reader: a materialised variable is its own base."""
         if isinstance(atom, int) and atom in materialised:
-            return Cone(atom, _IDENTITY)
+            return OfOneValue(atom, _IDENTITY)
         return cones[atom] if isinstance(atom, int) else None
 
     for equation in program.equations:
         for out in equation.outputs:
             if out in program.variable:
                 cone = None if out in opaque else _compose(program, equation, current)
-                cones[out] = cone or Cone(out, _IDENTITY)
+                cones[out] = cone or OfOneValue(out, _IDENTITY)
     return cones
 
 
 def _compose(
-    program: Program, equation: Equation, current: Callable[[Atom], Cone | None]
-) -> Cone | None:
+    program: Program, equation: Equation, current: Callable[[Atom], OfOneValue | None]
+) -> OfOneValue | None:
     if len(equation.outputs) != 1:
         return None
     base: int | None = None
@@ -124,10 +125,12 @@ def _compose(
     if base is None or program.shape(base) != program.shape(equation.outputs[0]):
         return None
     function = _apply(program, equation, functions)
-    return None if function is None else Cone(base, function)
+    return None if function is None else OfOneValue(base, function)
 
 
-def _apply(program: Program, equation: Equation, functions: list[Function]) -> Function | None:
+def _apply(
+    program: Program, equation: Equation, functions: list[PiecewiseLinear]
+) -> PiecewiseLinear | None:
     primitive = equation.primitive
     source, out = program.dtype(equation.inputs[0]), program.dtype(equation.outputs[0])
     if primitive is P.convert_element_type_p:
@@ -149,7 +152,7 @@ def _apply(program: Program, equation: Equation, functions: list[Function]) -> F
         return None
 
 
-def known_kink(program: Program, equation: Equation) -> tuple[int, Atom, Function] | None:
+def known_kink(program: Program, equation: Equation) -> tuple[int, Atom, PiecewiseLinear] | None:
     """`max(x, c)` and `min(x, c)` with a known array `c`: `(x, c, f)` with `y = f(x − c) + c`."""
     if equation.primitive not in (P.max_p, P.min_p):
         return None
@@ -163,7 +166,7 @@ def known_kink(program: Program, equation: Equation) -> tuple[int, Atom, Functio
     return variable, known, function
 
 
-def is_relu(function: Function) -> bool:
+def is_relu(function: PiecewiseLinear) -> bool:
     """Whether it is `max(a x + c, 0)` for some numbers: a relu of a scaled and shifted value."""
     zero = PiecewiseLinear.constant(0.0)
     return any(
@@ -171,7 +174,7 @@ def is_relu(function: Function) -> bool:
     )
 
 
-def _line(piece: Piece) -> Function:
+def _line(piece: Piece) -> PiecewiseLinear:
     """The line that a piece is part of."""
     return _IDENTITY.scale(piece.slope).add(PiecewiseLinear.constant(piece.intercept))
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from pjax.backend.compat import P
-from pjax.patterns.excerpts import Piece, cut
+from pjax.patterns.excerpts import Excerpt, cut
 from pjax.program import ELEMENTWISE, REDUCTIONS, SHAPES, SMOOTH, Dominators, Equation, Program
 
 
-class Cones:
+class SmoothFunctions:
     """The cones of a program, found by the dominators of each value.
 
     A value's *chain* is itself, then every variable through which all that it depends on passes,
@@ -51,7 +51,7 @@ class Cones:
                     self.dominators.add(out, self._operands(equation, out))
         self._found: dict[int, tuple[int, frozenset[int]] | None] = {}
 
-    def piece(self, var: int) -> Piece | None:
+    def excerpt(self, var: int) -> Excerpt | None:
         """The cone that ends in `var`; None if it has another rule, or none."""
         found = self.base(var)
         if found is None:

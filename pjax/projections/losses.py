@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from pjax.backend import device
+from pjax.projections import numeric
 
 #: Newton steps of `cross_entropy`, at most.
 _NORMALISER_STEPS = 10
@@ -390,21 +390,13 @@ def rows(
         slope, bend = jax.linearize(slope_at, reference + at)
         gradient = at - deviation + step * slope
 
-        def inner(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
-            found, residual, ahead, size, going = state
-            image = (1 + damping) * ahead + step * bend(ahead)
-            curve = dot(ahead, image)
-            going = going & (curve > 0) & (size > 0)
-            rate = jnp.where(going, size / jnp.where(going, curve, 1), 0)
-            found, residual = found + rate * ahead, residual - rate * image
-            new = dot(residual, residual)
-            ratio = jnp.where(going, new / jnp.where(size > 0, size, 1), 0)
-            return found, residual, residual + ratio * ahead, new, going
-
-        size = dot(gradient, gradient)
-        state = (jnp.zeros_like(at), -gradient, -gradient, size, size > 0)
-        steps = min(at.shape[-1], _ROW_INNER)
-        found, *_ = lax.fori_loop(0, steps, inner, state)
+        (found,) = numeric.conjugate_gradients(
+            lambda ways: [(1 + damping) * d + step * bend(d) for d in ways],
+            [-gradient],
+            lambda a, b: dot(a[0], b[0]),
+            lambda number: [number],
+            min(at.shape[-1], _ROW_INNER),
+        )
         return jnp.where(dot(found, gradient) < 0, found, -gradient / (1 + damping))
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:

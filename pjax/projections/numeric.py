@@ -20,14 +20,12 @@ from jaxtyping import Array
 
 from pjax.projections import scaling
 
-#: `φ` of one or several arrays.
-Function = Callable[..., Array]
 #: The two nodes of Gauss' rule on [0, 1].
 _NODES = (0.5 - 0.5 / math.sqrt(3), 0.5 + 0.5 / math.sqrt(3))
 
 
 def difference(
-    function: Function,
+    function: Callable[..., Array],
     at: Sequence[Array],
     value: Array,
     move: Sequence[Array],
@@ -61,7 +59,7 @@ def difference(
     return jnp.where(agree & jnp.isfinite(integral), integral, scaling.to_unit(direct, exponent))
 
 
-def noise_of(function: Function, at: Sequence[Array], value: Array) -> Array:
+def noise_of(function: Callable[..., Array], at: Sequence[Array], value: Array) -> Array:
     """How far values of `φ` may be off: by what they change with the rounding of the operands, and
     by the rounding of the largest of them, or of 1.
 
@@ -84,7 +82,7 @@ _SAMPLES, _STEPS, _PROBES = 65, 12, 24
 
 
 def scalar(
-    function: Function,
+    function: Callable[..., Array],
     reference: Array,
     output_reference: Array,
     deviation: Array,
@@ -215,7 +213,7 @@ _OUTER, _INNER = 8, 8
 
 
 def gauss_newton(
-    function: Function,
+    function: Callable[..., Array],
     rows: Rows,
     references: Sequence[Array],
     output_reference: Array,
@@ -283,8 +281,19 @@ def gauss_newton(
         back = [d - m for d, m in zip(deviations, moves, strict=True)]
         pulled = pull(target_weight * (target - height))
         gradient = [w * b + p for w, b, p in zip(weights, back, pulled, strict=True)]
-        way = _solve(
-            push, pull, weights, target_weight, gradient, inner_sum, to_inputs, rows, inner
+
+        def curvature(way: Sequence[Array]) -> list[Array]:
+            """`(ρ + Jᵀ W J) d`."""
+            pulled = pull(target_weight * push(*way))
+            return [w * d + p for w, d, p in zip(weights, way, pulled, strict=True)]
+
+        way = conjugate_gradients(
+            curvature,
+            gradient,
+            lambda a, b: inner_sum([x * y for x, y in zip(a, b, strict=True)]),
+            to_inputs,
+            inner,
+            lambda arrays: [a / w for a, w in zip(arrays, weights, strict=True)],
         )
         length = jnp.ones_like(cost)
         for _ in range(6):
@@ -306,39 +315,43 @@ def gauss_newton(
     return moves, rise(moves)
 
 
-def _solve(
-    push: Any,
-    pull: Any,
-    weights: Sequence[Array],
-    target_weight: Array,
-    gradient: Sequence[Array],
-    inner_sum: Any,
-    to_inputs: Any,
-    rows: Rows,
+def conjugate_gradients(
+    apply: Callable[[Sequence[Array]], Sequence[Array]],
+    request: Sequence[Array],
+    dot: Callable[[Sequence[Array], Sequence[Array]], Array],
+    spread: Callable[[Array], Sequence[Array]],
     iterations: int,
+    precondition: Callable[[Sequence[Array]], Sequence[Array]] = list,
 ) -> list[Array]:
-    """`(ρ + Jᵀ W J)⁻¹ gradient` for each row, by conjugate gradients in units of `ρ`."""
+    """Towards `A⁻¹ b`, from 0, each row by itself.
+
+    A row ends where `⟨d, A d⟩ ≤ 0`: what it has found until there is a descent direction.
+
+    **Arguments:**
+
+    - `apply`, `request`: `A` and `b`, of several arrays.
+    - `dot`, `spread`: one number for each row, and such numbers in shapes that broadcast to each of
+        the arrays.
+    - `iterations`: how many steps.
+    - `precondition`: an approximate `A⁻¹`, symmetric and positive.
+    """
 
     def body(_: Any, state: Any) -> Any:
-        found, residual, way, gamma = state
-        image = push(*way)
-        bend = inner_sum([w * jnp.square(d) for w, d in zip(weights, way, strict=True)])
-        bend = bend + _row_sum(target_weight * jnp.square(image), rows.output)
-        rate = to_inputs(gamma / jnp.where(bend > 0, bend, 1))
+        found, residual, way, gamma, going = state
+        image = apply(way)
+        bend = dot(way, image)
+        going = going & (bend > 0) & (gamma > 0)
+        rate = spread(jnp.where(going, gamma / jnp.where(going, bend, 1), 0))
         found = [f + r * d for f, r, d in zip(found, rate, way, strict=True)]
-        pulled = pull(target_weight * image)
-        residual = [
-            g - r * (w * d + p)
-            for g, r, w, d, p in zip(residual, rate, weights, way, pulled, strict=True)
-        ]
-        scaled = [g / w for g, w in zip(residual, weights, strict=True)]
-        new = inner_sum([g * s for g, s in zip(residual, scaled, strict=True)])
-        ratio = to_inputs(new / jnp.where(gamma > 0, gamma, 1))
+        residual = [g - r * i for g, r, i in zip(residual, rate, image, strict=True)]
+        scaled = precondition(residual)
+        new = dot(residual, scaled)
+        ratio = spread(jnp.where(going, new / jnp.where(gamma > 0, gamma, 1), 0))
         way = [s + r * d for s, r, d in zip(scaled, ratio, way, strict=True)]
-        return found, residual, way, new
+        return found, residual, way, new, going
 
-    way = [g / w for g, w in zip(gradient, weights, strict=True)]
-    gamma = inner_sum([g * d for g, d in zip(gradient, way, strict=True)])
-    zero = [jnp.zeros_like(g) for g in gradient]
-    found, _, _, _ = lax.fori_loop(0, iterations, body, (zero, list(gradient), way, gamma))
-    return found
+    way = list(precondition(request))
+    gamma = dot(request, way)
+    zero = [jnp.zeros_like(g) for g in request]
+    first = (zero, list(request), way, gamma, gamma > 0)
+    return lax.fori_loop(0, iterations, body, first)[0]

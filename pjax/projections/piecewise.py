@@ -92,7 +92,7 @@ class PiecewiseLinear:
             result = jnp.where(x >= piece.lower, value(piece), result)
         return result
 
-    # --- Constructors and questions --------------------------------------------------------------
+    # --- Constructors ----------------------------------------------------------------------------
 
     @classmethod
     def identity(cls) -> PiecewiseLinear:
@@ -103,14 +103,6 @@ class PiecewiseLinear:
     def constant(cls, value: float) -> PiecewiseLinear:
         """`f(x) = value`."""
         return cls((Piece(-math.inf, math.inf, 0.0, float(value)),))
-
-    def is_identity(self) -> bool:
-        """Whether `f(x) = x` everywhere."""
-        return self == PiecewiseLinear.identity()
-
-    def is_constant(self) -> bool:
-        """Whether `f` is the same number everywhere."""
-        return len(self.pieces) == 1 and self.pieces[0].slope == 0
 
     # --- Algebra ---------------------------------------------------------------------------------
 

@@ -271,7 +271,7 @@ def _gram(left: Array, right: Array) -> Array:
     return jnp.swapaxes(left, -1, -2) @ right
 
 
-class Function(NamedTuple):
+class SpectralFunction(NamedTuple):
     """`f(C) = U diag(inside) Uᵀ + outside` for each matrix of a stack.
 
     **Attributes:**
@@ -284,7 +284,9 @@ class Function(NamedTuple):
     outside: Float[Array, " spectra"]
 
 
-def resolvent(shape: Shape, spectra: Spectra, damping: Float[Array, " spectra"]) -> Function:
+def resolvent(
+    shape: Shape, spectra: Spectra, damping: Float[Array, " spectra"]
+) -> SpectralFunction:
     """`(C + ρ)⁻¹`; 0 in directions in which `C + ρ` is 0.
 
     **Arguments:**
@@ -294,7 +296,7 @@ def resolvent(shape: Shape, spectra: Spectra, damping: Float[Array, " spectra"])
     return _function(shape, spectra, lambda value: inverse(value + damping[:, None]))
 
 
-def equaliser(shape: Shape, spectra: Spectra, damping: float) -> Function:
+def equaliser(shape: Shape, spectra: Spectra, damping: float) -> SpectralFunction:
     """`(C/c + δ)^-½` with `c` the mean eigenvalue, times a factor that keeps the size of rows whose
     second moment is `C`: on the right of a matrix whose rows are to be equalised.
 
@@ -315,11 +317,11 @@ def equaliser(shape: Shape, spectra: Spectra, damping: float) -> Function:
     return _function(shape, spectra, lambda value: norm[:, None] * root(value))
 
 
-def _function(shape: Shape, spectra: Spectra, f: Callable[[Array], Array]) -> Function:
+def _function(shape: Shape, spectra: Spectra, f: Callable[[Array], Array]) -> SpectralFunction:
     values, rest = f(spectra.values), f(spectra.rest[:, None])
     if shape.full:
-        return Function(values, jnp.zeros_like(spectra.rest))
-    return Function(values - rest, rest[:, 0])
+        return SpectralFunction(values, jnp.zeros_like(spectra.rest))
+    return SpectralFunction(values - rest, rest[:, 0])
 
 
 class Side(NamedTuple):
@@ -328,7 +330,7 @@ class Side(NamedTuple):
     **Attributes:**
 
     - `vectors`: `U`.
-    - `inside`, `outside`: see [`Function`][]; `outside` None where it is 0.
+    - `inside`, `outside`: see [`SpectralFunction`][]; `outside` None where it is 0.
     """
 
     vectors: Array
@@ -384,6 +386,6 @@ def inverse(value: Array) -> Array:
 
 
 __all__ = [
-    "Function", "Shape", "Side", "Spectra", "between", "empty", "equaliser", "inverse",
+    "SpectralFunction", "Shape", "Side", "Spectra", "between", "empty", "equaliser", "inverse",
     "orthonormal", "renew", "resolvent",
 ]  # fmt: skip

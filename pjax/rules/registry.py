@@ -97,21 +97,18 @@ def _identity(program: Program, equation: Equation) -> NodeSpec:
 IDENTITY = Affine((Term(),), name="identity")
 
 
-def _loss(rule: Loss, equation: Equation) -> NodeSpec:
-    prediction, labels = equation.inputs
-    return NodeSpec(rule, (prediction,), (labels,))
+def _loss(make: Callable[..., Loss]) -> Builder:
+    """The builder of a loss; the parameters of its primitive are those of the rule."""
+
+    def builder(program: Program, equation: Equation) -> NodeSpec:
+        prediction, labels = equation.inputs
+        return NodeSpec(make(**equation.params), (prediction,), (labels,))
+
+    return builder
 
 
-@_builder(primitives.cross_entropy_p)
-def _cross_entropy(program: Program, equation: Equation) -> NodeSpec:
-    return _loss(CrossEntropy(), equation)
-
-
-@_builder(primitives.margin_loss_p)
-def _margin(program: Program, equation: Equation) -> NodeSpec:
-    return _loss(Margin(equation.params["margin"]), equation)
-
-
-@_builder(primitives.squared_error_p)
-def _squared_error(program: Program, equation: Equation) -> NodeSpec:
-    return _loss(SquaredError(), equation)
+_BUILDERS |= {
+    primitives.cross_entropy_p: _loss(CrossEntropy),
+    primitives.margin_loss_p: _loss(Margin),
+    primitives.squared_error_p: _loss(SquaredError),
+}

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.products.convolution import Convolution
-from pjax.projections.spectrum import Function, Shape, Spectra
+from pjax.projections.spectrum import Shape, Spectra, SpectralFunction
 from pjax.rules import LayerSum
 from pjax.training.readers import Reader, Unit, Units
 from pjax.training.readings import Read, row_squares
@@ -42,7 +42,7 @@ class Stack(NamedTuple):
         """For each spectrum the number of its unit."""
         return numbers[np.asarray(self.members)[self.shape.owners]].astype(self.dtype)
 
-    def split(self, function: Function) -> dict[int, Part]:
+    def split(self, function: SpectralFunction) -> dict[int, Part]:
         """A function's numbers by unit."""
         outside = None if self.shape.full else self.shape.split(function.outside)
         return {

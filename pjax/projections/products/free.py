@@ -1,6 +1,20 @@
 """Projections onto `y = B(x, w)` with both factors free: each entry has a copy for each output.
 
-*Lifted*: all copies are stored. *Compact*: they agree on entry, and only their mean leaves.
+Every function solves, for all scalar products `j` of an operation at once,
+
+    argmin Σ_j ρx|xⱼ' − xⱼ|² + ρw|wⱼ' − wⱼ|² + W (xⱼ'·wⱼ' − zⱼ)²
+
+*Lifted*: all copies are stored. *Compact*: they agree on entry, and only their mean leaves. All
+take
+
+- `op`: the bilinear operation;
+- `left_ref`, `right_ref`: reference operands, in the shapes of the operands;
+- deviations of the operands, or of their copies, in the shape `[*output_shape, slice_length]`,
+  ordered as by `op.lift_left` and `op.lift_right`;
+- `left_weight`, `right_weight`: positive weights of one copy, constant over a slice: scalars, or
+  arrays that broadcast to the output;
+- `target_dev`: the deviation of the target `z` from `output_ref`, `op(left_ref, right_ref)`;
+- `target_weight`: `W`, a scalar or broadcasting to the output; 0 where nothing is asked.
 """
 
 from __future__ import annotations
@@ -41,37 +55,13 @@ def project_lifted(
     target_weight: Weight,
     output_ref: Float[Array, "*output"],
 ) -> LiftedProjection:
-    """`argmin Σ_j ρx|xⱼ' − xⱼ|² + ρw|wⱼ' − wⱼ|² + W (xⱼ'·wⱼ' − zⱼ)²` over the copies themselves.
-
-    `j` runs over the scalar products of `op`, each with its own copies of two slices.
-
-    Arguments:
-        op: the bilinear operation.
-        left_ref, right_ref: reference operands, in the shapes of the operands.
-        left_copies_dev, right_copies_dev: deviations of the copies, in the shape
-            `[*output_shape, slice_length]`, ordered as by `op.lift_left` and `op.lift_right`.
-        left_weight, right_weight: positive weights of one copy, scalars or broadcasting to the
-            output.
-        target_dev: deviation of the target `z` from `output_ref`.
-        target_weight: weight `W`, scalar or broadcasting to the output; 0 where nothing is asked.
-        output_ref: `op(left_ref, right_ref)`.
-
-    Returns:
-        a `LiftedProjection`.
-    """
+    """The projection over the copies themselves, each scalar product with its own two slices."""
     # The residual is a sum of products of deviations; the value itself is not needed.
     del output_ref
     moves = lifted_moves(
-        op,
-        left_ref,
-        right_ref,
-        left_copies_dev,
-        right_copies_dev,
-        left_weight,
-        right_weight,
-        target_dev,
-        target_weight,
-    )
+        op, left_ref, right_ref, left_copies_dev, right_copies_dev, left_weight, right_weight,
+        target_dev, target_weight,
+    )  # fmt: skip
     left, right = left_copies_dev + moves.left_copies, right_copies_dev + moves.right_copies
     # Stored once; XLA would find them again in each kernel that reads them.
     left, right = lax.optimization_barrier((left, right))
@@ -174,24 +164,11 @@ def project_compact(
     target_weight: Weight,
     output_ref: Float[Array, "*output"],
 ) -> CompactProjection:
-    """`mean over copies of argmin Σ_j ρx|xⱼ' − xⱼ|² + ρw|wⱼ' − wⱼ|² + W (xⱼ'·wⱼ' − zⱼ)²`.
+    """The weighted mean over the copies after the projection, all equal on entry.
 
-    `j` runs over the scalar products of `op`; all copies of an entry are equal on entry. Four
-    products of the operation and memory of the size of the operands; no copy is formed. Where the
-    nearest point is not unique one is chosen, the same every time.
-
-    Arguments:
-        op: the bilinear operation.
-        left_ref, right_ref: reference operands.
-        left_dev, right_dev: deviations of the operands.
-        left_weight, right_weight: positive weights of one copy, constant over a slice: scalars, or
-            arrays that broadcast to the output. With arrays, means are weighted by them.
-        target_dev: deviation of the target `z` from `output_ref`.
-        target_weight: weight `W`, scalar or broadcasting to the output; 0 where nothing is asked.
-        output_ref: `op(left_ref, right_ref)`.
-
-    Returns:
-        a `CompactProjection`. As a slot it weighs `ρ` times the number of copies of each entry.
+    Four products of the operation and memory of the size of the operands; no copy is formed. Where
+    the nearest point is not unique one is chosen, the same every time. As a slot the result weighs
+    `ρ` times the number of copies of each entry.
 
     Equal to `project_lifted` on the broadcast operands, then averaging. Only where two slices of
     two entries or more are opposed to within a relative ε^⅓ (`√ρx x ≈ ±√ρw w`) is it less accurate,
@@ -200,16 +177,9 @@ def project_compact(
     if op.slice_length == 1:
         # The copies have the shape of the output, and projecting them is the more accurate.
         return _project_single_entries(
-            op,
-            left_ref,
-            right_ref,
-            left_dev,
-            right_dev,
-            left_weight,
-            right_weight,
-            target_dev,
+            op, left_ref, right_ref, left_dev, right_dev, left_weight, right_weight, target_dev,
             target_weight,
-        )
+        )  # fmt: skip
     left, right = left_ref + left_dev, right_ref + right_dev
     change = op(left_ref, right_dev) + op(left_dev, right)
     dtype = change.dtype
@@ -276,16 +246,9 @@ def _project_single_entries(
 ) -> CompactProjection:
     """`project_compact` by the copies themselves, for slices of one entry."""
     copies = lifted_moves(
-        op,
-        left_ref,
-        right_ref,
-        op.lift_left(left_dev),
-        op.lift_right(right_dev),
-        left_weight,
-        right_weight,
-        target_dev,
-        target_weight,
-    )
+        op, left_ref, right_ref, op.lift_left(left_dev), op.lift_right(right_dev), left_weight,
+        right_weight, target_dev, target_weight,
+    )  # fmt: skip
 
     def consensus(moves, weight, count, total, lift, lower):
         weight = jnp.asarray(weight, moves.dtype)
@@ -297,13 +260,9 @@ def _project_single_entries(
         copies.left_copies, left_weight, op.left_copies, op.left_sum, op.lift_left, op.lower_left
     )
     right_move, right_spread = consensus(
-        copies.right_copies,
-        right_weight,
-        op.right_copies,
-        op.right_sum,
-        op.lift_right,
+        copies.right_copies, right_weight, op.right_copies, op.right_sum, op.lift_right,
         op.lower_right,
-    )
+    )  # fmt: skip
     return CompactProjection(
         left_dev + left_move, right_dev + right_move, copies.output, left_spread, right_spread
     )

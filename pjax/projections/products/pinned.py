@@ -1,4 +1,18 @@
-"""Projections onto `y = B(x, w)` where one factor is known."""
+"""Projections onto `y = B(x, w)` where one factor is known.
+
+Every function solves, for all scalar products `j` of an operation at once, with slices `Xⱼ` fixed,
+
+    argmin Σ_j ρ|wⱼ' − wⱼ|² + W (Xⱼ·wⱼ' − zⱼ)²
+
+and takes
+
+- `op`, `side`, `pinned_value`: the bilinear operation, which operand is pinned, and its value;
+- `free_dev`: the deviation of the free operand; or `common` and `multiplier`, for copies
+  `wⱼ = common + mⱼ Xⱼ`;
+- `free_weight`: the positive weight of one copy, a scalar or broadcasting to the output;
+- `target_dev`, `target_weight`: the deviation of the target `z` from the reference output, and `W`;
+  0 where nothing is asked.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +28,7 @@ from pjax.projections.products.scalar_products import copies_weight
 
 
 @dataclass(frozen=True)
-class PinnedBilinear:
+class PinnedMap:
     """The linear map `free -> B` that remains when one operand of `op` is pinned.
 
     Arguments:
@@ -81,23 +95,8 @@ def project_pinned_compact(
     target_dev: Float[Array, "*output"],
     target_weight: Weight,
 ) -> PinnedProjection:
-    """`mean over copies of argmin Σ_j ρ|wⱼ' − wⱼ|² + W (Xⱼ·wⱼ' − zⱼ)²`, the slices `Xⱼ` fixed.
-
-    All copies of an entry are equal on entry. Two products of the operation.
-
-    Arguments:
-        op: the bilinear operation.
-        side: which operand is pinned, "left" or "right".
-        pinned_value: the full value of the pinned operand.
-        free_dev: deviation of the free operand.
-        free_weight: positive weight of one copy, scalar or broadcasting to the output.
-        target_dev: deviation of the target from the reference output.
-        target_weight: weight `W`, scalar or broadcasting to the output; 0 where nothing is asked.
-
-    Returns:
-        a `PinnedProjection`.
-    """
-    linear = PinnedBilinear(op, side, pinned_value)
+    """The mean over the copies after the projection, all equal on entry, by two products."""
+    linear = PinnedMap(op, side, pinned_value)
     value = linear.apply(free_dev)
     free_weight = jnp.asarray(free_weight, value.dtype)
     target_weight = jnp.asarray(target_weight, value.dtype)
@@ -126,26 +125,13 @@ def project_pinned_structured(
     target_dev: Float[Array, "*output"],
     target_weight: Weight,
 ) -> StructuredProjection:
-    """`argmin Σ_j ρ|wⱼ' − wⱼ|² + W (Xⱼ·wⱼ' − zⱼ)²` over copies `wⱼ = common + mⱼ Xⱼ`, `Xⱼ` fixed.
+    """The projection over copies `wⱼ = common + mⱼ Xⱼ`, by one product.
 
     The result has the same form with the same `common`, so that every affine combination of such
     copies (reflections, relaxations, consensus) is stored in one array of the free operand's shape
-    and one of the output's. One product of the operation.
-
-    Arguments:
-        op: the bilinear operation.
-        side: which operand is pinned, "left" or "right".
-        pinned_value: the full value of the pinned operand.
-        common: the part of the free operand's deviation that all copies share.
-        multiplier: each copy's multiple of its pinned slice.
-        free_weight: positive weight of one copy, scalar or broadcasting to the output.
-        target_dev: deviation of the target from the reference output.
-        target_weight: weight `W`, scalar or broadcasting to the output; 0 where nothing is asked.
-
-    Returns:
-        a `StructuredProjection`.
+    and one of the output's.
     """
-    linear = PinnedBilinear(op, side, pinned_value)
+    linear = PinnedMap(op, side, pinned_value)
     value = linear.apply(common) + linear.energy * multiplier
     free_weight = jnp.asarray(free_weight, value.dtype)
     target_weight = jnp.asarray(target_weight, value.dtype)
@@ -161,16 +147,8 @@ def structured_mean(
     multiplier: Float[Array, "*output"],
     free_weight: Weight = 1.0,
 ) -> Float[Array, "*free"]:
-    """`Σ_j ρⱼ wⱼ / Σ_j ρⱼ` over the copies `wⱼ = common + mⱼ Xⱼ` of each free entry.
-
-    Arguments:
-        op, side, pinned_value, common, multiplier: as in `project_pinned_structured`.
-        free_weight: the weights; a scalar has no effect.
-
-    Returns:
-        the mean, in the shape of the free operand.
-    """
-    linear = PinnedBilinear(op, side, pinned_value)
+    """`Σ_j ρⱼ wⱼ / Σ_j ρⱼ` over the copies of each free entry."""
+    linear = PinnedMap(op, side, pinned_value)
     free_weight = jnp.asarray(free_weight, common.dtype)
     return common + linear.transpose(free_weight * multiplier) / linear.copies_weight(free_weight)
 
@@ -183,16 +161,8 @@ def structured_squared_norm(
     multiplier: Float[Array, "*output"],
     free_weight: Weight = 1.0,
 ) -> Float[Array, ""]:
-    """`Σ_j ρⱼ |common + mⱼ Xⱼ|²` over all copies of the free operand.
-
-    Arguments:
-        op, side, pinned_value, common, multiplier: as in `project_pinned_structured`.
-        free_weight: the weights.
-
-    Returns:
-        a scalar, at least 0.
-    """
-    linear = PinnedBilinear(op, side, pinned_value)
+    """`Σ_j ρⱼ |wⱼ|²` over all copies of the free operand."""
+    linear = PinnedMap(op, side, pinned_value)
     free_weight = jnp.asarray(free_weight, common.dtype)
     shared = linear.copies_weight(free_weight) * (np.asarray(linear.copies) > 0)
     weighted = free_weight * multiplier
