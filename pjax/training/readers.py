@@ -32,7 +32,7 @@ from pjax.program import Equation, Program, Route
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.products.dot_general import DotGeneral
 from pjax.projections.products.operation import Bilinear, Side, inverse
-from pjax.rules import Addend, LayerSum, Product, Threshold
+from pjax.rules import Addend, LayerSum, Product, Rule, Threshold
 
 Kind = Literal["product", "linear", "entries"]
 
@@ -199,7 +199,8 @@ class Unit:
     - `matrix`: the form of its solve, of the first product that reads it; None: entry by entry.
     - `slot`: the slot of that product.
     - `thresholds`: whether only thresholds read what its readers make.
-    - `reads_thresholds`: whether thresholds make the input that it is multiplied with.
+    - `hidden`: whether activations, and no data, are the input that it is multiplied with.
+    - `reads_thresholds`: whether thresholds make that input.
     - `latent`: whether it is what a threshold makes of parameters.
     """
 
@@ -209,6 +210,7 @@ class Unit:
     matrix: Matrix | None
     slot: int | None
     thresholds: bool = False
+    hidden: bool = False
     reads_thresholds: bool = False
     latent: bool = False
 
@@ -252,22 +254,32 @@ def find_units(graph: Graph) -> Units:
         kept = tuple(_consistent(graph, r, first) for r in readers[node])
         slot = None if first is None else first.slot
         blind = all(feeds_thresholds(graph, graph.slots[r.slot].node) for r in kept)
-        reads = slot is not None and _multiplies_thresholds(graph, graph.slots[slot])
+        inputs = [] if slot is None else _activations_beside(graph, graph.slots[slot])
+        reads = any(all(isinstance(r, Threshold) for r in rules) for rules in inputs)
         kept = (*(r for r in kept if r.kind != "entries"), *_entry_readers(graph, node, kept))
         units.append(
-            Unit(node, kept, layer, first and first.matrix, slot, blind, reads, node in latent)
+            Unit(
+                node,
+                kept,
+                layer,
+                first and first.matrix,
+                slot,
+                blind,
+                bool(inputs),
+                reads,
+                node in latent,
+            )
         )
     return Units(tuple(units), len(numbers))
 
 
-def _multiplies_thresholds(graph: Graph, slot: Slot) -> bool:
-    """Whether an activation that thresholds make is an operand of the node beside a slot."""
-    return any(
-        other.kind == "activation"
-        and all(isinstance(graph.nodes[p].rule, Threshold) for p in other.producers)
+def _activations_beside(graph: Graph, slot: Slot) -> list[list[Rule]]:
+    """For each activation that is an operand of the node beside a slot, the rules that make it."""
+    return [
+        [graph.nodes[producer].rule for producer in other.producers]
         for other in (graph.slots[i] for i in graph.nodes[slot.node].slots)
-        if other is not slot
-    )
+        if other is not slot and other.kind == "activation"
+    ]
 
 
 def _reader(graph: Graph, slot: Slot, producer: int) -> Reader:

@@ -360,8 +360,9 @@ def test_a_head_that_begins_small_moves_as_one_that_begins_at_zero():
     head = jax.random.normal(jax.random.key(1), (4, 3))
 
     def move(scale):
-        loss = lambda w: jnp.mean(pjax.cross_entropy(x @ w, y))  # noqa: E731
-        return moves_of(OPTIMIZER, loss, scale * head)
+        params = {"first": jnp.eye(4), "head": scale * head}
+        loss = lambda p: jnp.mean(pjax.cross_entropy(jnp.tanh(x @ p["first"]) @ p["head"], y))  # noqa: E731
+        return moves_of(OPTIMIZER, loss, params)["head"]
 
     zero, small = move(0.0), move(0.005)
     assert float(jnp.linalg.norm(small - zero)) < 0.02 * float(jnp.linalg.norm(zero))
