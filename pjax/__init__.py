@@ -71,8 +71,12 @@ from pjax.program import margin_loss as margin_loss
 from pjax.program import quantize as quantize
 from pjax.program import squared_error as squared_error
 from pjax.program import step as step
+from pjax.program import threshold as threshold
 from pjax.rules import register_projection as register_projection
+from pjax.training import SearchProgress as SearchProgress
+from pjax.training import Solutions as Solutions
 from pjax.training import displacement as displacement
+from pjax.training import solve as solve
 from pjax.training import value_and_displacement as value_and_displacement
 
 __version__ = "0.2.0"

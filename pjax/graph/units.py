@@ -41,6 +41,7 @@ from pjax.program import (
     data_operands,
     is_function,
     is_wiring,
+    primitives,
 )
 from pjax.projections.numeric import Rows
 from pjax.rules import (
@@ -57,6 +58,7 @@ from pjax.rules import (
     Rule,
     ScalarFunction,
     ScalarStep,
+    SignedProduct,
     Term,
     as_threshold,
     bilinear_name,
@@ -210,9 +212,34 @@ class Units:
         """Whether an operand is of a floating-point type: no condition, and no index."""
         return bool(jnp.issubdtype(self.program.dtype(atom), jnp.floating))
 
+    def _product(self, var: int) -> Equation | None:
+        """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
+        equation = self.program.definitions.get(var)
+        if equation is None or not self._is_by_itself(var):
+            return None
+        builder = find_builder(equation.primitive)
+        if builder is None or equation.primitive not in BILINEAR:
+            return None
+        # A product with a known number or array entry by entry is a scaling: a linear term.
+        variable = [self.program.is_variable(atom) for atom in equation.inputs]
+        scaling = equation.primitive is P.mul_p and sum(variable) == 1
+        return None if scaling else equation
+
     def _product_unit(self, var: int, equation: Equation) -> Unit | None:
-        """A sum of products, in layer splitting; in neuron splitting each product is its own."""
-        return None
+        """A product with what joins it: its sign, or in layer splitting addends."""
+        if equation.primitive is not primitives.threshold_p:
+            return None
+        (operand,) = equation.inputs
+        if not isinstance(operand, int) or self.reads[operand] > 1:
+            return None
+        product = self._product(operand)
+        if product is None:
+            return None
+        operation, free = bilinear_operands(self.program, product)
+        rule = SignedProduct(operation, free, equation.params["margin"])
+        slots = tuple(a for a, moving in zip(product.inputs, free, strict=True) if moving)
+        knowns = tuple(a for a, moving in zip(product.inputs, free, strict=True) if not moving)
+        return Unit(rule.name, NodeSpec(rule, slots, knowns), None, equation.source)
 
     def finished(self, var: int, rule: Rule) -> Rule:
         """The rule that a node gets, from that of its operation."""
@@ -297,19 +324,6 @@ class LayerUnits(Units):
     def _expand(self, start: SumTerm, own: bool) -> list[SumTerm]:
         # A sum joins the products before it, not the function behind it.
         return super()._expand(start, own) if own else [start]
-
-    def _product(self, var: int) -> Equation | None:
-        """The bilinear operation that defines `var`, if there is one and no user's rule for it."""
-        equation = self.program.definitions.get(var)
-        if equation is None or not self._is_by_itself(var):
-            return None
-        builder = find_builder(equation.primitive)
-        if builder is None or equation.primitive not in BILINEAR:
-            return None
-        # A product with a known number or array entry by entry is a scaling: a linear term.
-        variable = [self.program.is_variable(atom) for atom in equation.inputs]
-        scaling = equation.primitive is P.mul_p and sum(variable) == 1
-        return None if scaling else equation
 
     def _product_unit(self, var: int, equation: Equation) -> Unit | None:
         """`var` as a sum of products and addends; None if no product is among them."""

@@ -99,7 +99,8 @@ class Metric(ABC):
         super().__init_subclass__(**options)
         if "resting" in vars(cls):
             warnings.warn(
-                f"`{cls.__name__}.resting` is `stiff` now; the old name goes with the next release.",
+                f"`{cls.__name__}.resting` is `stiff` now; the old name goes with the next "
+                "release.",
                 DeprecationWarning,
                 stacklevel=2,
             )

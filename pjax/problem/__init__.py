@@ -6,6 +6,8 @@ projections, distances and forces of one batch.
 
 from __future__ import annotations
 
+from pjax.problem.divided import Copies as Copies
+from pjax.problem.divided import DividedProblem as DividedProblem
 from pjax.problem.layouts import Formulation as Formulation
 from pjax.problem.layouts import Layout as Layout
 from pjax.problem.layouts import Sizes as Sizes

@@ -26,6 +26,7 @@ from pjax.program.primitives import margin_loss as margin_loss
 from pjax.program.primitives import quantize as quantize
 from pjax.program.primitives import squared_error as squared_error
 from pjax.program.primitives import step as step
+from pjax.program.primitives import threshold as threshold
 from pjax.program.program import Atom as Atom
 from pjax.program.program import CustomRule as CustomRule
 from pjax.program.program import Equation as Equation

@@ -57,6 +57,12 @@ quantize_p = custom_primitives.define_primitive(
     _batch_elementwise,
 )
 
+threshold_p = custom_primitives.define_primitive(
+    "pjax_threshold",
+    lambda x, margin: jnp.where(x > 0, 1, -1).astype(x.dtype),
+    _batch_elementwise,
+)
+
 
 def _row_operands(name: str, prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
     prediction = jnp.asarray(prediction)
@@ -147,6 +153,34 @@ def _floating(name: str, x: ArrayLike) -> Array:
 def step(x: ArrayLike) -> Array:
     """`1 where x > 0, else 0`, in the dtype of `x`, which must be a floating-point type."""
     return step_p.bind(_floating("step", x))
+
+
+def threshold(x: ArrayLike, margin: float = 0.0) -> Array:
+    """`1 where x > 0, else −1`, as a constraint that asks for `|x| ≥ margin`.
+
+    In neuron splitting `threshold(x @ w, margin)` is one constraint for each scalar product: with
+    `y = ±1` its output, `y (x·w) ≥ margin`. Where the product is read elsewhere too, or `x` is
+    another value, it is `y x ≥ margin` for each entry. In layer splitting, and wherever the
+    function is only evaluated, the margin does not matter.
+
+    **Arguments:**
+
+    - `x`: a floating-point array.
+    - `margin`: a number, not negative.
+
+    **Raises:** `ValueError` for a margin that is negative or not finite, `TypeError` for an array
+    of another type.
+
+    >>> threshold(jnp.array([-0.2, 0.0, 3.0]), margin=1.0)
+    Array([-1., -1.,  1.], dtype=float32)
+
+    Source: V. Elser and M. Krishan Lal, *Learning with Boolean threshold functions*, arXiv
+    2602.17493.
+    """
+    x, margin = _floating("threshold", x), float(margin)
+    if not (margin >= 0 and math.isfinite(margin)):
+        raise ValueError(f"`margin` must be finite and not negative, got {margin}.")
+    return threshold_p.bind(x, margin=margin)
 
 
 def quantize(x: ArrayLike, levels: int = 2, low: float = -1.0, high: float = 1.0) -> Array:

@@ -18,7 +18,9 @@ from pjax.rules.layer_sum import LayerSum as LayerSum
 from pjax.rules.layer_terms import Addend as Addend
 from pjax.rules.layer_terms import Product as Product
 from pjax.rules.losses import LinearLoss as LinearLoss
+from pjax.rules.losses import Loss as Loss
 from pjax.rules.losses import NumericLoss as NumericLoss
+from pjax.rules.margins import SignedProduct as SignedProduct
 from pjax.rules.piecewise_constant import Threshold as Threshold
 from pjax.rules.piecewise_constant import as_threshold as as_threshold
 from pjax.rules.products import BILINEAR as BILINEAR

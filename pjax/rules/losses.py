@@ -33,6 +33,10 @@ class Loss(Rule):
     def value_of(self, x: Array, *knowns: Array) -> Array:
         """The loss of each row."""
 
+    def satisfied(self, x: Array, *knowns: Array) -> Array | None:
+        """The nearest point to `x` where the loss of each row is 0; None for a loss without any."""
+        return None
+
     def project(self, reference, states, weights, target, target_weight):
         (state,), (value,) = states, reference.inputs
         weight = weights[0]
@@ -74,6 +78,10 @@ class Margin(Loss):
     def prox(self, reference, deviation, step, labels):
         return losses.margin(reference, deviation, labels, self.margin, step)
 
+    def satisfied(self, x, labels):
+        signs = (2 * labels - 1).astype(x.dtype)
+        return signs * jnp.maximum(signs * x, self.margin)
+
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
@@ -86,6 +94,9 @@ class SquaredError(Loss):
 
     def prox(self, reference, deviation, step, labels):
         return losses.squared_error(reference, deviation, labels, step)
+
+    def satisfied(self, x, labels):
+        return jnp.broadcast_to(labels, x.shape).astype(x.dtype)
 
 
 @dataclass(frozen=True)

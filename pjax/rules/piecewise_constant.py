@@ -14,6 +14,7 @@ from pjax.projections import scaling, threshold
 from pjax.projections.piecewise import PiecewiseLinear
 from pjax.rules.affine import Affine, Term
 from pjax.rules.base import Rule
+from pjax.rules.margins import SIGN, SignedNumber
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def as_threshold(rule: Rule, of_weights: bool = False) -> Rule:
     """
     if isinstance(rule, Quantizer):
         return Threshold(rule, rule.name, of_weights)
+    if isinstance(rule, SignedNumber):
+        return Threshold(SIGN, rule.name, of_weights)
     if isinstance(rule, Affine) and rule.function is not None and rule.terms == (Term(),):
         pieces = rule.function.pieces
         if len(pieces) > 1 and all(piece.slope == 0 for piece in pieces):

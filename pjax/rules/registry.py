@@ -11,6 +11,7 @@ from pjax.rules.affine import Affine, ScatterAdd, Term
 from pjax.rules.base import Builder, NodeSpec
 from pjax.rules.extrema import Extremum
 from pjax.rules.losses import CrossEntropy, Loss, Margin, SquaredError
+from pjax.rules.margins import SignedNumber
 from pjax.rules.piecewise_constant import Quantizer
 from pjax.rules.products import (
     BILINEAR,
@@ -86,6 +87,11 @@ def _round(program: Program, equation: Equation) -> NodeSpec:
 @_builder(primitives.quantize_p)
 def _quantize(program: Program, equation: Equation) -> NodeSpec:
     return NodeSpec(Quantizer(**equation.params), equation.inputs)
+
+
+@_builder(primitives.threshold_p)
+def _threshold(program: Program, equation: Equation) -> NodeSpec:
+    return NodeSpec(SignedNumber(equation.params["margin"]), equation.inputs)
 
 
 @_builder(primitives.identity_p)

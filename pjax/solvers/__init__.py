@@ -13,5 +13,6 @@ from pjax.solvers.projecting import CyclicProjections as CyclicProjections
 from pjax.solvers.reflecting import AlternatingReflections as AlternatingReflections
 from pjax.solvers.reflecting import CyclicDouglasRachford as CyclicDouglasRachford
 from pjax.solvers.reflecting import DouglasRachford as DouglasRachford
+from pjax.solvers.reflecting import reflect as reflect
 from pjax.solvers.solver import Solver as Solver
 from pjax.solvers.solver import Step as Step

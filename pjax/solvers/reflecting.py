@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -86,7 +86,7 @@ class CyclicDouglasRachford(Solver):
         return problem.project(0, state)
 
 
-def reflect(problem: Sets, first: int, second: int, state: State, relaxation: float) -> Step:
+def reflect(problem: Sets, first: int, second: int, state: State, relaxation: Any) -> Step:
     """`z + γ (P_j(2 P_i(z) − z) − P_i(z))`: the step that all reflecting methods share."""
     shadow = problem.project(first, state)
     reflected = affine((2.0, shadow), (-1.0, state))

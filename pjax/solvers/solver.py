@@ -86,7 +86,7 @@ def require_two(problem: Sets, order: bool) -> tuple[int, int]:
     return (1, 0) if order else (0, 1)
 
 
-def affine(*terms: tuple[float, State]) -> State:
+def affine(*terms: tuple[Any, State]) -> State:
     """`Σ c·state`, for states whose copies are stored."""
     coefficients = [coefficient for coefficient, _ in terms]
     return jax.tree_util.tree_map(

@@ -16,3 +16,6 @@ from pjax.training.projection import Projection as Projection
 from pjax.training.projection import ProjectionState as ProjectionState
 from pjax.training.projection import StateSize as StateSize
 from pjax.training.readers import find_units as find_units
+from pjax.training.search import SearchProgress as SearchProgress
+from pjax.training.search import Solutions as Solutions
+from pjax.training.search import solve as solve
