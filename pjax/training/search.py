@@ -117,8 +117,9 @@ def solve(
     - `fn`: a JAX function that ends in `pjax.squared_error` or `pjax.margin_loss` of predictions,
         or in means and sums of such; `args` are its data, all rows at once.
     - `params`: a pytree of arrays.
-    - `sets`: where parameters lie: a prefix of that tree with sets of `pjax.sets`, or None for
-        none. The weights of a [`pjax.threshold`][] need a sphere, or its margin means nothing.
+    - `sets`: where parameters lie: a prefix of that tree with pytrees that have `project(x)`, the
+        nearest point of a set, or None for no set. The weights of a [`pjax.threshold`][] need a
+        sphere, or its margin means nothing.
     - `starts`: how many; all are computed side by side.
     - `steps`: at most so many, of each start.
     - `stop`: of the parameters of one network, whether it is exact; by default whether
@@ -156,7 +157,7 @@ def solve(
     data = (leaves, consts, of_leaves)
     state = _begin(found, starts, spread, key, *data)
     file = None if checkpoint is None else _Checkpoint(
-        Path(checkpoint), program, (leaves, consts, settings, jax.random.key_data(key)), spread
+        Path(checkpoint), program, (data, settings, jax.random.key_data(key)), spread
     )  # fmt: skip
     if file is not None:
         state = file.read(state)
@@ -305,7 +306,7 @@ class _Checkpoint:
 
     def __init__(self, path: Path, program: Program, arrays: Any, spread: float):
         self.path = path
-        digest = hashlib.sha256(repr(spread).encode())
+        digest = hashlib.sha256(repr((spread, jax.tree.structure(arrays))).encode())
         for equation in program.equations:
             digest.update(
                 repr((equation.name, [program.avals[v] for v in equation.outputs])).encode()
