@@ -16,6 +16,7 @@ Where to look:
   solvers, which take many steps on each batch.
 - `pjax.cross_entropy`, `squared_error`, `margin_loss`: losses; those of Optax do as well.
 - `pjax.step`, `pjax.quantize` (and `jnp.sign`): functions without a gradient that train.
+- `pjax.sets`: in which parameters are to lie, exactly; `pjax.constrain`: values of a network.
 - `pjax.register_projection`: an operation of your own.
 - `pjax.feasibility_problem(fn, params)`, `pjax.profile`: the constraints, to look at.
 - `pjax.nn`, `pjax.numpy`: the interface of the paper's library.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
+from pjax import sets as sets
 from pjax import solvers as solvers
 from pjax.backend import moved as _moved
 from pjax.graph import CustomRuleWarning as CustomRuleWarning
@@ -65,6 +67,7 @@ from pjax.optim import NonFiniteError as NonFiniteError
 from pjax.problem import Problem as Problem
 from pjax.problem import feasibility_problem as feasibility_problem
 from pjax.program import TraceError as TraceError
+from pjax.program import constrain as constrain
 from pjax.program import cross_entropy as cross_entropy
 from pjax.program import identity as identity
 from pjax.program import margin_loss as margin_loss
@@ -82,7 +85,7 @@ from pjax.training import value_and_displacement as value_and_displacement
 __version__ = "0.2.0"
 
 #: Modules that users use; the others are found by their names.
-_MODULES = ("lab", "metrics", "nn", "numpy", "optim", "solvers")
+_MODULES = ("lab", "metrics", "nn", "numpy", "optim", "sets", "solvers")
 _moved.install()
 
 

@@ -15,9 +15,12 @@ import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import PyTree
+
 from pjax import solvers
 from pjax.metrics import Metric, Spectral, Uniform
 from pjax.options import Fallback, Fanout, Splitting
+from pjax.sets import Set
 from pjax.solvers import Solver
 from pjax.training import Info, NonFiniteError, Optimizer, Projection, ProjectionState, StateSize
 
@@ -32,6 +35,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         splitting: Splitting = "neuron",
         check: bool = True,
         fallback: Fallback | None = None,
+        sets: PyTree[Set | None] = None,
         **options: Any,
     ) -> Optimizer:
         for name in ("extrapolate", "averaging"):
@@ -50,6 +54,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
             splitting,
             check,
             fallback,
+            sets,
         )
 
     make.__name__ = make.__qualname__ = solver.__name__
@@ -62,7 +67,7 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
     - `splitting`: `"neuron"`: the paper's problem, with `fanout="paper"`, a uniform metric and
         λ = 5; `"layer"`: one constraint for each array operation, with the metric that
         `pjax.optim.default_metric` has for the solver.
-    - `metric`, `fanout`, `check`, `fallback`: see [`Optimizer`][].
+    - `metric`, `fanout`, `check`, `fallback`, `sets`: see [`Optimizer`][].
     - the solver's own options (`relaxation`, `beta`, `change_projection_order`), by name.
 
     **Returns:** an [`Optimizer`][].

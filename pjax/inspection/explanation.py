@@ -415,7 +415,7 @@ def _warnings(
 
 
 def _silent(graph: Graph, consts: Sequence[Any]) -> list[Node]:
-    """The losses of which every row counts 0, by their coefficients and the data.
+    """The losses of which every row counts 0, by their coefficients and the data; no constraint.
 
     What the network computes is not evaluated: any number stands for it.
     """
@@ -440,7 +440,8 @@ def _silent(graph: Graph, consts: Sequence[Any]) -> list[Node]:
         device.run_once(evaluate, {a: x for a, x in data.items() if a in read}) if wanted else []
     )
     counts = [next(found) if type(t.coefficient) is int else t.coefficient for t in graph.terms]
-    return [n for n, c in zip(graph.losses, counts, strict=True) if not np.any(np.asarray(c))]
+    losses = zip(graph.losses, counts, strict=True)
+    return [n for n, c in losses if c is not None and not np.any(np.asarray(c))]
 
 
 def _any_number(program: Program, atom: int) -> Any:

@@ -216,8 +216,14 @@ class ForwardPass:
         return self.values[route.sources[0]].astype(value.dtype) if route.even else value
 
     def _count_rows(self) -> LossRows:
-        metric, losses = self.layout.formulation.metric, self.graph.losses
-        coefficients = self.graph.loss_coefficients(self.program_values)
+        metric = self.layout.formulation.metric
+        given = list(
+            zip(self.graph.losses, self.graph.loss_coefficients(self.program_values), strict=True)
+        )
+        # Constraints have no part in the result: they move to their sets, whatever the step.
+        free = {node.index: 1.0 for node, c in given if c is None}
+        losses = [node for node, c in given if c is not None]
+        coefficients = [c for _, c in given if c is not None]
         # A penalty on parameters has no rows of the batch, unless there is nothing else.
         pairs = list(zip(losses, coefficients, strict=True))
         counted = [c for node, c in pairs if self._reads_predictions(node)] or coefficients
@@ -232,8 +238,8 @@ class ForwardPass:
         counts = relative if metric.row_weights == "relative" else coefficients
         indices = [node.index for node in losses]
         return LossRows(
-            {i: metric.prox_step * c for i, c in zip(indices, counts, strict=True)},
-            {i: _row_weights(c) for i, c in zip(indices, relative, strict=True)},
+            free | {i: metric.prox_step * c for i, c in zip(indices, counts, strict=True)},
+            free | {i: _row_weights(c) for i, c in zip(indices, relative, strict=True)},
             jnp.asarray(largest),
         )
 

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pjax.graph import Slot, latent_nodes
 from pjax.problem.consensus import Consensus
+from pjax.problem.projection import project_nodes
 from pjax.problem.state import State, mean
 from pjax.problem.weights import Weights
 from pjax.projections import scaling
@@ -19,11 +20,12 @@ _NEGLIGIBLE = 1e-8
 
 
 def parameter_deviations(consensus: Consensus, state: State) -> list[Array | None]:
-    """For each leaf the weighted mean of its readers; None where nothing reads it, 0 where all
-    that reads it is stiff.
+    """For each leaf the weighted mean of its readers, in its set; None where nothing reads it, 0
+    where all that reads it is stiff.
     """
     weights = consensus.weights
-    deviations = consensus.targets(_parameters(weights), state)
+    nodes = _parameters(weights)
+    _, deviations = project_nodes(weights, nodes, state, consensus.targets(nodes, state))
     return _by_leaf(
         weights,
         {i: scaling.from_unit(x, weights.nodes[i].exponent) for i, x in deviations.items()},

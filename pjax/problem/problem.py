@@ -27,7 +27,8 @@ from pjax.problem.forward import ForwardPass
 from pjax.problem.layouts import Formulation, Layout, Sizes, layout, sizes
 from pjax.problem.state import State
 from pjax.problem.weights import Weights
-from pjax.rules import Reference
+from pjax.rules import Membership, Reference
+from pjax.sets import Set
 from pjax.trace import require_function, trace
 
 
@@ -43,12 +44,13 @@ class Problem:
         leaves: Sequence[Any],
         consts: Sequence[Any],
         vectors: Sequence[Any] | None = None,
+        sets: Sequence[Set | None] = (),
     ):
         self.layout = layout
         self.graph = layout.graph
         self.leaves = list(leaves)
         self._forward = ForwardPass(layout, leaves, consts, vectors)
-        self._weights = Weights(self._forward)
+        self._weights = Weights(self._forward, sets)
         self._consensus = Consensus(self._weights)
 
     @property
@@ -179,6 +181,18 @@ class Problem:
     def node_deviation(self, node: Node, point: State) -> Float[Array, ""]:
         """`(Σ ρ |δ|²)^½` over the slots of a node; stiff slots count the force on them."""
         return state.node_deviation(self._weights, node, point)
+
+    def violations(self) -> dict[str, Float[Array, ""]]:
+        """How far what the user constrains is from its sets in the forward pass: `|x − P(x)|` for
+        each line that calls `pjax.constrain`.
+        """
+        squares: dict[str, Array] = {}
+        for node in self.graph.losses:
+            if isinstance(node.rule, Membership):
+                distances = node.rule.distances(self.reference(node.index))
+                line = node.source or node.name
+                squares[line] = squares.get(line, jnp.zeros(())) + jnp.sum(jnp.square(distances))
+        return {line: jnp.sqrt(total) for line, total in squares.items()}
 
     def residuals(self, state: State | None = None) -> dict[str, Float[Array, ""]]:
         """The distance of a state to each node's constraint; of a loss, how far its prox would

@@ -8,6 +8,7 @@ far below the range of float32 in a deep network, and forces are not. A slot of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 
 from pjax.graph import Node, Slot
 from pjax.problem.forward import ForwardPass, bounded_power, power_between
-from pjax.rules import Geometry, Reference
+from pjax.rules import STIFF, Geometry, Reference
+from pjax.sets import Set
 
 
 class Weights:
@@ -30,10 +32,10 @@ class Weights:
     - `nodes`: for each node but losses `W_v`, with which its readers hold on to its output.
     - `targets`: the target weight that a node's rule is given: `W_v`, or 1 in the paper's
         convention; of a loss the prox step of each row.
-    - `references`: the reference point of each node, with its geometry.
+    - `references`: the reference point of each node, with its geometry, and its set.
     """
 
-    def __init__(self, forward: ForwardPass):
+    def __init__(self, forward: ForwardPass, sets: Sequence[Set | None] = ()):
         self.forward, self.layout, self.graph = forward, forward.layout, forward.graph
         self.slots, self.gains, self.vectors = self.layout.formulation.metric.weigh(forward)
         by_index = dict(enumerate(self.slots))
@@ -47,9 +49,16 @@ class Weights:
             mantissas = {index: _one_if_read(weight) for index, weight in mantissas.items()}
         self.targets: dict[int, Any] = mantissas | forward.rows.prox_steps
         self.references: dict[int, Reference] = {
-            node.index: forward.references[node.index]._replace(geometry=self._geometry(node))
+            node.index: forward.references[node.index]._replace(
+                geometry=self._geometry(node), within=self._within(node, sets)
+            )
             for node in self.graph.nodes
         }
+
+    def _within(self, node: Node, sets: Sequence[Set | None]) -> tuple[Set, Any] | None:
+        """The set of a parameter, and the weight with which its readers hold on to it."""
+        one = sets[node.output] if sets and node.kind == "parameter" else None  # pyright: ignore
+        return None if one is None else (one, self.nodes[node.index].mantissa)
 
     def _geometry(self, node: Node) -> Geometry:
         return Geometry(
@@ -98,7 +107,7 @@ class Weights:
         """
         if not self.is_stiff(slot):
             return self.ratio(slot, slot.node)
-        return 2.0**40 if jnp.finfo(slot.dtype).bits <= 32 else 2.0**60
+        return STIFF if jnp.finfo(slot.dtype).bits <= 32 else 2.0**60
 
 
 def _one_if_read(weight: Any) -> Any:

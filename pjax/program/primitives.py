@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from pjax.backend import custom_primitives
 from pjax.projections import losses
 from pjax.projections.quantize import uniform_quantize
+from pjax.sets import Set
 
 
 def to_front(args: Any, dims: Any, size: int) -> list[Array]:
@@ -61,6 +63,23 @@ threshold_p = custom_primitives.define_primitive(
     "pjax_threshold",
     lambda x, margin: jnp.where(x > 0, 1, -1).astype(x.dtype),
     _batch_elementwise,
+)
+
+
+def _batch_constrain(bind: Any, size: int, args: Any, dims: Any, params: Any) -> Any:
+    """What is constrained has the axis in front; the numbers of the set, where they have one."""
+    mapped = [not custom_primitives.is_unmapped(dim) for dim in dims]
+    x, *_ = to_front(args[:1], dims[:1], size)
+    numbers = [
+        jnp.moveaxis(arg, dim, 0) if own else arg
+        for arg, dim, own in zip(args[1:], dims[1:], mapped[1:], strict=True)
+    ]
+    axes = tuple(0 if own else None for own in mapped[1:])
+    return bind(x, *numbers, **{**params, "axes": (axes, *params["axes"])}), 0
+
+
+constrain_p = custom_primitives.define_primitive(
+    "pjax_constrain", lambda x, *numbers, structure, axes: x, _batch_constrain
 )
 
 
@@ -201,3 +220,39 @@ def quantize(x: ArrayLike, levels: int = 2, low: float = -1.0, high: float = 1.0
     if not (low < high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"`low` must be below `high`, both finite, got {low} and {high}.")
     return quantize_p.bind(x, levels=int(levels), low=float(low), high=float(high))
+
+
+def constrain(x: ArrayLike, set: Set) -> Array:
+    """`x`, which is to lie in a set: a hard constraint of the problem, the identity otherwise.
+
+    In a solve `x ∈ set` is a constraint of its own beside the operations that read `x`: its
+    projection is the nearest point of the set. The forward pass does not change; how far `x` is
+    from the set there is in `info.violations` of [`pjax.optim.Projection`][], by the line of the
+    call, and in `Problem.violations`.
+
+    A solver of many steps ends near the set where it can. One sweep, as for
+    [`pjax.optim.Projection`][] and displacements, asks `x` to move there: the force is
+    `P(x) − x`, as if the loss had the term `|x − P(x)|²/2λ` with the prox step λ, for as long as
+    `x` is not in the set. For parameters use `sets` of the optimisers, which are satisfied exactly.
+
+    Under `vmap` the set is one for each mapped entry. Where `x` depends on no parameter there is
+    nothing to constrain.
+
+    **Arguments:**
+
+    - `x`: a floating-point array.
+    - `set`: from `pjax.sets`, or your own; its numbers are data, and may be traced.
+
+    **Raises:** `TypeError` for an array of another type or what is no set, `ValueError` for a set
+    that has no point of this shape.
+
+    >>> import pjax
+    >>> pjax.constrain(jnp.array([0.5, 0.7]), pjax.sets.Simplex())
+    Array([0.5, 0.7], dtype=float32)
+    """
+    x = _floating("constrain", x)
+    if not isinstance(set, Set):
+        raise TypeError(f"`constrain` needs a set of `pjax.sets`, got {set!r}.")
+    set.check(x.shape)
+    numbers, structure = jax.tree.flatten(set)
+    return constrain_p.bind(x, *map(jnp.asarray, numbers), structure=structure, axes=())

@@ -21,6 +21,8 @@ from pjax.rules.losses import LinearLoss as LinearLoss
 from pjax.rules.losses import Loss as Loss
 from pjax.rules.losses import NumericLoss as NumericLoss
 from pjax.rules.margins import SignedProduct as SignedProduct
+from pjax.rules.membership import STIFF as STIFF
+from pjax.rules.membership import Membership as Membership
 from pjax.rules.piecewise_constant import Threshold as Threshold
 from pjax.rules.piecewise_constant import as_threshold as as_threshold
 from pjax.rules.products import BILINEAR as BILINEAR

@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from pjax.options import Exactness
 from pjax.program import Atom, Equation, Program
+from pjax.projections import scaling
 from pjax.rules.storages import Dense, Storage
+from pjax.sets import Set
 
 
 class Geometry(NamedTuple):
@@ -45,6 +49,7 @@ class Reference(NamedTuple):
     - `entries`: for each slot an array that has the same entries, perhaps fewer times each: what it
         is broadcast from. Empty for the inputs themselves.
     - `force`: of a layer, the multiplier of its projection, where that is known.
+    - `within`: of a parameter in a set, the set and the weight of its readers.
     """
 
     inputs: tuple[Array, ...]
@@ -54,6 +59,7 @@ class Reference(NamedTuple):
     geometry: Geometry = Geometry()
     entries: tuple[Array, ...] = ()
     force: Any = None
+    within: tuple[Set, Any] | None = None
 
 
 class Force(NamedTuple):
@@ -138,14 +144,26 @@ class Rule(ABC):
 @dataclass(frozen=True)
 class Parameter(Rule):
     """A parameter: all that is asked of it is that its readers agree, so it has no slots, and the
-    nearest point is the weighted mean of its readers, its target.
+    nearest point is the weighted mean of its readers, its target; in a set, the point that is
+    nearest to that in their weights.
     """
 
     exactness: ClassVar[Exactness] = "exact"
     name: str = "parameter"
 
     def project(self, reference, states, weights, target, target_weight):
-        return (), target
+        if reference.within is None:
+            return (), target
+        one, weight = reference.within
+        exponent = reference.geometry.exponent
+        point = reference.output + scaling.from_unit(target, exponent)
+        if isinstance(weight, jax.Array) and weight.ndim:
+            # What nothing reads costs nothing to move; it is not to move for that.
+            least = jnp.finfo(weight.dtype).eps * jnp.max(weight)
+            moved = one.project_weighted(point, jnp.where(least > 0, jnp.maximum(weight, least), 1))
+        else:
+            moved = one.project(point)
+        return (), target + scaling.to_unit((moved - point).astype(target.dtype), exponent)
 
 
 #: The rule of every parameter.

@@ -12,6 +12,7 @@ from pjax.rules.base import Builder, NodeSpec
 from pjax.rules.extrema import Extremum
 from pjax.rules.losses import CrossEntropy, Loss, Margin, SquaredError
 from pjax.rules.margins import SignedNumber
+from pjax.rules.membership import Membership
 from pjax.rules.piecewise_constant import Quantizer
 from pjax.rules.products import (
     BILINEAR,
@@ -92,6 +93,12 @@ def _quantize(program: Program, equation: Equation) -> NodeSpec:
 @_builder(primitives.threshold_p)
 def _threshold(program: Program, equation: Equation) -> NodeSpec:
     return NodeSpec(SignedNumber(equation.params["margin"]), equation.inputs)
+
+
+@_builder(primitives.constrain_p)
+def _constrain(program: Program, equation: Equation) -> NodeSpec:
+    x, *numbers = equation.inputs
+    return NodeSpec(Membership(**equation.params), (x,), tuple(numbers))
 
 
 @_builder(primitives.identity_p)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -53,6 +53,8 @@ class ResidualHistory:
     - `gap`: `(steps,)`: the length of the gap vector between the sets.
     - `gap_change`: `(steps,)`: how far the gap vector moved since the step before.
     - `loss`: the function's value in the forward pass that began the solve.
+    - `violations`: how far the forward pass was from the sets of `pjax.constrain`, by the line of
+        the call.
 
     `float(history)` is the last residual.
     """
@@ -63,6 +65,7 @@ class ResidualHistory:
     gap: Float[Array, " steps"]
     gap_change: Float[Array, " steps"]
     loss: Float[Array, "..."]
+    violations: dict[str, Float[Array, ""]] = field(default_factory=dict)
 
     @property
     def total(self) -> Float[Array, " steps"]:

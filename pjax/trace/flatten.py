@@ -19,8 +19,10 @@ from pjax.program import (
     Leaf,
     Program,
     Scalar,
+    TraceError,
     canonical,
     live,
+    primitives,
 )
 from pjax.trace import (
     complex_values,
@@ -42,6 +44,8 @@ class Flattener(Writer):
         super().__init__()
         # By identity: the equation is kept, so that no other one takes its place.
         self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
+        #: The outputs of constraints, which nothing reads: what is constrained is read itself.
+        self._constrained: list[int] = []
 
     def flatten(
         self, closed: Any, paths: Sequence[str], num_outputs: int | None = None
@@ -68,10 +72,11 @@ class Flattener(Writer):
         atoms = tuple(self._atom(env, var) for var in closed.jaxpr.outvars)
         cut = len(atoms) if num_outputs is None else num_outputs
         outputs, aux = atoms[:cut], atoms[cut:]
-        self._exchange_operands(live(self.equations, outputs))
-        needed = live(self.equations, outputs)
-        self.equations = regroup.Regrouping(self, needed, outputs, REGISTRATIONS).run()
-        equations = live(self.equations, outputs)
+        roots = (*outputs, *self._constrained)
+        self._exchange_operands(live(self.equations, roots))
+        needed = live(self.equations, roots)
+        self.equations = regroup.Regrouping(self, needed, roots, REGISTRATIONS).run()
+        equations = live(self.equations, roots)
         for equation in equations:
             self._check_integer_parameter(equation)
             self._check_narrow(equation)
@@ -197,6 +202,8 @@ class Flattener(Writer):
             results = derivatives.expand(self, eqn, inputs, source)
             if results is not None:
                 pass
+            elif eqn.primitive is primitives.constrain_p:
+                results = [self._constrain(eqn, inputs, source)]
             elif body is not None:
                 inner, consts = body
                 results = self.inline_body(inner, self.capture(inner, consts), inputs, source)
@@ -217,6 +224,20 @@ class Flattener(Writer):
                 continue
             outputs = tuple(self._new(env, var) for var in eqn.outvars)
             self._add(Equation(eqn.primitive, inputs, outputs, eqn.params, source))
+
+    def _constrain(self, eqn: Any, inputs: tuple[Atom, ...], source: str) -> Atom:
+        """What is constrained; the equation says so and leads nowhere."""
+        x, *numbers = inputs
+        if any(map(self.is_variable, numbers)):
+            raise TraceError(
+                f"The set of `constrain` ({source}) depends on the parameters; it must be data. "
+                "Use `jax.lax.stop_gradient` on its numbers if they are meant to rest."
+            )
+        if self.is_variable(x):
+            output = self._number(eqn.outvars[0].aval)
+            self._add(Equation(eqn.primitive, inputs, (output,), eqn.params, source))
+            self._constrained.append(output)
+        return x
 
     def _expand(self, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
         """The outputs of an equation of parameters by operations that have rules, or None."""

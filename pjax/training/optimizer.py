@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import jax
@@ -16,11 +16,13 @@ from pjax.metrics import Metric, Uniform
 from pjax.options import Fallback, Fanout, Splitting
 from pjax.problem import Formulation, Layout, Problem, first_vectors, layout
 from pjax.program import Program, leaves_of
+from pjax.sets import Set, into
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import trace
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, raise_if_unsound
 from pjax.training.checks import check as check_solve
+from pjax.training.within import sets_of
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +56,17 @@ def _solved(
     consts: Sequence[Any],
     state: OptimizerState | None,
     relaxation: Any,
+    sets: Sequence[Set | None],
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
-    problem = Problem(layout, leaves, consts, None if state is None else state.vectors)
+    problem = Problem(layout, leaves, consts, None if state is None else state.vectors, sets)
     solution, history = solver.solve(problem)
     moved = [
         leaf if move is None else (leaf + relaxation * move).astype(jnp.result_type(leaf))
         for leaf, move in zip(leaves, problem.parameter_deviations(solution), strict=True)
     ]
+    # A relaxation leads out of a set that is not convex, and the sum has rounded.
+    moved = [into(one, leaf) for one, leaf in zip(sets, moved, strict=True)] if sets else moved
+    history = replace(history, violations=problem.violations())
     checks = check_solve(problem, consts, history.loss, moved) if check else None
     new = None if state is None else OptimizerState(tuple(problem.vectors))
     return moved, history, checks, new
@@ -81,6 +87,9 @@ class Optimizer:
     - `check`: raise an error for parameters, data or a loss that are not finite; it waits for the
         result of each update.
     - `fallback`: see [`pjax.feasibility_problem`][].
+    - `sets`: in which parameters are to lie: a prefix of their tree whose leaves are sets of
+        `pjax.sets` or None. In the solve a parameter is the point of its set that is nearest to
+        what its readers ask, in the weights with which they do; it is in the set after each update.
     """
 
     solver: Solver
@@ -89,6 +98,7 @@ class Optimizer:
     splitting: Splitting = "neuron"
     check: bool = True
     fallback: Fallback | None = None
+    sets: PyTree[Set | None] = None
 
     def init(
         self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array] = MISSING
@@ -139,18 +149,22 @@ class Optimizer:
         kinds = (OptimizerState, type(None))
         require_own_call(self, fn, params, state, kinds)
         program, leaves, consts, _ = trace(fn, params)
+        apart = leaves_of(params)
+        sets = sets_of(self.sets, params, apart)
+        found = self.layout(program)
         moved, history, checks, new = _solve(
-            self.layout(program), self.solver, self.check, leaves, consts, state, relaxation
+            found, self.solver, self.check, leaves, consts, state, relaxation, sets
         )
         if checks is not None:
             raise_if_unsound(program, consts, checks)
-        result = leaves_of(params).tree(moved)
+        result = apart.tree(moved)
         return (result, history) if new is None else (result, history, new)
 
     def problem(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Problem:
         """The problem that `update` would solve, to look at."""
         program, leaves, consts, _ = trace(fn, params)
-        return Problem(self.layout(program), leaves, consts)
+        sets = sets_of(self.sets, params, leaves_of(params))
+        return Problem(self.layout(program), leaves, consts, None, sets)
 
     def lower(self, fn: Callable[[PyTree[Array]], Array], params: PyTree[Array]) -> Any:
         """The update lowered but not run, like `jax.jit(f).lower(…)`:
@@ -158,7 +172,8 @@ class Optimizer:
         """
         program, leaves, consts, _ = trace(fn, params)
         found = self.layout(program)
-        return _solve.lower(found, self.solver, self.check, leaves, consts, None, 1.0)
+        sets = sets_of(self.sets, params, leaves_of(params))
+        return _solve.lower(found, self.solver, self.check, leaves, consts, None, 1.0, sets)
 
     def layout(self, program: Program) -> Layout:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""

@@ -17,13 +17,15 @@ from pjax.metrics import Spectral
 from pjax.options import Fallback
 from pjax.problem import Formulation, Layout, Problem, layout
 from pjax.program import leaves_of, read
+from pjax.sets import Set, into
 from pjax.trace import trace
 from pjax.training import requests
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, check, raise_if_unsound
 from pjax.training.memory import Memory
 from pjax.training.readers import Units, find_units
-from pjax.training.requests import Requests
+from pjax.training.requests import Requests, Step
+from pjax.training.within import sets_of
 
 
 @jax.tree_util.register_dataclass
@@ -54,11 +56,14 @@ class Info(NamedTuple):
     - `residual`: the length of the forces on the outputs of all layers; 0 where all constraints
         hold.
     - `aux`: the auxiliary output, with `has_aux`; else None.
+    - `violations`: how far the forward pass was from the sets of `pjax.constrain`, by the line of
+        the call.
     """
 
     loss: Array
     residual: Array
     aux: Any
+    violations: dict[str, Array]
 
 
 class StateSize(NamedTuple):
@@ -83,11 +88,13 @@ class StateSize(NamedTuple):
 
 class _Solved(NamedTuple):
     moves: list[Array | None]
+    ends: dict[int, Array]
     loss: Array
     residual: Array
     aux: list[Any]
     memory: Memory
     vectors: tuple[Any, ...]
+    violations: dict[str, Array]
     checks: Checks | None
 
 
@@ -109,9 +116,10 @@ def _solve(
     memory: Memory,
     vectors: Sequence[Any] | None,
     count: Array,
+    step: Step,
 ) -> _Solved:
     return rolled(functools.partial(_solved, layout, settings, checked))(
-        leaves, consts, memory, vectors, count
+        leaves, consts, memory, vectors, count, step
     )
 
 
@@ -124,19 +132,23 @@ def _solved(
     memory: Memory,
     vectors: Sequence[Any] | None,
     count: Array,
+    step: Step,
 ) -> _Solved:
     problem = Problem(layout, leaves, consts, vectors)
     state = problem.sweep(layer_forces=True)
     units = _units(layout)
-    moved, memory = requests.moves(problem, units, state, state.forces, memory, count, settings)
+    moved, ends, memory = requests.moves(
+        problem, units, state, state.forces, memory, count, settings, step
+    )
     moves = problem.leaf_moves(moved)
     total = sum((jnp.sum(jnp.square(f)) for f in state.forces.values()), start=jnp.zeros(()))
     aux = [read(problem.forward, atom) for atom in layout.graph.program.auxiliary_outputs]
     checks = None
     if checked:
         checks = check(problem, consts, problem.loss, [m for m in moves if m is not None])
+    violations, vectors = problem.violations(), tuple(problem.vectors)
     return _Solved(
-        moves, problem.loss, jnp.sqrt(total), aux, memory, tuple(problem.vectors), checks
+        moves, ends, problem.loss, jnp.sqrt(total), aux, memory, vectors, violations, checks
     )
 
 
@@ -183,6 +195,9 @@ class Projection:
         update.
     - `fallback`: see [`pjax.feasibility_problem`][].
     - `requests`: the constants of the rule.
+    - `sets`: in which parameters are to lie: a prefix of their tree whose leaves are sets of
+        `pjax.sets` or None. Each solve is over the set of its parameter (by 16 projected steps),
+        so a parameter is in its set after each update.
     """
 
     has_aux: bool = False
@@ -192,6 +207,7 @@ class Projection:
     check: bool = True
     fallback: Fallback | None = None
     requests: Requests = Requests()  # noqa: RUF009 - frozen
+    sets: PyTree[Set | None] = None
 
     def init(
         self, fn: Callable[..., Any], params: PyTree[Array] = MISSING, *args: Any, **kwargs: Any
@@ -237,15 +253,9 @@ class Projection:
         **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of
         other shapes, `TypeError` for a call as Optax makes it.
         """
-        moves, state, info = self._moves(fn, params, state, args, kwargs)
-        leaves = leaves_of(params, self.mask)
         keep = 1 - relaxation * self.weight_decay
-        moved = [
-            leaf
-            if move is None
-            else (keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
-            for leaf, move in zip(leaves.arrays, moves, strict=True)
-        ]
+        moves, moved, state, info = self._moves(fn, params, state, args, kwargs, keep, relaxation)
+        leaves = leaves_of(params, self.mask)
         if self.averaging is not None:
             share = (self.averaging + 1) / (state.count + self.averaging)
             mean = tuple(
@@ -272,14 +282,15 @@ class Projection:
         ```
 
         **Returns:** `(displacement, state, info)`; the displacement is 0 where the mask is False.
+        A whole step leads into the sets of parameters; for what Optax makes of it there is
+        [`pjax.sets.keep`][].
         """
-        moves, state, info = self._moves(fn, params, state, args, kwargs)
-        leaves = leaves_of(params)
-        by_path = dict(zip(leaves_of(params, self.mask).paths, moves, strict=True))
+        moves, moved, state, info = self._moves(fn, params, state, args, kwargs, 1.0, 1.0)
+        leaves, moving = leaves_of(params), leaves_of(params, self.mask)
+        chosen = zip(moving.paths, moving.arrays, moved, moves, strict=True)
+        by_path = {path: p - end for path, p, end, move in chosen if move is not None}
         found = [
-            jnp.zeros_like(leaf)
-            if (move := by_path.get(path)) is None
-            else (-move).astype(jnp.result_type(leaf))
+            by_path.get(path, jnp.zeros_like(leaf)).astype(jnp.result_type(leaf))
             for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)
         ]
         return leaves.moves(found), state, info
@@ -293,7 +304,8 @@ class Projection:
         """
         if self.averaging is None:
             raise ValueError("There is no average: make the optimiser with `averaging=8.0`, say.")
-        return leaves_of(params, self.mask).tree(state.mean)
+        leaves = leaves_of(params, self.mask)
+        return leaves.tree(_into(sets_of(self.sets, params, leaves), state.mean))
 
     def sizes(
         self, fn: Callable[..., Any], params: PyTree[Array], *args: Any, **kwargs: Any
@@ -320,11 +332,17 @@ class Projection:
         state: ProjectionState,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[list[Array | None], ProjectionState, Info]:
+        keep: Any,
+        relaxation: Any,
+    ) -> tuple[list[Array | None], list[Any], ProjectionState, Info]:
+        """The free moves, and where parameters end."""
         require_own_call(self, fn, params, state, ProjectionState)
         program, leaves, consts, aux_tree = self._traced(fn, params, args, kwargs)
         found_layout = self._layout(program)
         _check_state(found_layout, state)
+        apart = leaves_of(params, self.mask)
+        sets = sets_of(self.sets, params, apart)
+        step = Step(sets, keep, relaxation) if sets else Step()
         found = _solve(
             found_layout,
             self.requests,
@@ -334,12 +352,20 @@ class Projection:
             state.memory,
             state.vectors,
             state.count,
+            step,
         )
         if found.checks is not None:
             raise_if_unsound(program, consts, found.checks)
         aux = jax.tree_util.tree_unflatten(aux_tree, found.aux) if self.has_aux else None
         new = ProjectionState(state.count + 1, found.memory, found.vectors, state.mean)
-        return found.moves, new, Info(found.loss, found.residual, aux)
+        moved = [
+            leaf
+            if move is None
+            else found.ends.get(n, keep * leaf + relaxation * move).astype(jnp.result_type(leaf))
+            for n, (leaf, move) in enumerate(zip(apart.arrays, found.moves, strict=True))
+        ]
+        info = Info(found.loss, found.residual, aux, found.violations)
+        return found.moves, _into(sets, moved), new, info
 
     def _traced(
         self, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -362,6 +388,16 @@ class Projection:
     def _layout(self, program: Any) -> Layout:
         options = Formulation(_METRIC, splitting="layer", grouping="levels", fallback=self.fallback)
         return layout(program, options)
+
+
+@jax.jit
+def _nearest(sets: Sequence[Set | None], leaves: Sequence[Any]) -> list[Any]:
+    return [into(one, leaf) for one, leaf in zip(sets, leaves, strict=True)]
+
+
+def _into(sets: Sequence[Set | None], leaves: Sequence[Any]) -> list[Any]:
+    """Each leaf at the nearest point of its set, where there are sets."""
+    return _nearest(sets, leaves) if sets else list(leaves)
 
 
 def _bytes(tree: Any) -> int:

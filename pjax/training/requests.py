@@ -27,12 +27,28 @@ from jaxtyping import Array, Float
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.spectrum import entries
+from pjax.sets import Set
 from pjax.training import moments
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.moments import Stacks
 from pjax.training.readers import Unit, Units
 from pjax.training.readings import Read, Reading, readings
-from pjax.training.solve import Plan, solve, whitened
+from pjax.training.solve import Plan, solve, stiffnesses, whitened
+from pjax.training.within import minimum
+
+
+class Step(NamedTuple):
+    """What is made of moves where parameters are to stay in sets.
+
+    **Attributes:**
+
+    - `sets`: for each leaf its set or None; nothing where there are none.
+    - `keep`, `relaxation`: factors on the parameter, and on the move.
+    """
+
+    sets: Sequence[Set | None] = ()
+    keep: Any = 1.0
+    relaxation: Any = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +151,10 @@ def moves(
     memory: Memory,
     count: Array,
     settings: Requests,
-) -> tuple[dict[int, Array], Memory]:
-    """How far each unit moves, by the index of its node, and the memory to go on with.
+    step: Step = Step(),  # noqa: B008 - immutable
+) -> tuple[dict[int, Array], dict[int, Array], Memory]:
+    """How far each unit moves, by the index of its node; where parameters in sets end, by the
+    number of the leaf; the memory to go on with.
 
     **Arguments:**
 
@@ -144,6 +162,7 @@ def moves(
     - `state`: after a sweep.
     - `forces`: on the output of each node that reads a unit.
     - `memory`, `count`: of the batches before, and how many there were.
+    - `step`: what is made of the moves of parameters in sets.
     """
     reads = readings(problem, units, state, forces)
     unit_forces = moments.sums_of_forces(problem, units, reads, state)
@@ -189,8 +208,53 @@ def moves(
         unit.node: move if unit.latent else (plan.pace * pace).astype(move.dtype) * move
         for unit, move, pace in zip(units.units, found, entries(plan.paces), strict=True)
     }
+    ends, found = _ends(problem, units, stacks, memory, plan, found, moved, step)
     new = tuple(own._replace(move=move) for own, move in zip(kept, found, strict=True))
-    return moved, memory._replace(units=new, force=batch.largest, pace=plan.pace, paces=plan.paces)
+    return (
+        moved,
+        ends,
+        memory._replace(units=new, force=batch.largest, pace=plan.pace, paces=plan.paces),
+    )
+
+
+def _ends(
+    problem: Problem,
+    units: Units,
+    stacks: Stacks,
+    memory: Memory,
+    plan: Plan,
+    found: Sequence[Array],
+    moved: Mapping[int, Array],
+    step: Step,
+) -> tuple[dict[int, Array], list[Array]]:
+    """Where parameters in sets end, by the number of the leaf; and the moves to remember, which for
+    these are those that were made.
+    """
+    leaves = {
+        number: leaf
+        for number, unit in enumerate(units.units)
+        if step.sets
+        and problem.graph.nodes[unit.node].kind == "parameter"
+        and (leaf := problem.graph.nodes[unit.node].output) is not None
+        and step.sets[leaf] is not None
+    }
+    stiffness = stiffnesses(problem, units, stacks, memory, plan, list(leaves))
+    ends, kept = {}, list(found)
+    paces = entries(plan.paces)
+    for number, leaf in leaves.items():
+        one, move = step.sets[leaf], found[number]
+        assert one is not None
+        start = step.keep * problem.values[leaf]
+        end = minimum(
+            one,
+            start,
+            start + step.relaxation * moved[units.units[number].node],
+            *stiffness[number],
+        )
+        ends[leaf] = end
+        length = step.relaxation * plan.pace * paces[number]
+        kept[number] = ((end - start) * spectrum.inverse(length)).astype(move.dtype)
+    return ends, kept
 
 
 def _planned(
@@ -522,4 +586,4 @@ def _dampings(
     return dict(zip(numbers, entries(damping), strict=True))
 
 
-__all__ = ["Memory", "Requests", "UnitMemory", "empty", "moves"]
+__all__ = ["Memory", "Requests", "Step", "UnitMemory", "empty", "moves"]

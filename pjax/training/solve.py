@@ -6,7 +6,7 @@ In numbers, which are found for all parameters at once, and in products and sums
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array
 from pjax.problem import Problem
 from pjax.projections import spectrum
 from pjax.projections.spectrum import Side, Spectra
+from pjax.training import within
 from pjax.training.memory import Memory
 from pjax.training.moments import Part, Stack, Stacks, as_matrix, from_matrix
 from pjax.training.readers import Unit, Units
@@ -65,6 +66,32 @@ def solve(
             flat = move.reshape(-1, move.shape[-1])
             move = spectrum.between(None, flat, right[number]).reshape(move.shape)
         found.append(move)
+    return found
+
+
+def stiffnesses(
+    problem: Problem,
+    units: Units,
+    stacks: Stacks,
+    memory: Memory,
+    plan: Plan,
+    wanted: Sequence[int],
+) -> dict[int, tuple[Callable[[Array], Array], Array]]:
+    """The inverse of what `solve` multiplies with, and a bound on its largest eigenvalue, for some
+    units by number.
+    """
+    left = _sides(stacks.inputs, memory.inputs, plan.inputs)
+    right = _sides(stacks.outputs, memory.outputs, plan.outputs)
+    found = {}
+    for number in wanted:
+        diagonal = memory.units[number].diagonal
+        if diagonal is None:
+            found[number] = within.of_matrix(
+                problem, units.units[number], left[number], right[number]
+            )
+        else:
+            damped = diagonal + plan.dampings[number].astype(diagonal.dtype)
+            found[number] = within.of_diagonal(damped, right.get(number))
     return found
 
 
@@ -136,4 +163,4 @@ def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side)
     return from_matrix(problem, unit, move).astype(asked.dtype)
 
 
-__all__ = ["Plan", "solve", "whitened"]
+__all__ = ["Plan", "solve", "stiffnesses", "whitened"]

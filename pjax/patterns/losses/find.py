@@ -38,6 +38,7 @@ from pjax.program import (
     Program,
     Scalar,
     TraceError,
+    primitives,
 )
 
 _WHAT_TO_DO = (
@@ -139,6 +140,11 @@ class _Finder:
             terms = self._terms(group, coefficients)
             found += [(max(group), term) for term in terms]
         self._check_bounded(others, [term for _, term in found])
+        found += [
+            (equation.outputs[0], LossTerm(equation, None))
+            for equation in self.program.equations
+            if equation.primitive is primitives.constrain_p
+        ]
         found.sort(key=lambda pair: pair[0])
         program = replace(
             self.program,

@@ -48,13 +48,14 @@ class RowLoss:
 
 @dataclass(frozen=True, eq=False)
 class LossTerm:
-    """One loss of the function's result, `Σ coefficient · rows`.
+    """One loss of the function's result, `Σ coefficient · rows`; or a constraint, which has no part
+    in it.
 
     **Attributes:**
 
     - `equation`: `rows = loss(prediction, *knowns)`; the last axis of a prediction is a row.
     - `coefficient`: how much each row counts: a known number (or an array), or the variable that
-        holds it.
+        holds it; None for a constraint.
     """
 
     equation: Equation
