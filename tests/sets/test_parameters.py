@@ -18,7 +18,7 @@ import pjax
 from pjax import sets
 
 #: Sets for `w1`, `b1` and `w2`.
-SETS = (
+SETS: Any = (
     (sets.Nonnegative(), sets.Simplex(), sets.Ball(0.5, "spectral")),
     (sets.Sphere(1.0, axis=0), sets.Sparse(3), sets.LowRank(1)),
     (sets.LinearEqualities(jnp.ones(4), 1.0, axis=0), sets.Box(-0.1, 0.1), sets.Signs()),
