@@ -22,7 +22,17 @@ from pjax.metrics import Metric, Spectral, Uniform
 from pjax.options import Fallback, Fanout, Splitting
 from pjax.sets import Set
 from pjax.solvers import Solver
-from pjax.training import Info, NonFiniteError, Optimizer, Projection, ProjectionState, StateSize
+from pjax.training import (
+    Info,
+    NonFiniteError,
+    Optimizer,
+    PipelinedProjection,
+    PipelineInfo,
+    PipelineState,
+    Projection,
+    ProjectionState,
+    StateSize,
+)
 
 
 def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
@@ -126,6 +136,9 @@ __all__ = [
     "Info",
     "NonFiniteError",
     "Optimizer",
+    "PipelineInfo",
+    "PipelineState",
+    "PipelinedProjection",
     "Projection",
     "ProjectionState",
     "StateSize",

@@ -1,6 +1,7 @@
 """From forces to moves of parameters.
 
-`projection` is `pjax.optim.Projection`: one solve for each parameter, with a memory.
+`projection` is `pjax.optim.Projection`: one solve for each parameter, with a memory; `pipeline` has
+one for each stage of a network, on batches that do not wait for each other.
 `displacements` stand where gradients do; `optimizer` takes steps of a solver on each batch.
 """
 
@@ -11,6 +12,9 @@ from pjax.training.displacements import ValueAndDisplacement as ValueAndDisplace
 from pjax.training.displacements import displacement as displacement
 from pjax.training.displacements import value_and_displacement as value_and_displacement
 from pjax.training.optimizer import Optimizer as Optimizer
+from pjax.training.pipeline import PipelinedProjection as PipelinedProjection
+from pjax.training.pipeline import PipelineInfo as PipelineInfo
+from pjax.training.pipeline import PipelineState as PipelineState
 from pjax.training.projection import Info as Info
 from pjax.training.projection import Projection as Projection
 from pjax.training.projection import ProjectionState as ProjectionState

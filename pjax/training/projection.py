@@ -101,6 +101,11 @@ class _Solved(NamedTuple):
 _METRIC = Spectral(parameters="stiff", prox_step=0.1)
 
 
+def formulation(fallback: Fallback | None) -> Formulation:
+    """What the forces are found from, by one sweep: layers whose parameters rest."""
+    return Formulation(_METRIC, splitting="layer", grouping="levels", fallback=fallback)
+
+
 @functools.lru_cache(maxsize=256)
 def _units(layout: Layout) -> Units:
     return find_units(layout.graph)
@@ -386,8 +391,7 @@ class Projection:
             raise
 
     def _layout(self, program: Any) -> Layout:
-        options = Formulation(_METRIC, splitting="layer", grouping="levels", fallback=self.fallback)
-        return layout(program, options)
+        return layout(program, formulation(self.fallback))
 
 
 @jax.jit
@@ -418,4 +422,4 @@ def _check_state(layout: Layout, state: ProjectionState) -> None:
         )
 
 
-__all__ = ["Info", "Projection", "ProjectionState", "StateSize"]
+__all__ = ["Info", "Projection", "ProjectionState", "StateSize", "formulation"]

@@ -58,7 +58,7 @@ class Requests:
     **Attributes:**
 
     - `size`: of a request: all layers together are asked to move by this share of their outputs.
-        Its size is that in the first batch, and a little of that now (see `_GROWTH`).
+        Its size is that in the first batch, and a little of that now (see `GROWTH`).
     - `memory`: μ, of requests.
     - `rows_memory`: β, of input rows, for each batch.
     - `every`: the rows are taken in every so many batches, and more often among the first ones.
@@ -99,7 +99,7 @@ _FIRST_ITERATIONS = 4
 _SMALL, _SMALL_OF_DATA = 0.03, 1e-3
 #: The power with which requests grow with a layer's output. With ½, growth feeds itself in long
 #: runs (MNIST in batches of 32 ends at 92 % in place of 97 %, unless moves become shorter).
-_GROWTH = 0.25
+GROWTH = 0.25
 #: The share of the last moves that batches may undo before all become shorter.
 _TOLERATED = 0.1
 #: The least pace and the largest.
@@ -505,7 +505,7 @@ def _with_sizes(
     begins = jnp.where(size > small * other, size, other)
     first = jnp.where(count == 0, begins, memory.first).astype(memory.first.dtype)
     size = jnp.where(size > small * first, size, first)
-    output = (first ** (1 - _GROWTH) * size**_GROWTH).astype(memory.output.dtype)
+    output = (first ** (1 - GROWTH) * size**GROWTH).astype(memory.output.dtype)
     return memory._replace(first=first, output=output)
 
 
@@ -586,4 +586,4 @@ def _dampings(
     return dict(zip(numbers, entries(damping), strict=True))
 
 
-__all__ = ["Memory", "Requests", "Step", "UnitMemory", "empty", "moves"]
+__all__ = ["GROWTH", "Memory", "Requests", "Step", "UnitMemory", "empty", "moves"]
