@@ -205,14 +205,14 @@ def _traced(
     return layout(program, formulation(stage.fallback)), leaves, consts
 
 
-def _units(layout: Layout, moves_inputs: bool) -> Units:
+def _units(found: Layout, moves_inputs: bool) -> Units:
     """What is solved for: all parameters but the move of the inputs."""
-    graph = layout.graph
-    found = find_units(graph)
+    graph = found.graph
+    every = find_units(graph)
     if not moves_inputs:
-        return found
+        return every
     last = len(graph.program.leaves) - 1
-    units = [unit for unit in found.units if graph.nodes[unit.node].output != last]
+    units = [unit for unit in every.units if graph.nodes[unit.node].output != last]
     numbers = {layer: n for n, layer in enumerate(dict.fromkeys(unit.layer for unit in units))}
     return Units(tuple(replace(u, layer=numbers[u.layer]) for u in units), len(numbers))
 
