@@ -42,6 +42,8 @@ WIDTHS = (784, *(128,) * 12, 10)
 BATCHES, BATCH_SIZE = 390, 256
 #: The seed of the runs that choose a rate; none of the reported seeds.
 TUNING_SEED = 1000
+#: Of a pipeline: the rate grows over so many batches, as the moves of projection do.
+RAMP = 100
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
@@ -206,7 +208,7 @@ def by_gradients(cell: Cell, data: Data, fns: Sequence[Any], params: Sequence[An
             else:
                 force = sent[batch, s]
                 del forces[batch, s]
-            ramp = min(1.0, (batch + 1) / max(4 * delay, 1))
+            ramp = min(1.0, (batch + 1) / RAMP) if last else 1.0
             rate = cell.rate * ramp * cosine(tick, cell.stages)
             params[s], states[s], back = descend(
                 cell.method, fn, params[s], states[s], old, x, force, rate

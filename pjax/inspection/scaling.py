@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+from pjax.training.requests import Requests
+
 #: Products of a layer's size: forward, force on the inputs, force on the weights.
 _STEP = 3
 #: A stage that waits for its request makes its output again when it comes.
@@ -43,6 +45,14 @@ class Network(NamedTuple):
         return self.batch * self.width * self.itemsize
 
     @property
+    def solve(self) -> int:
+        """Operations of one layer's solve: thin products with the eigenvectors of its inputs and
+        outputs, forth and back.
+        """
+        rule = Requests()
+        return 4 * (rule.rank + rule.output_rank) * self.width**2
+
+    @property
     def product(self) -> int:
         """Operations of one layer's product with a batch."""
         return 2 * self.batch * self.width**2
@@ -68,7 +78,8 @@ class ScalingCost(NamedTuple):
 
     **Attributes:**
 
-    - `operations`: of the batch's products; two for each multiplication and addition.
+    - `operations`: of the batch's products and of the solves, which all devices that share the rows
+        of a layer repeat; two for each multiplication and addition.
     - `sent`: bytes that it sends.
     - `messages`: that wait for each other.
     - `kept`: bytes of parameters, memory of requests, last moves, and activations.
@@ -123,17 +134,23 @@ def scaling_cost(
         return _pipelined(n, devices, min(devices, n.layers) if stages is None else stages)
     if way not in ("data", "sharded"):
         raise ValueError(f'`way` must be "data", "sharded" or "pipelined", got {way!r}.')
+    _require_rows(n, devices)
     if stages is not None:
         raise ValueError(f'`stages` are of `way="pipelined"`, and not of {way!r}.')
-    operations = _STEP * n.layers * n.product / devices
     share = (devices - 1) / devices
     split = devices if way == "sharded" else 1
+    operations = n.layers * (_STEP * n.product / devices + n.solve / split)
     kept = 3 * n.weights / split + n.layers * n.activations / devices
     times = 2 if way == "data" else 3
     rounds = 2 * math.ceil(math.log2(devices)) if way == "data" else 3 * n.layers
     return ScalingCost(
         operations, times * share * n.weights, rounds if devices > 1 else 0, kept, 0.0, 0
     )
+
+
+def _require_rows(n: Network, shares: int) -> None:
+    if shares > n.batch:
+        raise ValueError(f"A batch of {n.batch} rows cannot be shared out to {shares} devices.")
 
 
 def _pipelined(n: Network, devices: int, stages: int) -> ScalingCost:
@@ -144,11 +161,15 @@ def _pipelined(n: Network, devices: int, stages: int) -> ScalingCost:
     if devices % stages:
         raise ValueError(f"{stages} stages cannot share {devices} devices evenly.")
     replicas, delay = devices // stages, 2 * (stages - 1)
+    _require_rows(n, replicas)
     least, more = divmod(n.layers, stages)
     # The last stage, which does not wait for its request, has no more layers than others.
     layers = [least + (number < more) for number in range(stages)]
     again = [_AGAIN] * (stages - 1) + [0]
-    work = [(_STEP + more) * own for own, more in zip(layers, again, strict=True)]
+    work = [
+        own * ((_STEP + more) * n.product / replicas + n.solve)
+        for own, more in zip(layers, again, strict=True)
+    ]
     share = (replicas - 1) / replicas
     own = max(layers) / n.layers * n.weights
     messages = (2 if stages > 1 else 0) + (2 * math.ceil(math.log2(replicas)))
@@ -159,8 +180,7 @@ def _pipelined(n: Network, devices: int, stages: int) -> ScalingCost:
     waiting = 2 * delay * n.activations / replicas
     kept = 3 * own + waiting + max(layers) * n.activations / replicas
     idle = 1 - sum(work) / (stages * max(work))
-    operations = max(work) * n.product / replicas
-    return ScalingCost(operations, edges + 2 * share * own, messages, kept, idle, delay)
+    return ScalingCost(max(work), edges + 2 * share * own, messages, kept, idle, delay)
 
 
 __all__ = ["Machine", "Network", "ScalingCost", "Way", "scaling_cost"]

@@ -26,12 +26,13 @@ from pjax.training.stages import Asked, Kept, Labelled, Stage
 #: With a delay of so many batches moves are half as long.
 _HALF_SIZE = 24.0
 #: With a delay of so many batches requests are remembered for half as long.
-_HALF_MEMORY = 12.0
-#: Moves grow to their size in so many delays: until then no batch has seen what others have moved.
-_RAMP = 4.0
+_HALF_MEMORY = 14.0
+#: Moves grow to their size in so many batches: in the first ones all ask for the same, and none has
+#: seen what the others have moved.
+_RAMP = 100.0
 #: How far a stage counts its own moves as done: of less it asks again for what it has, with more it
 #: takes back what the stages beside it needed.
-_CORRECTION = 0.3
+_CORRECTION = 0.2
 
 
 @jax.tree_util.register_dataclass
@@ -277,8 +278,7 @@ class PipelinedProjection:
                 self.loss if number == last else None,
                 number == 0,
                 replace(self.requests, size=share * own**0.5),
-                # What all layers of the stage before are asked for together.
-                share * layers[number - 1] ** 0.5,
+                share,
                 fallback=self.fallback,
             )
             described.append(_delayed(stage, 2 * last))
@@ -313,14 +313,14 @@ def _delayed(stage: Stage, delay: int) -> Stage:
     if delay == 0:
         return stage
     rule = stage.requests
-    kept = max(1.0, 1 / (1 - rule.memory) / (1 + (delay / _HALF_MEMORY) ** 2))
+    kept = max(1.0, 1 / (1 - rule.memory) / (1 + (delay / _HALF_MEMORY) ** 3))
     # A batch that has not seen the last moves cannot say whether they were too long.
     rule = replace(rule, memory=1 - 1 / kept, pacing=0.0)
     return replace(
         stage,
         requests=rule,
-        size=1 / (1 + delay / _HALF_SIZE),
-        ramp=_RAMP * delay,
+        size=1 / (1 + (delay / _HALF_SIZE) ** 2),
+        ramp=_RAMP,
         correction=_CORRECTION,
     )
 

@@ -53,7 +53,7 @@ def operations(compiled: Any) -> float:
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_products_of_a_pipeline(count: int) -> None:
-    """Beside products there are entry-wise operations, and thin products of the solve."""
+    """Beside products there are entry-wise operations, and now and then renewed moments."""
     pipeline, params, x, y = pipeline_of(NETWORK, count)
     state = pipeline.init(params, x, y)
     described = pipeline._described(state.layers)
@@ -70,7 +70,7 @@ def test_products_of_a_pipeline(count: int) -> None:
             total += operations(ahead.compile())
         counted.append(total)
     predicted = scaling_cost(NETWORK, "pipelined", count).operations
-    assert predicted <= max(counted) <= 1.8 * predicted
+    assert predicted <= max(counted) <= 1.6 * predicted
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -118,7 +118,7 @@ def test_few_rows_of_wide_layers_are_sent_by_a_pipeline_sooner() -> None:
     assert sharded.kept < data.kept
     assert pipelined.seconds(machine) < min(data.seconds(machine), sharded.seconds(machine))
     thousands = scaling_cost(network, "pipelined", 4096, 64)
-    assert thousands.operations == pipelined.operations / 64
+    assert thousands.operations < pipelined.operations / 10
 
 
 def test_errors() -> None:
@@ -126,6 +126,8 @@ def test_errors() -> None:
         scaling_cost(NETWORK, "other", 2)  # pyright: ignore
     with pytest.raises(ValueError, match="cannot share"):
         scaling_cost(NETWORK, "pipelined", 12)
+    with pytest.raises(ValueError, match="4096 rows cannot be shared out to 5000"):
+        scaling_cost(NETWORK, "data", 5000)
     with pytest.raises(ValueError, match="at least 1"):
         scaling_cost(NETWORK, "data", 0)
     with pytest.raises(ValueError, match="from 1 to the 8 layers"):

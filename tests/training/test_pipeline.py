@@ -211,7 +211,7 @@ def test_learns() -> None:
         for key, pair in zip(jax.random.split(jax.random.key(0), 4), pairwise(sizes), strict=True)
     ]
     pipeline = pjax.optim.PipelinedProjection([dense] * 3 + [head], loss)
-    rows = islice(batch_rows(len(digits.train), 128, seed=0), 100)
+    rows = islice(batch_rows(len(digits.train), 128, seed=0), 200)
     data = [(digits.train.x[r], jax.nn.one_hot(digits.train.y[r], 10)) for r in rows]
     params, _, _ = run(pipeline, params, data)
     x = digits.test.x
