@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from pjax.options import Fallback
@@ -191,7 +192,7 @@ class PipelinedProjection:
 
         **Raises:** [`pjax.NonFiniteError`][], naming the stage, one tick later.
         """
-        if isinstance(state, PipelineState) and isinstance(state.tick, jax.core.Tracer):
+        if isinstance(state, PipelineState) and isinstance(state.tick, Tracer):
             raise TypeError("`PipelinedProjection.update` is called outside of `jax.jit`.")
         return self._tick(params, state, (x, y), relaxation)
 
@@ -224,7 +225,9 @@ class PipelinedProjection:
         last = len(described) - 1
         tick, fed = int(state.tick), int(state.fed)
         params = [self._put(own, number) for number, own in enumerate(params)]
-        kept, inputs, outputs = list(state.kept), list(state.inputs), list(state.outputs)
+        kept = list(state.kept)
+        inputs = [list(queue) for queue in state.inputs]
+        outputs = [list(queue) for queue in state.outputs]
         labels, arrived = state.labels, list(state.arrived)
         if batch is not None:
             arrived[0] = self._put(batch[0], 0)
@@ -237,16 +240,15 @@ class PipelinedProjection:
         for number, stage in enumerate(described):
             # What arrived now waits for its request; of the last stage it comes with the labels.
             if 0 <= tick - number < fed:
-                inputs[number] = (*inputs[number], arrived[number])
+                inputs[number].append(arrived[number])
             if not 0 <= tick - (2 * last - number) < fed:
                 continue
-            x, *inputs[number] = inputs[number]
+            x = inputs[number].pop(0)
             if number == last:
                 label, *labels = labels
                 one: Any = Labelled(x, label)
             else:
-                output, *outputs[number] = outputs[number]
-                one = Asked(x, output, state.asked[number])
+                one = Asked(x, outputs[number].pop(0), state.asked[number])
             solved = stages.solve(stage, params[number], kept[number], one, relaxation)
             params[number], kept[number] = solved.params, solved.kept
             sound[number] = solved.sound
@@ -257,7 +259,7 @@ class PipelinedProjection:
         for number, fn in enumerate(self.stages[:-1]):
             if 0 <= tick - number < fed:
                 output = stages.forward(fn, params[number], arrived[number])
-                outputs[number] = (*outputs[number], output)
+                outputs[number].append(output)
                 sent[number + 1] = self._put(output, number + 1)
         if self.check:
             self._raise_if_unsound(state)

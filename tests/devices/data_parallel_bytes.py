@@ -33,7 +33,7 @@ params = jax.device_put(params, whole)
 x = y = jax.device_put(jnp.ones((NETWORK.batch, width)), rows)
 text = jax.jit(pjax.value_and_displacement(loss)).lower(params, x, y).compile().as_text()
 total = 0
-for line in text.splitlines():
+for line in str(text).splitlines():
     found = re.search(
         r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)(-start)?\(", line
     )

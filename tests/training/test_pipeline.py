@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ def test_work_of_a_tick_does_not_grow_with_depth() -> None:
             one = Labelled(x, y) if out is None else Asked(x, out, out)
             program = stages.solve.lower(stage, params[number], state.kept[number], one, 1.0)
             ahead = stages.forward.lower(fns[number], params[number], x)
-            flops = [p.compile().cost_analysis()["flops"] for p in (program, ahead)]
+            flops = [cast(Any, p.compile().cost_analysis())["flops"] for p in (program, ahead)]
             worst = max(worst, sum(flops))
         return worst
 
