@@ -143,7 +143,7 @@ def solve(
     problem = Problem(found, leaves, consts, kept.vectors)
     units = _units(found, not stage.first)
     state = problem.sweep(layer_forces=True)
-    moved, memory = requests.moves(
+    moved, _, memory = requests.moves(
         problem, units, state, state.forces, kept.memory, kept.count, stage.requests
     )
     apart = leaves_of(params)
