@@ -35,7 +35,7 @@ def test_python_blocks_run_one_after_the_other(document: Path) -> None:
     text = document.read_text()
     for block in BLOCK.finditer(text):
         line = text[: block.start(1)].count("\n")
-        code = compile("\n" * line + block.group(1), str(document), "exec")
+        code = compile("\n" * line + block.group(1), str(document), "exec", dont_inherit=True)
         exec(code, names)
 
 
