@@ -27,6 +27,7 @@ lint: .venv/.installed-dev
 
 examples: .venv/.installed-dev
 	@set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	PYTHON=$(BIN)/python bash examples/two_processes.sh
 
 docs: .venv/.installed-dev
 	$(BIN)/mkdocs build --strict

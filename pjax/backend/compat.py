@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray as ShapedArray
 from jax.extend import core as jex
 from jax.extend.core import primitives as P
+from jax.interpreters import batching, mlir
 
 # Of any type for the type checker: their attributes are not declared.
 ClosedJaxpr: Any = jex.ClosedJaxpr
@@ -109,6 +111,136 @@ def scan_body(params: dict[str, Any]) -> tuple[Any, tuple[Any, ...], int, int]:
         return jaxpr, consts, params["num_consts"], params["num_carry"]
     num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
     return jaxpr, consts, num_consts, num_carry
+
+
+# --- Several devices: names of primitives that JAX does not export, and types of arrays ----------
+
+#: Sums over the devices along an axis of `shard_map` or `vmap`. Their transposes depend on how JAX
+#: was told to type values, and are JAX's own.
+SUMS_OVER_DEVICES = frozenset({"psum", "psum_invariant"})
+#: What changes how a value is typed and where it lies, and not the value.
+_CASTS = frozenset({"reshard", "mesh_cast"})
+_PLACES = frozenset({"sharding_constraint", "device_put", "shard_map"})
+
+
+def is_cast(equation: Any) -> bool:
+    """Whether an equation's outputs are its operands, typed or placed in another way."""
+    name = equation.primitive.name
+    if name != "sharding_constraint":
+        return name in _CASTS
+    mesh = getattr(equation.params.get("sharding"), "mesh", None)
+    return bool(getattr(mesh, "explicit_axes", ()))
+
+
+def without_shardings(equation: Any) -> Any:
+    """The equation without what it says of explicit axes: where its output lies."""
+    names = [n for n in ("sharding", "out_sharding") if equation.params.get(n) is not None]
+    if not names or equation.primitive.name in _PLACES:
+        return equation
+    return equation.replace(params={**equation.params, **dict.fromkeys(names)})
+
+
+def explicit_mesh(arrays: Any) -> Any:
+    """The mesh of an array that has explicit axes; None if none has."""
+    for array in arrays:
+        sharding = getattr(jax.typeof(array), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and mesh.explicit_axes:
+            concrete = getattr(getattr(array, "sharding", None), "mesh", None)
+            return concrete if isinstance(concrete, jax.sharding.Mesh) else mesh
+    return None
+
+
+def use_mesh(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """Within it this is the mesh, if there is none yet."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    if isinstance(mesh, jax.sharding.Mesh):
+        return jax.set_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes of the `shard_map` around."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varies(array: Any) -> frozenset[str]:
+    """The axes of `shard_map` along which a value is typed as varying."""
+    return varying_axes(jax.typeof(array))
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The same of a type."""
+    manual = getattr(aval, "mat", None)
+    return frozenset() if manual is None else manual.varying
+
+
+def _varying_along(axes: Any) -> dict[str, Any]:
+    """What tells the type of an array that it varies along these axes."""
+    if not axes:
+        return {}
+    return {"manual_axis_type": jax.sharding.ManualAxisType(varying=frozenset(axes))}
+
+
+def shaped(shape: Any, dtype: Any, operands: Any) -> ShapedArray:
+    """The type of what is made of operands of these types: it varies as they do."""
+    for operand in operands:
+        if varying_axes(operand):
+            axes = frozenset[str]().union(*map(varying_axes, operands))
+            spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
+            place = operand.sharding.update(spec=spec)
+            return ShapedArray(shape, dtype, sharding=place, **_varying_along(axes))
+    return ShapedArray(shape, dtype)
+
+
+def vary(array: Any, axes: Any) -> Any:
+    """The array, typed as varying along these axes too."""
+    missing = tuple(axis for axis in axes if axis not in varies(array))
+    return jax.lax.pcast(jnp.asarray(array), missing, to="varying") if missing else array
+
+
+def _define_alike() -> Any:
+    """The primitive `(x, y) -> x` that lets the compiler have both on the devices alike; None if
+    this JAX has none.
+
+    As `jax.experimental.shard_alike`, whose lowering JAX keeps for arrays of equal types: two pairs
+    of one shape then are one group, all four alike.
+    """
+    try:
+        from jax._src.shard_alike import shard_alike_lowering
+    except ImportError:  # pragma: no cover - of another JAX
+        return None
+    primitive = jex.Primitive("pjax_alike")
+    primitive.def_impl(lambda x, y: x)
+    primitive.def_abstract_eval(lambda x, y: x)
+
+    def lowering(ctx: Any, x: Any, y: Any) -> Any:
+        found, _ = shard_alike_lowering(ctx.replace(avals_out=ctx.avals_in), x, y)
+        return [found]
+
+    mlir.register_lowering(primitive, lowering, cacheable=False)
+
+    def batch(arrays: Any, dims: Any) -> Any:
+        size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if isinstance(d, int))
+        x, y = (
+            jnp.moveaxis(array, dim, 0)
+            if isinstance(dim, int)
+            else jnp.broadcast_to(array, (size, *array.shape))
+            for array, dim in zip(arrays, dims, strict=True)
+        )
+        return primitive.bind(x, y), 0
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_ALIKE = _define_alike()
+
+
+def lying_as(array: Any, other: Any) -> Any:
+    """The array, which the compiler is to have on the devices as the other one of its shape."""
+    return array if _ALIKE is None else _ALIKE.bind(array, other)
 
 
 def is_narrow(dtype: Any) -> bool:

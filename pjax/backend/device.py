@@ -20,6 +20,13 @@ def launches_kernels() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def several() -> bool:
+    """Whether arrays may lie on several devices. What all rows have a say in, such as whether a
+    loop goes on, is then exchanged between devices, each time that it is asked for.
+    """
+    return jax.device_count() > 1
+
+
 def run_once(function: Any, *args: Any) -> Any:
     """`function(*args)` now, also within an outer `jit`, compiled as quickly as can be.
 

@@ -7,7 +7,7 @@ import warnings
 
 import jax.numpy as jnp
 
-from pjax.backend import compat, source_lines
+from pjax.backend import compat, shardings, source_lines
 from pjax.graph.graph import Graph
 from pjax.program import ROUNDED, STOP_GRADIENT, CustomRule, Equation, Leaf, Program
 
@@ -77,6 +77,23 @@ LOOPS = {
     "`jnp.where(is_running, new, old)`",
 }
 
+_SUM = (
+    "A sum over devices inside of the network is not supported: leave it to `jax.jit`, with the "
+    "batch (or the weights) sharded over the mesh, and take the plain sum or mean. Around the loss "
+    "`jax.lax.pmean` and `psum` may stand."
+)
+#: What to do about exchanges between devices.
+DEVICES = {
+    **dict.fromkeys(compat.SUMS_OVER_DEVICES, _SUM),
+    "pvary": shardings.TYPED,
+    "all_gather": _SUM,
+    "pmax": _SUM,
+    "ppermute": _SUM,
+    "shard_map": "Call pjax inside of `jax.shard_map`, on the function of one device, and not "
+    "`shard_map` inside of the loss; or leave the exchange to `jax.jit`, with shardings of the "
+    "arguments.",
+}
+
 
 def no_rule(equation: Equation, has_fallback: bool) -> str:
     name = equation.name
@@ -88,6 +105,8 @@ def no_rule(equation: Equation, has_fallback: bool) -> str:
             f"supported: {LOOPS[name]}; or make the function around it an operation of its own, "
             "with a projection: `pjax.register_projection`."
         )
+    if name in DEVICES:
+        return f"{message} {DEVICES[name]}"
     if len(equation.outputs) != 1:
         return (
             f"{message} It has several outputs, and a node has one: make a function of it that "

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pjax.lab import devices
 from pjax.lab.errors import RunError
 from pjax.lab.files import read_json, write_json
 
@@ -44,7 +45,8 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, arrays: Any, numbers: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep` finished ones.
+    """Writes a checkpoint, then removes all but the newest `keep` finished ones. All processes of a
+    run call it: each writes what lies on its devices, and process 0 the rest.
 
     **Arguments:**
 
@@ -56,6 +58,22 @@ def save(folder: Path, step: int, arrays: Any, numbers: dict[str, Any], keep: in
     - `keep`: at least 1.
     """
     path = folder / f"{step:08d}"
+    if devices.first():
+        _make_room(folder, step)
+        path.mkdir()
+    devices.meet("checkpoint begins")
+    _save_arrays(path / _ARRAYS, dict(named(arrays)))
+    devices.meet("checkpoint written")
+    if devices.first():
+        _finish(path, step, numbers)
+        for _, old in list(_numbered(folder))[keep:]:
+            _remove(old)
+    devices.meet("checkpoint ends")
+    return path
+
+
+def _make_room(folder: Path, step: int) -> None:
+    """Removes checkpoints of this and of higher steps, and what is left of unfinished ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, old in _numbered(folder):
         if number >= step:
@@ -63,17 +81,16 @@ def save(folder: Path, step: int, arrays: Any, numbers: dict[str, Any], keep: in
     for leftover in folder.iterdir():
         if (leftover.is_dir() and not _is_number(leftover)) or not (leftover / _MANIFEST).exists():
             _remove(leftover)
-    path.mkdir()
-    _save_arrays(path / _ARRAYS, {name: np.asarray(leaf) for name, leaf in named(arrays)})
+
+
+def _finish(path: Path, step: int, numbers: dict[str, Any]) -> None:
+    """Adds numbers and manifest."""
     write_json(path / _NUMBERS, numbers)
     files = {
         name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
         for name, file in _files(path).items()
     }
     write_json(path / _MANIFEST, {"format": _FORMAT, "step": step, "files": files})
-    for _, old in list(_numbered(folder))[keep:]:
-        _remove(old)
-    return path
 
 
 def load(path: Path) -> Checkpoint:
@@ -181,7 +198,9 @@ def fit(found: Checkpoint, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    if jax.process_count() == 1:
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
     with _checkpointer() as checkpointer:
         checkpointer.save(path.absolute(), arrays)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pjax import nn
-from pjax.lab import comparison, config, recording, report, runs, terminal
+from pjax.lab import comparison, config, devices, recording, report, runs, terminal
 from pjax.lab.config import CompareConfig, Maybe, Task, Told, TrainConfig
 from pjax.lab.data import Dataset, standardise
 from pjax.lab.errors import RunError, UsageError, shown
@@ -38,6 +38,18 @@ class Train(TrainConfig):
     """Name of the run (default: made from data set, model and method)."""
     runs_dir: Path = Path("runs")
     """Folder that gets a folder for the run."""
+    devices: Maybe[int] = None
+    """Devices that share each batch: short for --mesh data=N."""
+    coordinator: Maybe[str] = None
+    """HOST:PORT of process 0, with several processes; auto on a cluster that JAX knows."""
+    num_processes: Maybe[int] = None
+    """How many processes train this run together."""
+    process_id: Maybe[int] = None
+    """Which of them this is, from 0 on."""
+
+
+#: What says where a run is computed: these may be given with --resume.
+_WHERE = ("mesh", "devices", "coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +122,66 @@ def from_file(arguments: Sequence[str], kind: type[Settings]) -> Settings:
 
 
 def train(options: Train, console: Console) -> int:
-    """Starts a run or goes on with one."""
+    """Starts a run or goes on with one; one of several processes, where these are given."""
     if options.resume is not None:
-        if dataclasses.replace(options, resume=None) != Train():
-            raise UsageError("--resume takes all settings from the run: give no other option.")
+        where = {name: getattr(options, name) for name in _WHERE}
+        if dataclasses.replace(options, resume=None) != Train(**where):
+            raise UsageError(
+                "--resume takes all settings from the run: give no other option, but for the "
+                "devices and processes."
+            )
+    devices.start(options.coordinator, options.num_processes, options.process_id)
+    if not devices.first():
+        console = Console(quiet=True)
+    if options.resume is not None:
         folder = options.resume
-        settings = runs.settings_of(folder)
+        settings = _placed(runs.settings_of(folder), options)
         dataset = config.load_data(settings)
         runs.check_same_data(folder, dataset)
         model = config.make_model(settings, dataset)
     else:
-        settings = _plain(options, TrainConfig)
+        settings = _placed(_plain(options, TrainConfig), options)
         config.check(settings)
         dataset = config.load_data(settings)
         model = config.make_model(settings, dataset)
         if settings.tensorboard:
             recording.check_event_writer()
-        folder = runs.create(settings, dataset, options.runs_dir, options.name)
+        made = None
+        if devices.first():
+            made = runs.create(settings, dataset, options.runs_dir, options.name)
+        folder = devices.path_of_first(made)
+    with devices.together(folder):
+        return _train(options, folder, settings, dataset, model, console)
+
+
+def _placed(settings: TrainConfig, options: Train) -> TrainConfig:
+    """The settings with the mesh that options say, or all devices of several processes.
+
+    **Raises:** `UsageError` for a mesh that cannot be.
+    """
+    mesh = options.mesh or settings.mesh
+    if options.devices is not None:
+        if options.mesh or options.devices < 1:
+            raise UsageError(
+                f"--devices takes a positive number, in the place of --mesh, got {options.devices}."
+            )
+        mesh = f"data={options.devices}"
+    if not mesh and jax.process_count() > 1:
+        mesh = f"data={jax.device_count()}"
+    settings = dataclasses.replace(settings, mesh=mesh)
+    config.check(settings)
+    devices.Placement(mesh or "", settings.batch_size)
+    return settings
+
+
+def _train(
+    options: Train,
+    folder: Path,
+    settings: TrainConfig,
+    dataset: Dataset,
+    model: nn.Module,
+    console: Console,
+) -> int:
     console.print(f"[bold]{title(settings, dataset)}, {settings.method}[/bold]: {folder}")
     if options.resume is not None and (folder / runs.RESULT).exists():
         console.print("Finished already.")

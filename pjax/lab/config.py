@@ -18,6 +18,7 @@ import tomli_w
 import tyro
 
 from pjax import nn, optim
+from pjax.lab import devices
 from pjax.lab.baselines import WINDOWS, Descent, warmup
 from pjax.lab.data import Dataset, DatasetName, load, load_text
 from pjax.lab.errors import RunError, UsageError, shown
@@ -194,6 +195,9 @@ class TrainConfig(Task):
     """Learning rate of methods that have one (default: 0.003; sgd 0.1, schedule-free 0.01)."""
     window: Maybe[float] = None
     """Half of the width over which straight-through lets gradients pass (default: 1)."""
+    mesh: Maybe[str] = None
+    """Devices by axis: data=4,model=2 has rows of a batch on four and columns of weights on two of
+    each (default: one device; with several processes data and all of them)."""
     checkpoint_every: Maybe[int] = None
     """Batches between checkpoints (default: as measurements)."""
     keep: int = 3
@@ -212,6 +216,10 @@ class TrainConfig(Task):
             return "window", f"has no meaning for {self.method}."
         if self.method in WINDOWS and not self.quantizes:
             return "method", f"{self.method} {_NEEDS_QUANTIZERS}"
+        try:
+            devices.parse_mesh(self.mesh or "")
+        except ValueError as error:
+            return "mesh", str(error)
         for name in ("checkpoint_every", "keep"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:
@@ -395,6 +403,7 @@ def make_training(
         measure_every=config.measured_every,
         patience=config.patience,
         seeds_at_once=config.seeds_at_once if seeds_at_once is None else seeds_at_once,
+        mesh=config.mesh or "",
     )
 
 

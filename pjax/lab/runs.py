@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from pjax import nn
-from pjax.lab import checkpoints, config
+from pjax.lab import checkpoints, config, devices
 from pjax.lab.checkpoints import Checkpoint, CheckpointError
 from pjax.lab.config import TrainConfig
 from pjax.lab.data import Dataset
@@ -30,8 +30,9 @@ from pjax.lab.train import Accuracy, Params, Record, Training
 
 CONFIG, ENVIRONMENT, DATA, RESULT = "config.toml", "environment.json", "data.json", "result.json"
 CHECKPOINTS = "checkpoints"
-#: Settings that may change when a run goes on: the results do not depend on them.
-_FREE = ("data_dir", "checkpoint_every", "keep", "tensorboard")
+#: Settings that may change when a run goes on: the results do not depend on them, or on the mesh
+#: by rounding only.
+_FREE = ("data_dir", "checkpoint_every", "keep", "tensorboard", "mesh")
 
 Say = Callable[[str], None]
 
@@ -198,19 +199,21 @@ def advance(
         training = config.make_training(settings, dataset, model, numbers.get("seeds_at_once"))
         if found is None:
             _check_not_started(folder)
-            recorder = Recorder(folder, settings.tensorboard)
+            recorder = _recorder(folder, settings, None)
             records = training.measure()
             recorder.write(records)
             _save(folder, settings, training, recorder)
         else:
             training.restore(checkpoints.fit(found, training.snapshot()[0]), numbers)
-            recorder = Recorder(folder, settings.tensorboard, found.numbers["metrics"])
+            recorder = _recorder(folder, settings, found.numbers["metrics"])
         with contextlib.closing(recorder):
             on_start(training)
             while not training.finished:
                 records = training.advance()
                 recorder.write(records)
-                stop = should_stop()
+                # With several processes all must agree, which is asked for now and then.
+                alone = jax.process_count() == 1
+                stop = devices.any_of(should_stop()) if alone or records else False
                 due = training.step % settings.checkpointed_every == 0
                 if due or stop or training.finished:
                     _save(folder, settings, training, recorder)
@@ -219,6 +222,29 @@ def advance(
                     return Result(folder, training.step, False, [])
         _finish(folder, settings, training)
         return finished_result(folder)
+
+
+def _recorder(folder: Path, settings: TrainConfig, mark: dict[str, Any] | None) -> Any:
+    """Process 0 writes metrics; the others have a recorder that writes nothing."""
+    if devices.first():
+        found = Recorder(folder, settings.tensorboard, mark)
+    else:
+        found = _Silent()
+    devices.meet("metrics")
+    return found
+
+
+class _Silent:
+    """In the place of a `Recorder`."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        pass
+
+    def mark(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
 def newest_checkpoint(
@@ -441,6 +467,14 @@ def _finish(folder: Path, settings: TrainConfig, training: Training) -> None:
             training.standings, training.test(), training.test_auc(), strict=True
         )
     ]
+    if devices.first():
+        _write_result(folder, settings, training, rows)
+    devices.meet("result")
+
+
+def _write_result(
+    folder: Path, settings: TrainConfig, training: Training, rows: list[dict[str, Any]]
+) -> None:
     write_json(
         folder / RESULT,
         {
@@ -474,6 +508,9 @@ def _passed(text: str) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
+    if not devices.first():  # process 0 keeps others out
+        yield
+        return
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             yield

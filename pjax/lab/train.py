@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 import pjax
 from pjax import nn
 from pjax.lab.data import Dataset, Split, batch_rows
+from pjax.lab.devices import Placement
 
 Params = dict[str, Array]
 
@@ -283,8 +284,11 @@ class Training:
     - `seeds_at_once`: how many seeds one vectorised step takes (the groups follow each other in the
       same program); 0: as many as memory allows.
     - `measure_train`: measure accuracy on training rows too.
+    - `mesh`: the devices, see `pjax.lab.devices.parse_mesh`; one if not given. The batch size is
+      that of all devices and processes together.
 
-    **Raises:** `ValueError` for counts that are not positive.
+    **Raises:** `ValueError` for counts that are not positive, `UsageError` for devices that there
+    are not.
     """
 
     def __init__(
@@ -300,6 +304,7 @@ class Training:
         patience: int = 0,
         seeds_at_once: int = 0,
         measure_train: bool = True,
+        mesh: str = "",
     ) -> None:
         if steps < 1 or measure_every < 1:
             raise ValueError(
@@ -313,10 +318,11 @@ class Training:
         self.step = 0
         self.seconds = 0.0
         self.standings = [Standing(seed) for seed in self.seeds]
+        self.placement = Placement(mesh, batch_size)
         params = [model.init(jax.random.key(seed)) for seed in self.seeds]
         x, y = self._first_batch()
         states = [method.init(model, one, x, y) for one in params]
-        self.params, self.state = _stack(params), _stack(states)
+        self._place(_stack(params), _stack(states))
         self.best = self.params
         self._rows = self._order(0)
         self._residual = np.full(len(self.seeds), math.nan)
@@ -381,7 +387,8 @@ class Training:
     def advance(self) -> list[Record]:
         """One batch for every seed; the records, if it is time to measure."""
         chosen = np.stack([next(rows) for rows in self._rows])
-        x, y = jnp.asarray(self.dataset.train.x[chosen]), jnp.asarray(self.dataset.train.y[chosen])
+        train = self.dataset.train
+        x, y = self.placement.rows(train.x, chosen), self.placement.rows(train.y, chosen)
         start = time.perf_counter()
         self.params, self.state, outcome = jax.block_until_ready(
             self._compiled(self.params, self.state, x, y)
@@ -425,11 +432,16 @@ class Training:
 
     def restore(self, arrays: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Goes on from a snapshot of a training with the same arguments."""
-        arrays = jax.tree.map(jnp.asarray, arrays)
-        self.params, self.state, self.best = arrays["params"], arrays["state"], arrays["best"]
+        self._place(arrays["params"], arrays["state"])
+        self.best = self.placement.put(arrays["best"], self._shardings[0])
         self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
         self.standings = [Standing(**one) for one in numbers["standings"]]
         self._rows = self._order(self.step)
+
+    def _place(self, params: Any, state: Any) -> None:
+        place = self.placement
+        self._shardings = place.params(params), place.like_params(state, params)
+        self.params, self.state = place.put((params, state), self._shardings)
 
     def _order(self, start: int) -> list[Iterator[np.ndarray]]:
         rows = len(self.dataset.train)
@@ -444,16 +456,19 @@ class Training:
 
     def _compile(self, at_once: int) -> tuple[Any, int]:
         count, features = len(self.seeds), self.dataset.num_features
-        batch = (
-            jax.ShapeDtypeStruct((count, self.batch_size, features), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (count, self.batch_size, *self.dataset.train.y.shape[1:]), jnp.int32
-            ),
-        )
+        rows = count, self.batch_size
+        batch = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.batch(len(shape)))
+            for shape, dtype in (
+                ((*rows, features), jnp.float32),
+                ((*rows, *self.dataset.train.y.shape[1:]), jnp.int32),
+            )
+        ]
         chosen = min(at_once, count) or count
         while True:
             step = _over_seeds(self.method, self.model, count, chosen)
-            compiled = jax.jit(step).lower(self.params, self.state, *batch).compile()
+            step = jax.jit(step, out_shardings=(*self._shardings, self.placement.everywhere()))
+            compiled = step.lower(self.params, self.state, *batch).compile()
             if at_once or chosen == 1 or _fits_memory(compiled):
                 return compiled, chosen
             chosen = -(-chosen // 2)
@@ -624,9 +639,9 @@ def _physical_memory() -> int | None:
 
 
 def _stack(trees: Sequence[Any]) -> Any:
-    def stack(*leaves: Any) -> Array:
+    def stack(*leaves: Any) -> np.ndarray:
         # In NumPy: JAX would compile a program for each shape.
-        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+        return np.stack([np.asarray(leaf) for leaf in leaves])
 
     return jax.tree.map(stack, *trees)
 
@@ -642,5 +657,5 @@ def _state_bytes(compiled: Any, state: Any) -> int | None:
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    carried = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    carried = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     return int(analysis.temp_size_in_bytes) + carried

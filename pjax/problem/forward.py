@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pjax.backend import shardings
 from pjax.graph import Node, Slot
 from pjax.metrics import Weight
 from pjax.problem.layouts import Layout
@@ -156,7 +157,7 @@ class ForwardPass:
         results = largest([bounds[i] for i in unfinished], iterations)
         for slot, (bound, vector) in zip(unfinished, results, strict=True):
             bounds[slot], ends[slot] = bound, vector
-        return bounds, ends
+        return [_bound_everywhere(bound) for bound in bounds], ends
 
     def pull(self, entries: Sequence[tuple[Slot, Array]]) -> list[tuple[int, Array]]:
         """What the entries of slots sum to for each of their producers: `(producer, part)`.
@@ -308,3 +309,8 @@ def _row_weights(counts: Any) -> Any:
         return size if size > 0 else 1.0
     size = jnp.where(jnp.max(size) > 0, size, 1)
     return size[..., None] if size.ndim else size
+
+
+def _bound_everywhere(bound: Any) -> Any:
+    """A bound that holds on all devices; a plain number is known, and one."""
+    return bound if isinstance(bound, (int, float)) else shardings.largest_everywhere(bound)

@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from pjax.backend import shardings
 from pjax.graph import Node, Slot
 from pjax.metrics import Metric, Weight
 from pjax.options import Fallback, Fanout, Grouping, Splitting
@@ -221,7 +223,12 @@ def first_vectors(layout: Layout, leaves: Sequence[Any], consts: Sequence[Any]) 
     """Where the power iterations of a solver's first batch begin: where those from fixed directions
     end.
     """
-    return tuple(jax.jit(lambda *arrays: Problem(layout, *arrays).vectors)(leaves, consts))
+
+    def find(*arrays: Any) -> tuple[Any, ...]:
+        with shardings.local(arrays):
+            return tuple(Problem(layout, *shardings.varying(arrays)).vectors)
+
+    return shardings.automatic(jax.jit(find), leaves, consts, like=PartitionSpec())
 
 
 def feasibility_problem(

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pjax.backend import compat
+from pjax.backend import compat, shardings
 from pjax.program.vocabulary import (
     ELEMENTWISE,
     FOURIER,
@@ -101,7 +101,7 @@ class Packed:
         return self.primitive.name
 
     def bind(self, *args: Any) -> Array:
-        outputs = self.primitive.bind(*args, **self.params)
+        outputs = self.primitive.bind(*shardings.matched(args), **self.params)
         floats = [out for out in outputs if jnp.issubdtype(out.dtype, jnp.floating)]
         return jnp.concatenate([o.reshape(*o.shape[: self.batch], -1) for o in floats], -1)
 
@@ -131,6 +131,7 @@ class OfParts:
     def bind(self, *args: Any) -> Array:
         given = iter(args)
         operands = [lax.complex(next(given), next(given)) if p else next(given) for p in self.pairs]
+        operands = shardings.matched(operands)
         (out,) = jax.tree.leaves(self.primitive.bind(*operands, **self.params))
         return jnp.stack([out.real, out.imag]) if jnp.iscomplexobj(out) else out
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pjax.backend import compat
+from pjax.backend import compat, shardings
 from pjax.backend.compat import P
 from pjax.program.program import Atom, Equation, Program, Scalar, read
 from pjax.program.vocabulary import EVEN_WIRING, SPLITS
@@ -194,11 +194,12 @@ class Route:
         if self.direct:
             return (slot,)
         structs = [
-            jax.ShapeDtypeStruct(self.program.shape(var), self.program.deviation_dtype(var))
+            shardings.struct(self.program.shape(var), self.program.deviation_dtype(var))
             for var in self.sources
         ]
         transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
-        return tuple(transpose(slot))
+        # A force may have the type of wider values behind the slot.
+        return tuple(transpose(slot.astype(self.program.deviation_dtype(self.target))))
 
 
 def pull_together(
@@ -219,7 +220,7 @@ def pull_together(
     )
     targets = tuple(dict.fromkeys(route.target for route in routes))
     joint = Route(program, sources, tuple(equations), targets[-1])
-    structs = [jax.ShapeDtypeStruct(program.shape(v), program.deviation_dtype(v)) for v in sources]
+    structs = [shardings.struct(program.shape(v), program.deviation_dtype(v)) for v in sources]
 
     def values_of(*values: Array) -> list[Array]:
         found = joint.values(values, known, targets)
@@ -227,6 +228,7 @@ def pull_together(
 
     sums: dict[int, Array] = {}
     for route, slot in zip(routes, slots, strict=True):
+        slot = slot.astype(program.deviation_dtype(route.target))
         sums[route.target] = sums[route.target] + slot if route.target in sums else slot
     transpose = jax.linear_transpose(values_of, *structs)
     return dict(zip(sources, transpose([sums[target] for target in targets]), strict=True))

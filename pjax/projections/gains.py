@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pjax.backend import device
+from pjax.backend import device, shardings
 from pjax.projections.scaling import times
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
@@ -227,7 +227,7 @@ def _by_steps(iterations: Sequence[PowerIteration], steps: int) -> dict[int, lis
 
 
 class _State(NamedTuple):
-    """Of a power iteration: the bound so far, the vector and its length in each block."""
+    """Of each block of a power iteration: the bound so far, the vector and its length."""
 
     value: Array
     vector: Array
@@ -248,31 +248,35 @@ def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]
 
     states = [each(run, _first)(run.start) for run in runs]
     if steps > 2:  # a loop compiles in a fraction of the time
-        states = lax.fori_loop(0, steps, step, states)
+        states = shardings.fori_loop(0, steps, step, states)
     else:
         for count in range(steps):
             states = step(count, states)
     return [
-        (state.value, jnp.where(state.length > 0, state.vector / state.length, run.start))
+        (
+            jnp.max(state.value, axis=tuple(range(int(run.stacked), state.value.ndim))),
+            jnp.where(state.length > 0, state.vector / state.length, run.start),
+        )
         for run, state in zip(runs, states, strict=True)
     ]
 
 
 def _first(run: _Run, start: Array) -> _State:
     lengths = tuple(1 if axis in run.axes else n for axis, n in enumerate(start.shape))
-    return _State(jnp.zeros((), start.dtype), start, jnp.ones(lengths, start.dtype))
+    ones = jnp.ones(lengths, start.dtype)
+    return _State(0 * ones, start, ones)
 
 
 def _step(run: _Run, state: _State, operands: tuple[Array, ...]) -> _State:
     _, x, before = state
-    # Products may have a wider type. The largest entry is 1: squares are then in range. Of all
-    # blocks at once: one that falls far behind does not have the largest eigenvalue.
+    # Products may have a wider type. The largest entry is 1: squares are then in range. In each
+    # block by itself: blocks that lie on several devices are only compared at the end.
     image = run.response(x, *operands).astype(x.dtype)
     tiny = jnp.finfo(x.dtype).tiny
-    size = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
+    size = jnp.maximum(jnp.max(jnp.abs(image), axis=run.axes, keepdims=True), tiny)
     image = image / size
     length = jnp.sqrt(jnp.sum(jnp.square(image), axis=run.axes, keepdims=True))
-    growth = jnp.max(length / jnp.maximum(before, tiny))
+    growth = length / jnp.maximum(before, tiny)
     return _State(MARGIN * size * growth, image, length)
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from pjax.backend import device
+from pjax.backend import device, shardings
 from pjax.projections import numeric
 
 #: Newton steps of `cross_entropy`, at most.
@@ -25,7 +25,7 @@ _FEW_NUMBERS = 2**17
 #: With at most so many classes `cross_entropy` has them along the first axis on a CPU: kernels are
 #: fast along the last axis, if that is long.
 _FEW_CLASSES = 16
-_NormaliserState = tuple[Array, Array, Array, Array]
+_NormaliserState = tuple[Array, Array, Array]
 
 
 def cross_entropy_value(
@@ -137,27 +137,25 @@ def cross_entropy(
 
     def newton(state: _NormaliserState) -> _NormaliserState:
         """`r` at this `L`, then a step for `L` and, to first order, what it does to `r`."""
-        count, _, zeta, _ = state
+        _, zeta, _ = state
         w, r = _omega_less(a, above + zeta)
         slope = w / (1 + w)
         change = total(r) / total(slope)
         # There may be no solution for a row that stays where it is.
         size = jnp.max(jnp.where(active, jnp.abs(change), 0), initial=0)
-        return count + 1, size, zeta - change, r - change * slope
+        return size, zeta - change, r - change * slope
 
     # Newton's method squares the error: what follows a change this small is rounding. A row with a
     # NaN never has one, and must not end the steps of the others.
     small = jnp.finfo(dtype).eps ** 0.5
     # The first step computes r anew: a only has its shape.
-    start = (jnp.zeros((), int), jnp.full((), jnp.inf, dtype), zeta, a)
+    start = (jnp.full((), jnp.inf, dtype), zeta, a)
     if device.launches_kernels() and deviation.size <= _FEW_NUMBERS:
         state = start
         for _ in range(_NORMALISER_STEPS):
             state = newton(state)
     else:
-        state = lax.while_loop(
-            lambda s: (s[0] < _NORMALISER_STEPS) & ~(s[1] <= small), newton, start
-        )
+        state = shardings.repeat(lambda s: ~(s[0] <= small), newton, start, _NORMALISER_STEPS)
     r = state[-1]
 
     # The moves of a row sum to 0, and that of the top class may be far smaller than a and w.
@@ -317,22 +315,20 @@ def separable(
     low, high = jnp.minimum(deviation, whole), jnp.maximum(deviation, whole)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        count, at, low, high, _ = state
+        at, low, high, _ = state
         slope, bend = slope_and_bend(at)
         rise = at - deviation + step * slope
         low, high = jnp.where(rise < 0, at, low), jnp.where(rise > 0, at, high)
         new = at - rise / (1 + jnp.maximum(step * bend, 0))
         inside = (new > low) & (new < high)
         new = jnp.where(rise == 0, at, jnp.where(inside, new, (low + high) / 2))
-        return count + 1, new, low, high, jnp.max(jnp.abs(new - at) - close(at), initial=0)
+        return new, low, high, jnp.max(jnp.abs(new - at) - close(at), initial=0)
 
     def close(at: Array) -> Array:
         return 2 * jnp.finfo(dtype).eps * jnp.abs(at)
 
-    first = (jnp.zeros((), int), deviation, low, high, jnp.full((), jnp.inf, dtype))
-    _, at, low, high, _ = lax.while_loop(
-        lambda state: (state[0] < _ENTRY_STEPS) & (state[-1] > 0), body, first
-    )
+    first = (deviation, low, high, jnp.full((), jnp.inf, dtype))
+    at, *_ = shardings.repeat(lambda state: state[-1] > 0, body, first, _ENTRY_STEPS)
     found = _settled(deviation, -step * slope_at(reference + at), at, reference)
 
     def cost(move: Array) -> Array:
@@ -400,7 +396,7 @@ def rows(
         return jnp.where(dot(found, gradient) < 0, found, -gradient / (1 + damping))
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        count, at, height, damping, _ = state
+        at, height, damping, _ = state
         new = at + way(at, damping)
         there = cost(new)
         # In a deep network moves are below the rounding of the objective: let them be taken.
@@ -410,10 +406,10 @@ def rows(
         moved = jnp.abs(new - at) > 4 * jnp.finfo(dtype).eps * jnp.abs(new)
         new, height = jnp.where(lower, new, at), jnp.where(lower, there, height)
         damping = jnp.where(lower, 0.2 * damping, 5 * damping + 1)
-        return count + 1, new, height, damping, jnp.any(moved & (step > 0))
+        return new, height, damping, jnp.any(moved & (step > 0))
 
     none = jnp.zeros_like(step)
-    first = (jnp.zeros((), int), deviation, cost(deviation), none, jnp.array(True))
-    _, at, *_ = lax.while_loop(lambda state: (state[0] < _ROW_STEPS) & state[-1], body, first)
+    first = (deviation, cost(deviation), none, jnp.array(True))
+    at, *_ = shardings.repeat(lambda state: state[-1], body, first, _ROW_STEPS)
     found = _settled(deviation, -step * slope_at(reference + at), at, reference)
     return jnp.where(step > 0, found, deviation)

@@ -7,7 +7,7 @@ constraint (`…Step`), for layer splitting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pjax.backend import device, shardings
 from pjax.options import Exactness
 from pjax.patterns import Function
 from pjax.projections import layer, normalization, numeric, scaling
@@ -195,21 +196,45 @@ class _Step(_Numeric):
         # A stiff step gains less than what the sums are rounded by.
         rounding = 1e2 * jnp.finfo(target.dtype).eps * before
 
-        def too_far(state: tuple[Array, Array]) -> Array:
-            length, cost = state
-            return ~(cost <= before + rounding) & (length > 1e-4)
-
-        def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            length = 0.25 * state[0]
+        def costs(length: Array) -> Array:
+            """What is left of the request, by rows."""
             left = height + length * change + off(length) - target
-            return length, jnp.sum(weight * jnp.square(left / size)) + length**2 * energy
+            return jnp.sum(jnp.atleast_1d(weight * jnp.square(left / size)), axis=-1)
 
-        # The whole move is tried in the loop, too, so that there is one copy of its body.
-        begin = (jnp.full((), 4, target.dtype), jnp.full((), jnp.inf, target.dtype))
-        length, _ = jax.lax.while_loop(too_far, shorter, begin)
-        points = ahead(jnp.where(length > 1e-4, length, 0))
+        points = ahead(_longest(costs, energy, before + rounding))
         # Apart from the loop, so that nothing is computed where nobody reads the output.
         return tuple(points), rise(points)
+
+
+#: The share of a step that is tried after one that is too long, and how many are tried.
+_SHORTER, _TRIALS = 0.25, 7
+
+
+def _longest(costs: Callable[[Array], Array], energy: Array, most: Array) -> Array:
+    """The first of the lengths `1, ¼, ¼², …` with `Σ costs + length² energy ≤ most`; 0 if none is.
+
+    With several devices all are tried: rows are summed once, and not for each length.
+    """
+    if device.several():
+        lengths = _SHORTER ** jnp.arange(_TRIALS, dtype=most.dtype)
+        rows = jax.lax.map(costs, lengths)
+        sums = jnp.sum(rows, axis=tuple(range(1, rows.ndim))) + lengths**2 * energy
+        short = sums <= most
+        return jnp.where(jnp.any(short), lengths[jnp.argmax(short)], 0)
+    least = 2 * _SHORTER**_TRIALS
+
+    def too_far(state: tuple[Array, Array]) -> Array:
+        length, cost = state
+        return ~(cost <= most) & (length > least)
+
+    def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        length = _SHORTER * state[0]
+        return length, jnp.sum(costs(length)) + length**2 * energy
+
+    # The whole move is tried in the loop, too, so that there is one copy of its body.
+    begin = (jnp.full((), 1 / _SHORTER, most.dtype), jnp.full((), jnp.inf, most.dtype))
+    length, _ = shardings.while_loop(too_far, shorter, begin)
+    return jnp.where(length > least, length, 0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.backend import compat
+from pjax.backend import compat, shardings
 from pjax.program import Program, leaves_of
 from pjax.trace.flatten import Flattener
 
@@ -65,6 +65,8 @@ def trace(
     leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
     for path, leaf in zip(paths, leaves, strict=True):
         _check_leaf_type(path, leaf.dtype)
+    if any(map(compat.varies, leaves)):
+        raise ValueError(shardings.TYPED)
     tree_out: list[Any] = []
     num_outputs: list[int] = []
 

@@ -195,8 +195,11 @@ class Flattener(Writer):
         return self._sources[key][1]
 
     def _inline(self, jaxpr: Any, env: dict[Any, Atom], caller: str, foreign: bool = False) -> None:
-        for eqn in jaxpr.eqns:
+        for eqn in map(compat.without_shardings, jaxpr.eqns):
             inputs = tuple(self._atom(env, var) for var in eqn.invars)
+            if compat.is_cast(eqn):
+                env.update(zip(eqn.outvars, inputs, strict=True))
+                continue
             source = caller if foreign and caller else self._source(eqn, caller)
             body = compat.call_body(eqn.primitive, eqn.params)
             results = derivatives.expand(self, eqn, inputs, source)

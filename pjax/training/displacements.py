@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from pjax.backend import compat, shardings
 from pjax.compile import rolled
 from pjax.metrics import Metric
 from pjax.options import Fallback, Fanout, Splitting
@@ -27,19 +29,49 @@ from pjax.solvers import CyclicProjections, Solver
 from pjax.trace import require_function, trace
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _displace(
     found: Layout,
     solver: Solver,
+    means: tuple[str, ...],
     leaves: Sequence[Any],
     consts: Sequence[Any],
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
     """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
-    return rolled(functools.partial(_displaced, found, solver))(leaves, consts, vectors)
+    return rolled(functools.partial(_displaced, found, solver, means))(leaves, consts, vectors)
 
 
 def _displaced(
+    found: Layout,
+    solver: Solver,
+    means: tuple[str, ...],
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    vectors: Sequence[Any] | None,
+) -> tuple[Array, list[Any], list[Array], list[Any]]:
+    with shardings.local((leaves, consts)) as axes:
+        loss, aux, moved, vectors = _displaced_here(
+            found, solver, shardings.varying(leaves), shardings.varying(consts), vectors
+        )
+        # As the gradient has it: where devices share a parameter, their forces add up.
+        moved = [
+            shardings.summed(
+                move, tuple(a for a in axes if a not in {*compat.varies(leaf), *means})
+            )
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            else move
+            for leaf, move in zip(leaves, moved, strict=True)
+        ]
+    if means:
+        loss = jax.lax.pmean(loss, means)
+        moved = [
+            jax.lax.pmean(m, means) if jnp.issubdtype(m.dtype, jnp.floating) else m for m in moved
+        ]
+    return loss, aux, moved, vectors
+
+
+def _displaced_here(
     found: Layout,
     solver: Solver,
     leaves: Sequence[Any],
@@ -53,7 +85,9 @@ def _displaced(
     scale = problem.largest_coefficient / found.formulation.metric.prox_step / solver.steps
     factor = -scale
     moved = [
-        _zero(leaf) if force is None else (factor * force).astype(jnp.result_type(leaf))
+        _zero(leaf)
+        if force is None
+        else shardings.alike((factor * force).astype(jnp.result_type(leaf)), leaf)
         for leaf, force in zip(leaves, problem.parameter_forces(state), strict=True)
     ]
     aux = [read(problem.forward, atom) for atom in found.graph.program.auxiliary_outputs]
@@ -94,6 +128,7 @@ class ValueAndDisplacement:
     argnums: int | tuple[int, ...]
     fallback: Fallback | None = None
     allow_int: bool = True
+    axis_name: str | tuple[str, ...] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """`(value, displacement)`, or `((value, aux), displacement)` with `has_aux`."""
@@ -142,6 +177,11 @@ class ValueAndDisplacement:
 
         return params, fn
 
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        names = self.axis_name
+        return (names,) if isinstance(names, str) else tuple(names or ())
+
     def _layout(self, program: Program) -> Layout:
         options = Formulation(self.metric, self.fanout, self.splitting, fallback=self.fallback)
         return layout(program, options.for_solver(self.solver))
@@ -157,12 +197,13 @@ class ValueAndDisplacement:
                     f"`params{leaf.path}` has the type {leaf.dtype}, which cannot move: give "
                     "`allow_int=True`, or let the function have it in another argument."
                 )
-        value, aux, moved, vectors = _displace(
-            self._layout(program),
-            self.solver,
+        found_layout, anywhere = self._layout(program), PartitionSpec()
+        value, aux, moved, vectors = shardings.automatic(
+            functools.partial(_displace, found_layout, self.solver, self._axes),
             leaves,
             consts,
             None if state is None else state.vectors,
+            like=(anywhere, anywhere, list(map(shardings.spec, leaves)), anywhere),
         )
         displacement = leaves_of(params).moves(moved)
         result = value
@@ -182,6 +223,7 @@ def value_and_displacement(
     metric: Metric | None = None,
     fanout: Fanout = "exact",
     fallback: Fallback | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> ValueAndDisplacement:
     """`(value, displacement)`, the drop-in for `jax.value_and_grad`: what a solver moves each
     parameter by, as a force `W (p − p')/λ`.
@@ -205,6 +247,9 @@ def value_and_displacement(
     - `metric`: from `pjax.metrics`; by default [`pjax.metrics.Spectral`][] for layers.
     - `fanout`: see [`pjax.feasibility_problem`][].
     - `fallback`: see [`pjax.feasibility_problem`][].
+    - `axis_name`: inside of `jax.shard_map` (or `vmap`), the axis (or axes) along which devices
+        have rows of their own: value and displacement are the means over it, of local losses.
+        Without it they are those of one device, as with `jax.value_and_grad`.
 
     A whole Equinox module may be a parameter, or be inside of one: its floating-point arrays are
     displaced, and everything else in it has None in their place, as
@@ -239,6 +284,7 @@ def value_and_displacement(
         argnums if isinstance(argnums, int) else tuple(argnums),
         fallback,
         allow_int,
+        axis_name,
     )
 
 

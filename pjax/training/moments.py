@@ -7,7 +7,6 @@ moment is a diagonal.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pjax.backend import shardings
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
+from pjax.projections.products import rows as of_rows
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.spectrum import Shape, Spectra, SpectralFunction
 from pjax.rules import LayerSum
 from pjax.training.readers import Reader, Unit, Units
-from pjax.training.readings import Read, row_squares
+from pjax.training.readings import Read, joined
 
 
 class Stack(NamedTuple):
@@ -160,9 +161,11 @@ def input_rows(
 
     def times(directions: Array) -> Array:
         total: Any = sum(m.moment(other, asked, directions) for m, other, asked in parts)
+        total = shardings.everywhere(total)
         return total + sum(others) * directions if others else total
 
     trace: Any = sum(matrix.trace(other, asked) for matrix, other, asked in parts)
+    trace = shardings.everywhere(trace)
     return Rows(times, trace + unit.matrix.rows * sum(others) if others else trace)
 
 
@@ -182,12 +185,11 @@ def sums_of_forces(
             continue
         ((kind, rows), *_) = _operands(problem, readers)
         if isinstance(kind, _Dense):
-            found[unit.node] = from_matrix(
-                problem, unit, jnp.swapaxes(rows, -1, -2) @ reading.force
-            )
+            total = of_rows.across(rows, reading.force, len(unit.matrix.blocks))
+            found[unit.node] = from_matrix(problem, unit, total)
     others = [unit.node for unit in units.units if unit.node not in found]
     found |= problem.node_forces(others, state)
-    return [found[unit.node] for unit in units.units]
+    return [shardings.everywhere(found[unit.node]) for unit in units.units]
 
 
 def as_matrix(problem: Problem, unit: Unit, array: Array) -> Array:
@@ -227,35 +229,36 @@ def _operands(problem: Problem, readers: Sequence[Reader]) -> list[tuple[Any, Ar
     if isinstance(found[0][0][0].operation, Convolution):
         return [(own[0][0], sum(other for _, other in own)) for own in found]  # pyright: ignore
     rows: list[Any] = [sum(matrix.inputs(other) for matrix, other in own) for own in found]
-    joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-2)
-    return [(_Dense(), joined)]
+    blocks = len(found[0][0][0].blocks)
+    return [(_Dense(blocks), joined(rows, blocks))]
 
 
-class _Dense:
+class _Dense(NamedTuple):
     """Rows as they are."""
 
+    blocks: int
+
     def moment(self, rows: Array, asked: Array, directions: Array) -> Array:
-        return jnp.swapaxes(rows, -1, -2) @ (asked * (rows @ directions))
+        return of_rows.moment(rows, directions, asked)
 
     def trace(self, rows: Array, asked: Array) -> Array:
-        squares = row_squares(rows)
-        return jnp.vdot(squares, asked) if rows.ndim == 2 else jnp.sum(squares * asked, (-1, -2))
+        return of_rows.trace(rows, self.blocks, asked)
 
 
 def force_rows(unit: Unit, found: Sequence[Read], force: Array) -> Rows:
     """The forces on the outputs of a unit; where there is no matrix, those on its entries."""
     parts = [part.reading.force for part in found if part.readers[0].kind == "product"]
-    if unit.matrix is None:
-        parts = [force.reshape(-1, force.shape[-1])]
+    summed = shardings.everywhere
+    if unit.matrix is None:  # the force is a sum over devices already
+        parts, summed = [force], lambda array: array
 
     def times(directions: Array) -> Array:
-        total: Any = sum(jnp.swapaxes(g, -1, -2) @ (g @ directions) for g in parts)
-        return total
+        total: Any = sum(of_rows.moment(g, directions) for g in parts)
+        return summed(total)
 
-    trace: Any = sum(
-        jnp.vdot(g, g) if g.ndim == 2 else jnp.sum(row_squares(g), (-1, -2)) for g in parts
-    )
-    return Rows(times, trace)
+    blocks = 0 if unit.matrix is None else len(unit.matrix.blocks)
+    trace: Any = sum(of_rows.trace(g, blocks) for g in parts)
+    return Rows(times, summed(trace))
 
 
 def _other(problem: Problem, reader: Reader) -> Array:
@@ -270,8 +273,8 @@ def _other(problem: Problem, reader: Reader) -> Array:
 
 def diagonal(problem: Problem, unit: Unit, found: Read, forces: Mapping[int, Array]) -> Array:
     """A bound on `JᵀJ` of the readers of a reading that have no matrix, in the unit's shape."""
-    total, first = jnp.zeros(()), 0
-    for reader in found.readers:
+    total = jnp.zeros(())
+    for number, reader in enumerate(found.readers):
         if reader.matrix is not None:
             continue
         if reader.wires is None:
@@ -279,14 +282,12 @@ def diagonal(problem: Problem, unit: Unit, found: Read, forces: Mapping[int, Arr
             continue
         head = reader.wires.head
         shape = jnp.shape(problem.values[head.target])
-        rows = math.prod(shape[:-1])
-        asked = found.reading.asked[first : first + rows]
+        asked = found.reading.asked if len(found.readers) == 1 else found.reading.asked[number]
         asked = asked.reshape((*shape[:-1], 1) if shape else ())
-        first += rows
         dtype = problem.graph.program.deviation_dtype(head.target)
         (part,) = head.pull(jnp.broadcast_to(asked, shape).astype(dtype), problem.values)
         total = total + part
-    return total
+    return shardings.everywhere(total)
 
 
 def _operand_diagonal(

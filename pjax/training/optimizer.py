@@ -9,8 +9,10 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from pjax.backend import shardings
 from pjax.compile import rolled
 from pjax.metrics import Metric, Uniform
 from pjax.options import Fallback, Fanout, Splitting
@@ -58,10 +60,27 @@ def _solved(
     relaxation: Any,
     sets: Sequence[Set | None],
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
+    with shardings.local((leaves, consts)):
+        leaves, consts = shardings.varying((leaves, consts))
+        return _solved_here(layout, solver, check, leaves, consts, state, relaxation, sets)
+
+
+def _solved_here(
+    layout: Layout,
+    solver: Solver,
+    check: bool,
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    state: OptimizerState | None,
+    relaxation: Any,
+    sets: Sequence[Set | None],
+) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors, sets)
     solution, history = solver.solve(problem)
     moved = [
-        leaf if move is None else (leaf + relaxation * move).astype(jnp.result_type(leaf))
+        leaf
+        if move is None
+        else shardings.alike((leaf + relaxation * move).astype(jnp.result_type(leaf)), leaf)
         for leaf, move in zip(leaves, problem.parameter_deviations(solution), strict=True)
     ]
     # A relaxation leads out of a set that is not convex, and the sum has rounded.
@@ -151,9 +170,15 @@ class Optimizer:
         program, leaves, consts, _ = trace(fn, params)
         apart = leaves_of(params)
         sets = sets_of(self.sets, params, apart)
-        found = self.layout(program)
-        moved, history, checks, new = _solve(
-            found, self.solver, self.check, leaves, consts, state, relaxation, sets
+        anywhere = PartitionSpec()
+        moved, history, checks, new = shardings.automatic(
+            functools.partial(_solve, self.layout(program), self.solver, self.check),
+            leaves,
+            consts,
+            state,
+            relaxation,
+            sets,
+            like=(list(map(shardings.spec, leaves)), anywhere, anywhere, anywhere),
         )
         if checks is not None:
             raise_if_unsound(program, consts, checks)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from pjax.backend import shardings
 from pjax.compile import rolled
 from pjax.metrics import Spectral
 from pjax.options import Fallback
@@ -22,7 +24,7 @@ from pjax.trace import trace
 from pjax.training import requests
 from pjax.training.calls import MISSING, require_own_call
 from pjax.training.checks import Checks, check, raise_if_unsound
-from pjax.training.memory import Memory
+from pjax.training.memory import Memory, UnitMemory
 from pjax.training.readers import Units, find_units
 from pjax.training.requests import Requests, Step
 from pjax.training.within import sets_of
@@ -111,11 +113,12 @@ def _units(layout: Layout) -> Units:
     return find_units(layout.graph)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _solve(
     layout: Layout,
     settings: Requests,
     checked: bool,
+    axes: tuple[str, ...],
     leaves: Sequence[Any],
     consts: Sequence[Any],
     memory: Memory,
@@ -123,12 +126,32 @@ def _solve(
     count: Array,
     step: Step,
 ) -> _Solved:
-    return rolled(functools.partial(_solved, layout, settings, checked))(
+    return rolled(functools.partial(_solved, layout, settings, checked, axes))(
         leaves, consts, memory, vectors, count, step
     )
 
 
 def _solved(
+    layout: Layout,
+    settings: Requests,
+    checked: bool,
+    axes: tuple[str, ...],
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
+    memory: Memory,
+    vectors: Sequence[Any] | None,
+    count: Array,
+    step: Step,
+) -> _Solved:
+    with shardings.local((leaves, consts), axes):
+        here = shardings.varying((leaves, consts, vectors))
+        found = _solved_here(layout, settings, checked, *here[:2], memory, here[2], count, step)
+        # The auxiliary output is that of each device, as with `jax.grad`.
+        own = {"aux": found.aux, "checks": found.checks}
+        return shardings.agreed(found._replace(aux=[], checks=None))._replace(**own)
+
+
+def _solved_here(
     layout: Layout,
     settings: Requests,
     checked: bool,
@@ -142,27 +165,37 @@ def _solved(
     problem = Problem(layout, leaves, consts, vectors)
     state = problem.sweep(layer_forces=True)
     units = _units(layout)
-    moved, ends, memory = requests.moves(
+    moved, ends, new = requests.moves(
         problem, units, state, state.forces, memory, count, settings, step
     )
-    moves = problem.leaf_moves(moved)
+    memory = shardings.alike(new, memory)
+    moves = [
+        None if move is None else shardings.alike(move, leaf)
+        for leaf, move in zip(leaves, problem.leaf_moves(moved), strict=True)
+    ]
     total = sum((jnp.sum(jnp.square(f)) for f in state.forces.values()), start=jnp.zeros(()))
+    total = shardings.everywhere(total)
     aux = [read(problem.forward, atom) for atom in layout.graph.program.auxiliary_outputs]
     checks = None
     if checked:
         checks = check(problem, consts, problem.loss, [m for m in moves if m is not None])
     violations, vectors = problem.violations(), tuple(problem.vectors)
-    return _Solved(
-        moves, ends, problem.loss, jnp.sqrt(total), aux, memory, vectors, violations, checks
-    )
+    loss = shardings.mean_everywhere(problem.loss)
+    return _Solved(moves, ends, loss, jnp.sqrt(total), aux, memory, vectors, violations, checks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _start(
-    layout: Layout, settings: Requests, leaves: Sequence[Any], consts: Sequence[Any]
+    layout: Layout,
+    settings: Requests,
+    axes: tuple[str, ...],
+    leaves: Sequence[Any],
+    consts: Sequence[Any],
 ) -> tuple[Memory, tuple[Any, ...]]:
-    problem = Problem(layout, leaves, consts)
-    return requests.empty(problem, _units(layout), settings), tuple(problem.vectors)
+    with shardings.local((leaves, consts), axes):
+        problem = Problem(layout, *shardings.varying((leaves, consts)))
+        empty = requests.empty(problem, _units(layout), settings)
+        return shardings.agreed((empty, tuple(problem.vectors)))
 
 
 @dataclass(frozen=True)
@@ -203,6 +236,9 @@ class Projection:
     - `sets`: in which parameters are to lie: a prefix of their tree whose leaves are sets of
         `pjax.sets` or None. Each solve is over the set of its parameter (by 16 projected steps),
         so a parameter is in its set after each update.
+    - `axis_name`: inside of `jax.shard_map`, the axis (or axes) along which devices have rows of
+        their own: the loss is that of the rows of one device, and the move that of the mean of all.
+        Outside, under `jax.jit`, a sharded batch needs no name.
     """
 
     has_aux: bool = False
@@ -213,6 +249,7 @@ class Projection:
     fallback: Fallback | None = None
     requests: Requests = Requests()  # noqa: RUF009 - frozen
     sets: PyTree[Set | None] = None
+    axis_name: str | tuple[str, ...] | None = None
 
     def init(
         self, fn: Callable[..., Any], params: PyTree[Array] = MISSING, *args: Any, **kwargs: Any
@@ -231,7 +268,13 @@ class Projection:
         """
         require_own_call(self, fn, params)
         program, leaves, consts, _ = self._traced(fn, params, args, kwargs)
-        memory, vectors = _start(self._layout(program), self.requests, leaves, consts)
+        found_layout, anywhere = self._layout(program), PartitionSpec()
+        memory, vectors = shardings.automatic(
+            functools.partial(_start, found_layout, self.requests, self._axes),
+            leaves,
+            consts,
+            like=(_specs(found_layout, leaves), anywhere),
+        )
         mean = (None,) * len(leaves) if self.averaging is None else tuple(leaves)
         return ProjectionState(jnp.zeros((), jnp.int32), memory, vectors, mean)
 
@@ -348,16 +391,27 @@ class Projection:
         apart = leaves_of(params, self.mask)
         sets = sets_of(self.sets, params, apart)
         step = Step(sets, keep, relaxation) if sets else Step()
-        found = _solve(
-            found_layout,
-            self.requests,
-            self.check,
+        anywhere: Any = PartitionSpec()
+        moves: Any = list(map(shardings.spec, leaves))
+        found = shardings.automatic(
+            functools.partial(_solve, found_layout, self.requests, self.check, self._axes),
             leaves,
             consts,
             state.memory,
             state.vectors,
             state.count,
             step,
+            like=_Solved(
+                moves=moves,
+                ends=anywhere,
+                loss=anywhere,
+                residual=anywhere,
+                aux=anywhere,
+                memory=jax.tree.map(shardings.spec, state.memory),
+                vectors=anywhere,
+                violations=anywhere,
+                checks=anywhere,
+            ),
         )
         if found.checks is not None:
             raise_if_unsound(program, consts, found.checks)
@@ -390,6 +444,11 @@ class Projection:
                 )
             raise
 
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        names = self.axis_name
+        return (names,) if isinstance(names, str) else tuple(names or ())
+
     def _layout(self, program: Any) -> Layout:
         return layout(program, formulation(self.fallback))
 
@@ -402,6 +461,19 @@ def _nearest(sets: Sequence[Set | None], leaves: Sequence[Any]) -> list[Any]:
 def _into(sets: Sequence[Set | None], leaves: Sequence[Any]) -> list[Any]:
     """Each leaf at the nearest point of its set, where there are sets."""
     return _nearest(sets, leaves) if sets else list(leaves)
+
+
+def _specs(layout: Layout, leaves: Sequence[Any]) -> Memory:
+    """How the memory lies along explicit axes: what has the shape of a parameter as it does."""
+    anywhere: Any = PartitionSpec()
+    units = []
+    for unit in _units(layout).units:
+        output = layout.graph.nodes[unit.node].output
+        own = output is not None and output < len(leaves)
+        spec: Any = shardings.spec(leaves[output]) if own else anywhere  # pyright: ignore
+        units.append(UnitMemory(spec, spec, spec))
+    rest: list[Any] = [anywhere] * (len(Memory._fields) - 1)
+    return Memory(tuple(units), *rest)
 
 
 def _bytes(tree: Any) -> int:

@@ -32,6 +32,7 @@ from pjax.program import Equation, Program, Route
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.products.dot_general import DotGeneral
 from pjax.projections.products.operation import Bilinear, Side, inverse
+from pjax.projections.products.rows import moment, trace
 from pjax.rules import Addend, LayerSum, Product, Rule, Threshold
 
 Kind = Literal["product", "linear", "entries"]
@@ -76,25 +77,43 @@ class Matrix:
         return op.left_shape if self.side == "left" else op.right_shape
 
     def outputs(self, output: Array) -> Array:
-        """The product's output, `[*blocks, places, columns]`: a row for each that is asked."""
+        """The product's output, `[*blocks, *places, columns]`: a row for each that is asked."""
         if isinstance(self.operation, Convolution):
-            return self._channels_last(output).reshape(-1, self.columns)
+            return self._channels_last(output)
+        places = [self._other_shape[axis] for axis in self._places]
         if self.side == "right":
-            return output.reshape(*self.blocks, -1, self.columns)
-        return jnp.swapaxes(output.reshape(*self.blocks, self.columns, -1), -1, -2)
+            return output.reshape(*self.blocks, *places, self.columns)
+        output = output.reshape(*self.blocks, self.columns, *places)
+        return jnp.moveaxis(output, len(self.blocks), -1)
 
     def _channels_last(self, output: Array) -> Array:
         assert isinstance(self.operation, Convolution)
         return jnp.moveaxis(output, self.operation.dimension_numbers[2][1], -1)
 
-    def inputs(self, other: Array) -> Array:
-        """The other operand of a `dot_general`, `[*blocks, places, rows]`."""
+    @property
+    def _other_shape(self) -> tuple[int, ...]:
+        op = self.operation
+        return op.right_shape if self.side == "left" else op.left_shape
+
+    @property
+    def _other_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the other operand of a `dot_general`: the contracted axes and those of the batch."""
         assert isinstance(self.operation, DotGeneral)
         (left, right), (batch_l, batch_r) = self.operation.dimension_numbers
-        contracted, batch = (right, batch_r) if self.side == "left" else (left, batch_l)
-        kept = [axis for axis in range(other.ndim) if axis not in (*contracted, *batch)]
-        ordered = jnp.transpose(other, (*batch, *kept, *contracted))
-        return ordered.reshape(*self.blocks, -1, self.rows)
+        return (right, batch_r) if self.side == "left" else (left, batch_l)
+
+    @property
+    def _places(self) -> list[int]:
+        """The other axes of the other operand."""
+        contracted, batch = self._other_axes
+        return [a for a in range(len(self._other_shape)) if a not in (*contracted, *batch)]
+
+    def inputs(self, other: Array) -> Array:
+        """The other operand of a `dot_general`, `[*blocks, *places, rows]`."""
+        contracted, batch = self._other_axes
+        ordered = jnp.transpose(other, (*batch, *self._places, *contracted))
+        places = [self._other_shape[axis] for axis in self._places]
+        return ordered.reshape(*self.blocks, *places, self.rows)
 
     def moment(self, other: Array, asked: Array, directions: Array) -> Array:
         """`XᵀX U` over the places that are asked, `[*blocks, rows, k]`.
@@ -102,12 +121,11 @@ class Matrix:
         **Arguments:**
 
         - `other`: the other operand.
-        - `asked`: `[*blocks, places, 1]`, 1 where a place counts.
+        - `asked`: `[*blocks, *places, 1]`, 1 where a place counts.
         - `directions`: `U`, `[*blocks, rows, k]`.
         """
         if not isinstance(self.operation, Convolution):
-            rows = self.inputs(other)
-            return jnp.swapaxes(rows, -1, -2) @ (asked * (rows @ directions))
+            return moment(self.inputs(other), directions, asked)
         # A kernel whose output channels are the directions.
         op, count = self.operation, directions.shape[-1]
         spec, channel = op.dimension_numbers[1], op.dimension_numbers[2][1]
@@ -115,7 +133,7 @@ class Matrix:
         narrow = replace(op, right_shape=shape)
         kernel = directions.reshape([shape[axis] for axis in self.axes])
         places = jnp.moveaxis(narrow(other, jnp.transpose(kernel, inverse(self.axes))), channel, -1)
-        places = places * asked.reshape(*places.shape[:-1], 1)
+        places = places * asked
         back = narrow.transpose_right(jnp.moveaxis(places, -1, channel), other)
         return jnp.transpose(back, self.axes).reshape(directions.shape)
 
@@ -123,8 +141,8 @@ class Matrix:
         """`tr XᵀX` over the places that are asked, for each block."""
         if isinstance(self.operation, Convolution):
             squares = self._channels_last(self.operation.left_energy(jnp.square(other)))
-            return jnp.sum(squares[..., 0].reshape(-1) * asked[..., 0])
-        return jnp.sum(jnp.square(self.inputs(other)) * asked, axis=(-1, -2))
+            return jnp.sum(squares[..., 0] * asked[..., 0])
+        return trace(self.inputs(other), len(self.blocks), asked)
 
 
 def matrix_of(operation: Bilinear, side: Side) -> Matrix | None:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pjax.backend import shardings
 from pjax.problem import Problem, State
 from pjax.program import pull_together
 from pjax.projections.products.convolution import Convolution
+from pjax.projections.products.rows import dot, row_squares, total
 from pjax.training.readers import Matrix, Reader, Unit, Units
 
 
@@ -24,7 +26,8 @@ class Reading(NamedTuple):
 
     **Attributes:**
 
-    - `output`, `force`: of the readers and on them, as rows.
+    - `output`, `force`: of the readers and on them, as rows: `[*blocks, *places, length]`. The
+        first axis of places numbers the readers, where there are several.
     - `asked`: 1 for each row with a force, else 0: others take no part, as if they were not there.
     - `square`: the sum of the squares of the forces.
     - `rows`: how many rows are asked.
@@ -44,7 +47,7 @@ class Reading(NamedTuple):
     @property
     def output_square(self) -> Array:
         """The sum of the squares of the outputs that are asked."""
-        return jnp.vdot(row_squares(self.output), self.asked)
+        return shardings.everywhere(dot(row_squares(self.output), self.asked))
 
 
 class Read(NamedTuple):
@@ -73,7 +76,7 @@ def readings(
 
 
 def _entries(problem: Problem, unit: Unit, state: State) -> list[Read]:
-    """The readings of what is read as entries: of all rows of one length."""
+    """The readings of what is read as entries: of all arrays of one shape."""
     pulled: dict[Any, dict[int, Array]] = {}
     parts: dict[Any, list[tuple[Reader, Array, Array]]] = {}
     for reader in unit.readers:
@@ -85,19 +88,18 @@ def _entries(problem: Problem, unit: Unit, state: State) -> list[Read]:
             pulled[wires.tails] = pull_together(wires.tails, forces, problem.values)
         target = wires.head.target
         value, force = problem.values[target], pulled[wires.tails][target]
-        key = value.shape[-1:], value.dtype, force.dtype
+        key = value.shape, value.dtype, force.dtype
         parts.setdefault(key, []).append((reader, value, force))
     found = []
     for group in parts.values():
         readers, values, forces = zip(*group, strict=True)
-        found.append(Read(readers, _reading(_joined(values), _joined(forces))))
+        found.append(Read(readers, _reading(joined(values), joined(forces))))
     return found
 
 
-def _joined(arrays: Sequence[Array]) -> Array:
-    """The rows of all, `[rows, entries]`."""
-    rows = [array.reshape(-1, array.shape[-1] if array.ndim else 1) for array in arrays]
-    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Arrays of rows as one, along a new axis of places if they are several."""
+    return arrays[0] if len(arrays) == 1 else jnp.stack(arrays, axis)
 
 
 class _Nodes:
@@ -120,9 +122,9 @@ class _Nodes:
         for node, numbers in read_by.items():
             matrix, key = self._matrices.get(node), (node,)
             if matrix is not None and not isinstance(matrix.operation, Convolution):
-                place = problem.graph.nodes[node].output
-                dtype = problem.values[place].dtype  # pyright: ignore
-                key = (*sorted(numbers), matrix.blocks, matrix.columns, dtype)
+                output = self._output(node)
+                kind = output.shape, output.dtype
+                key = (*sorted(numbers), matrix.side, matrix.blocks, matrix.columns, *kind)
             self._keys[node] = key
             self._members.setdefault(key, []).append(node)
 
@@ -131,19 +133,21 @@ class _Nodes:
 
     def reading(self, key: Any) -> Reading:
         if key not in self._found:
-            rows = [self._rows(node) for node in self._members[key]]
-            output, force = (
-                part[0] if len(part) == 1 else jnp.concatenate(part, axis=-2)
-                for part in zip(*rows, strict=True)
-            )
-            self._found[key] = _reading(output, force)
+            members = self._members[key]
+            matrix = self._matrices.get(members[0])
+            blocks = 0 if matrix is None else len(matrix.blocks)
+            both = zip(*map(self._rows, members), strict=True)
+            self._found[key] = _reading(*(joined(part, blocks) for part in both))
         return self._found[key]
+
+    def _output(self, node: int) -> Array:
+        place = self._problem.graph.nodes[node].output
+        assert place is not None
+        return self._problem.values[place]
 
     def _rows(self, node: int) -> tuple[Array, Array]:
         """The output of a node and the force on it."""
-        place, matrix = self._problem.graph.nodes[node].output, self._matrices.get(node)
-        assert place is not None
-        both = self._problem.values[place], self._forces[node]
+        both, matrix = (self._output(node), self._forces[node]), self._matrices.get(node)
         return both if matrix is None else (matrix.outputs(both[0]), matrix.outputs(both[1]))
 
 
@@ -152,19 +156,8 @@ def _reading(output: Array, force: Array) -> Reading:
         force, output = force[None], output[None]
     of_rows = row_squares(force)
     asked = (of_rows > 0).astype(output.dtype)
-    return Reading(output, force, asked, total(of_rows), total(asked))
+    square, rows = (shardings.everywhere(total(part)) for part in (of_rows, asked))
+    return Reading(output, force, asked, square, rows)
 
 
-def row_squares(rows: Array) -> Array:
-    """The sum of the squares of each row, `[…, 1]`. A product with ones: XLA sums rows slowly on a
-    CPU.
-    """
-    return jnp.square(rows) @ jnp.ones((rows.shape[-1], 1), rows.dtype)
-
-
-def total(array: Array) -> Array:
-    """The sum of all entries. A product too: XLA compiles several kernels for a long sum."""
-    return jnp.vdot(array, jnp.ones_like(array))
-
-
-__all__ = ["Read", "Reading", "readings", "row_squares", "total"]
+__all__ = ["Read", "Reading", "joined", "readings"]

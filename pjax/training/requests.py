@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pjax.backend import shardings
 from pjax.problem import Problem, State
 from pjax.projections import spectrum
+from pjax.projections.products.rows import dot
 from pjax.projections.spectrum import entries
 from pjax.sets import Set
 from pjax.training import moments
@@ -123,7 +125,7 @@ def empty(problem: Problem, units: Units, settings: Requests) -> Memory:
     values = _values(problem, units)
     found = []
     for unit, value in zip(units.units, values, strict=True):
-        zeros = jnp.zeros(value.shape, value.dtype)
+        zeros = shardings.zeros_like(value)
         found.append(UnitMemory(zeros, zeros, zeros if unit.matrix is None else None))
     zero = jnp.zeros(len(values), jnp.result_type(jnp.float32, *(v.dtype for v in values)))
     never = jnp.zeros((), jnp.int32)
@@ -182,7 +184,7 @@ def moves(
     refresh = soon | (count % settings.every == 0)
     memory = jax.lax.cond(refresh, renewed, lambda same: same, memory)
     products = [
-        (jnp.vdot(own.move, force), jnp.vdot(own.move, own.asked))
+        (dot(own.move, force), dot(own.move, own.asked))
         for own, force in zip(memory.units, unit_forces, strict=True)
     ]
     found = [own.diagonal for own in memory.units if own.diagonal is not None]
@@ -199,7 +201,7 @@ def moves(
         for own, force, weights in zip(memory.units, unit_forces, plan.ahead, strict=True)
     ]
     found = [
-        move * _limit(jnp.vdot(asked, move), square).astype(move.dtype)
+        move * _limit(dot(asked, move), square).astype(move.dtype)
         for move, asked, square in zip(
             solve(problem, units, stacks, ahead, memory, plan), ahead, plan.squares, strict=True
         )

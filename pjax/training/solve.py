@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from pjax.problem import Problem
 from pjax.projections import spectrum
+from pjax.projections.products.rows import dot
 from pjax.projections.spectrum import Side, Spectra
 from pjax.training import within
 from pjax.training.memory import Memory
@@ -111,8 +112,8 @@ def whitened(
         if own.diagonal is not None:
             columns = array.shape[-1] if array.ndim else 1
             inverses = spectrum.inverse(own.diagonal + unseen * jnp.mean(own.diagonal))
-            directions = jnp.vdot(own.diagonal, inverses) / columns
-            found[number] = jnp.vdot(jnp.square(array), inverses), directions
+            directions = dot(own.diagonal, inverses) / columns
+            found[number] = dot(jnp.square(array), inverses), directions
     for stack, spectra in zip(stacks.inputs, memory.inputs, strict=True):
         squares = []
         for number, vectors in zip(stack.members, spectra.vectors, strict=True):

@@ -292,6 +292,13 @@ class _Finder:
         there is none, one that joins the entries of its rows (the logits of `log(softmax(x))`); if
         there is none of those, the farthest of which it is concave.
         """
+        for equation in self.program.equations:
+            if equation.primitive.name in compat.SUMS_OVER_DEVICES:
+                raise TraceError(
+                    f"`{equation.name}` ({equation.source}) is a sum over devices around a loss "
+                    "that is tried out where there are none. Return the loss of one "
+                    "device, and take `jax.lax.pmean` of value and displacement, or `axis_name=…`."
+                )
         nearest = shapes[0]
         probes: dict[int, Probe | None] = {}
         joined = math.prod(nearest.row_shape) if nearest.row_shape else nearest.num_rows

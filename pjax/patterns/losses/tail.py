@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.backend import device
+from pjax.backend import compat, device, shardings
 from pjax.backend.compat import P
 from pjax.patterns import sums
 from pjax.program import REGISTRATIONS, Equation, Program, is_wiring, read, run
@@ -56,7 +56,6 @@ class Tail:
 
     def coefficients(self, values: Mapping[int, Any]) -> list[Any]:
         """`∂ result/∂ head` for each head: the transpose of the tail, of ones."""
-        program = self.program
 
         def result(*heads: Any) -> Any:
             known = {**values, **dict(zip(self.heads, heads, strict=True))}
@@ -64,7 +63,7 @@ class Tail:
             return jnp.sum(read(known, self.output))
 
         # Linear: any point will do, also one where the losses overflow.
-        points = [jnp.zeros(program.shape(v), program.dtype(v)) for v in self.heads]
+        points = [self._zeros(v) for v in self.heads]
         return list(jax.grad(result, argnums=tuple(range(len(points))))(*points))
 
     def coefficient(self, var: int, values: Mapping[int, Any]) -> Any:
@@ -85,11 +84,14 @@ class Tail:
                 run([equation], known)
             return jnp.sum(read(known, self.output))
 
-        return jax.grad(result)(jnp.zeros(program.shape(var), program.dtype(var)))
+        return jax.grad(result)(self._zeros(var))
+
+    def _zeros(self, var: int) -> Any:
+        return shardings.varying(jnp.zeros(self.program.shape(var), self.program.dtype(var)))
 
     def static(self) -> list[Any] | None:
         """The coefficients as known numbers, where no data enters: a float if all are the same."""
-        if self.data:
+        if self.data or any(e.primitive.name in compat.SUMS_OVER_DEVICES for e in self.equations):
             return None
         found = device.run_once(lambda: self.coefficients({}))
         return [one_number(np.asarray(c)) for c in found]
@@ -127,6 +129,8 @@ def is_linear(program: Program, equation: Equation) -> bool:
     if is_wiring(program, equation):
         return True
     moving = sum(program.is_variable(a) for a in equation.inputs)
+    if equation.primitive.name in compat.SUMS_OVER_DEVICES:
+        return True
     if equation.primitive in (P.dot_general_p, P.cumsum_p, P.scatter_add_p):
         return moving == 1
     if len(equation.outputs) != 1:
