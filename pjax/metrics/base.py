@@ -19,10 +19,10 @@ class Weight(NamedTuple):
     - `mantissa`: a number, or an array that broadcasts to the slot.
     - `exponent`: a scalar, not always whole; it may be far out of the range of the exponents of
         floating-point numbers.
-    - `relative`: `2**(exponent − that of the readers of the slot's node)` where it is known as
-        such: the difference of two exponents of a deep network has lost digits.
+    - `relative`: `2**(exponent − that of the readers of the slot's node)`, for a metric that has
+        this ratio: in a deep network both exponents are large, and their difference is inexact.
     - `compliance`: the bound on the slot's squared gain over its weight, in the unit of its node,
-        where that is known as such.
+        for a metric that has it.
     """
 
     mantissa: Any

@@ -1,9 +1,11 @@
 """Which functions are normalisations: `a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½`, or without the
-mean.
+mean. Of one of the many ways to write one,
 
-There are many ways to write one: the variance as a mean of squares less a square, or of squared
-differences; a root and a quotient, or `rsqrt`; with axes that come and go. A function that was cut
-out of a program is followed symbolically instead, as a polynomial in an entry `x`, the mean `m` of
+    (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+
+the groups are the rows, `a = 1` and `κ = 1/n`. The variance may be a mean of squares less a square;
+there may be a root and a quotient, and axes that come and go. So a function that was cut
+out of a program is followed symbolically, as a polynomial in an entry `x`, the mean `m` of
 its group and the mean `q` of the squares there, and a root of one. What remains at its end is a
 normalisation, or is not.
 """

@@ -1,14 +1,14 @@
-"""Chains of elementwise operations become one node each.
+"""Piecewise linear functions of one value, whatever operations they are written with.
 
-Two kinds of structure are found in a program, before any node is made:
+Each of these is one function of `x`, with two or three pieces, and one node:
 
-- a *scalar cone*: every operation that depends on one variable through comparisons, selections,
-  maxima, sums and scalings with static numbers is one piecewise linear function of that variable
-  (`leaky_relu`, `hard_tanh`, `clip`, `abs`, a step written with `where`, ...);
-- a *sum*: additions, subtractions, scalings by known factors and reductions, whose intermediate
-  results nobody else reads, are one linear function `Σ c x` of several variables.
+    jnp.maximum(x, 0.1 * x)                  # leaky_relu
+    jnp.where(x > 0, x, 0.0) - 1
+    jnp.clip(2 * x, -1, 1)                   # hard_tanh
 
-A node `y = f(Σ c x + const)` then takes both: `relu(x + b)` is one constraint, not two.
+Every operation that depends on one variable through comparisons, selections, maxima, sums and
+scalings with static numbers is part of one. A node `y = f(Σ c x + const)` also takes the sum before
+the function: `relu(x + b)` is one constraint, not two.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SIMPLE: dict[Any, Callable[..., PiecewiseLinear]] = {
 
 @dataclass(frozen=True)
 class OfOneValue:
-    """`variable = function(base)`, elementwise; a variable that is no cone is its own base."""
+    """`variable = function(base)`, elementwise; any other variable is the identity of itself."""
 
     base: int
     function: PiecewiseLinear
@@ -57,14 +57,15 @@ class OfOneValue:
 def find_cones(
     program: Program, stop: frozenset[int], opaque: frozenset[int] = frozenset()
 ) -> dict[int, OfOneValue]:
-    """The largest cones, with every variable that something else reads the base of what follows it.
+    """Each variable as a piecewise linear function of its *base*, as far back as that is possible.
 
-    A variable that only cones read is no value of its own: each of them computes it from its base.
+    A base is a variable that something other than such functions reads: a node has it as a value.
+    In `abs(x) + relu(x)`, all of it is one function of `x`.
 
     **Arguments:**
 
-    - `stop`: variables that must be values of their own (what losses read, say).
-    - `opaque`: variables whose operation has a rule of its own, and joins no cone.
+    - `stop`: variables that are bases whatever reads them (what losses read, say).
+    - `opaque`: variables whose operation has a rule of its own, so that they are bases.
     """
     materialised = set(stop)
     while True:
@@ -135,8 +136,8 @@ def _apply(
     source, out = program.dtype(equation.inputs[0]), program.dtype(equation.outputs[0])
     if primitive is P.convert_element_type_p:
         # Of a condition or a whole number; or to the same type. Others are wiring, or round.
-        whole = source == jnp.bool_ or jnp.issubdtype(source, jnp.signedinteger)
-        return functions[0] if whole or source == out else None
+        is_whole = source == jnp.bool_ or jnp.issubdtype(source, jnp.signedinteger)
+        return functions[0] if is_whole or source == out else None
     if not (source == out or jnp.bool_ in (source, out)):
         return None
     try:

@@ -1,9 +1,13 @@
-"""Cones: chains of operations that depend on one variable become one function of it.
+"""Smooth functions of one array: chains of operations that all depend on one variable.
 
-`gelu`, `silu`, `softmax` and a layer norm are each many operations and one function. Where the
-operations that lead to a value all depend on one variable, a *cone* `y = φ(x)` is cut out of the
-program, from the nearest such variable on. Chains go on through it as far as nothing else reads
-what lies between: `x · σ(x)` and the `tanh` behind a scaling are one node each.
+Each of these is one node:
+
+    x * jax.nn.sigmoid(1.7 * x)
+    e = jnp.exp(x - x.max(-1, keepdims=True)); e / e.sum(-1, keepdims=True)
+
+Where the operations that lead to a value all depend on one variable, they form a *cone* above it,
+and `y = φ(x)` is cut out of the program, from the nearest such variable on. Chains go on through it
+as far as nothing else reads what lies between: the `tanh` behind a scaling is one node with it.
 
 What has an exact rule keeps it: a cone is made only where an operation in it has none (a smooth
 function, a quotient, a product of two functions of one variable).
@@ -33,7 +37,9 @@ class SmoothFunctions:
         stop: frozenset[int] = frozenset(),
         opaque: frozenset[int] = frozenset(),
     ):
-        """`stop`: variables that no cone reaches beyond; `opaque`: with a rule of their own."""
+        """`stop`: variables behind which no function begins (what losses read); `opaque`: variables
+        whose operation has a rule of its own.
+        """
         self.program = program
         self.stop, self.opaque = stop, opaque
         self.readers: dict[int, list[int]] = {}

@@ -1,4 +1,7 @@
-"""Sums of multiples, as `add`, `sub`, `neg` and products with known numbers make them."""
+"""Sums of multiples, as `add`, `sub`, `neg` and products with known numbers make them.
+
+`0.5 * x - mask * y.sum(0)` is `½ x` and `−mask · Σ y`: two terms of one node.
+"""
 
 from __future__ import annotations
 

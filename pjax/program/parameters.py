@@ -82,10 +82,10 @@ def _chosen(params: Any, mask: Any) -> Iterator[bool]:
         return itertools.repeat(True)
     given = mask(params) if callable(mask) else mask
     try:
-        whole = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), given, params)
+        full = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), given, params)
     except ValueError as error:
         raise ValueError(f"`mask` is no prefix of `params`: {error}") from error
-    found = jax.tree.leaves(whole)
+    found = jax.tree.leaves(full)
     for one in found:
         if not isinstance(one, (bool, np.bool_)):
             raise TypeError(f"`mask` must have True or False for each leaf, got {one!r}.")

@@ -23,8 +23,8 @@ from pjax.projections.scaling import times
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
 MARGIN = 1.4
-#: Of so many blocks two steps are enough: that the largest bound of all is far too small takes a
-#: start that is bad for each of them.
+#: With so many blocks two steps are enough: the largest bound is far too small only if the first
+#: direction is nearly orthogonal to what is sought in every block.
 _MANY_BLOCKS = 64
 #: So many equal products are stacked on a CPU, where they take turns: XLA compiles each product of
 #: a matrix and a vector by itself. Where kernels are launched any are, as one product is faster.

@@ -311,8 +311,8 @@ def separable(
         x = reference + move
         return jax.jvp(slope_at, (x,), (jnp.ones_like(x),))
 
-    whole = deviation - step * slope_at(reference + deviation)
-    low, high = jnp.minimum(deviation, whole), jnp.maximum(deviation, whole)
+    full_step = deviation - step * slope_at(reference + deviation)
+    low, high = jnp.minimum(deviation, full_step), jnp.maximum(deviation, full_step)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
         at, low, high, _ = state

@@ -116,7 +116,7 @@ def largest_gain(form: NormalForm, operand: Array) -> Array:
     return form.scale**2 / _squared_sigma(form, jnp.min(form.sum(jnp.square(w))))
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """Where the operand is, and what is asked of the output there.
 
     **Attributes:**
@@ -133,9 +133,9 @@ class _Asked(NamedTuple):
     height: Array | None
 
 
-def _asked(
+def _request(
     form: NormalForm, operand: Array, deviation: Array | None, target: Array, exponent: Any
-) -> _Asked:
+) -> _Request:
     w = form.across(operand.reshape(form.shape))
     request = target.reshape(form.shape)
     height = None
@@ -144,7 +144,7 @@ def _asked(
         height = _rise(form, w, step, exponent)
         w = w + scaling.from_unit(step, exponent)
         request = request - height
-    return _Asked(w, form.sum(jnp.square(w)), form.across(request), height)
+    return _Request(w, form.sum(jnp.square(w)), form.across(request), height)
 
 
 def step(
@@ -172,30 +172,30 @@ def step(
 
     **Returns:** the deviations of `x'` and of `f(x')` from the reference.
     """
-    asked = _asked(form, operand, deviation, target, exponent)
+    at = _request(form, operand, deviation, target, exponent)
     a, dtype = form.scale, target.dtype
     ratio = jnp.asarray(target_weight, dtype) / jnp.asarray(weight, dtype)
-    per_sigma = lax.rsqrt(_squared_sigma(form, asked.squared))
+    per_sigma = lax.rsqrt(_squared_sigma(form, at.squared))
     bent = form.spread * jnp.square(per_sigma)
     across = a * per_sigma  # J across w, and along it
     along = across * form.floor * jnp.square(per_sigma)
     stiffness = 1 + ratio * jnp.square(along)
     share = ratio * across / (1 + ratio * jnp.square(across))
     share_along = ratio * along / stiffness
-    product = form.sum(asked.request * asked.w)
+    product = form.sum(at.request * at.w)
     # The difference of the two shares over |w|², without the difference.
     bend = share * bent * (1 - ratio * along * across) / stiffness * product
     # How far the move goes, against the lengths over which J and σ change; outwards, `f` hardly
     # follows.
     outwards = scaling.from_unit(jnp.maximum(share * product, 0), exponent)
     lengthens = scaling.from_unit(share_along * product, exponent)
-    size = form.sum(jnp.square(share * scaling.from_unit(asked.request, exponent)))
+    size = form.sum(jnp.square(share * scaling.from_unit(at.request, exponent)))
     reach = bent * (size + 2 * outwards) + jnp.square(4 * bent * lengthens)
     shorter = lax.rsqrt(1 + reach)
-    move = (shorter * share) * asked.request - (shorter * bend) * asked.w
-    output = _rise(form, asked.w, move, exponent)
-    if asked.height is not None:
-        output = output + asked.height
+    move = (shorter * share) * at.request - (shorter * bend) * at.w
+    output = _rise(form, at.w, move, exponent)
+    if at.height is not None:
+        output = output + at.height
     move = move.reshape(operand.shape)
     moved = move if deviation is None else deviation + move
     return moved, output.reshape(target.shape)
@@ -214,7 +214,7 @@ def project(
     **Arguments, returns:** those of `step`, in a unit of 1.
     """
     dtype = target.dtype
-    reference, squared, request, height = _asked(form, operand, deviation, target, 0)
+    reference, squared, request, height = _request(form, operand, deviation, target, 0)
     length = jnp.sqrt(squared)
     per_length = 1 / jnp.where(length > 0, length, 1)
     along = form.sum(request * reference) * per_length

@@ -47,12 +47,11 @@ def _power(exponent: Any, least: int, most: int) -> Any:
 def once(value: Array) -> Array:
     """A number, or an array, as it is, but computed once.
 
-    XLA computes what is cheap anew in everything that reads it, with all that leads to it: the
-    exponents of a deep network would be most of its compile time, and the force on a layer would be
-    found from the requests behind it once for each of its operands. What it holds to be expensive
-    it computes once: a remainder, and that of a division by the largest number of all is the
-    number; or a quotient, which is the faster one for arrays. Where kernels are launched arrays
-    stay as they are.
+    XLA computes what is cheap again in everything that reads it: the exponents of a deep network
+    would be most of its compile time, and the force on a layer would be found once for each of its
+    operands. What XLA holds to be expensive it computes once. So a number becomes its remainder
+    after division by the largest float, which is the number itself, and an array a quotient by 1.
+    Where kernels are launched arrays stay as they are.
     """
     if value.ndim == 0:
         return lax.rem(value, jnp.asarray(jnp.finfo(value.dtype).max, value.dtype))

@@ -1,4 +1,9 @@
-"""What a rule is: the geometry of a node, its reference point, its projection, its force."""
+"""What a rule is: the constraint of one node, and what it is given to project onto it.
+
+In come the forward pass at the node (`Reference`), deviations, weights and a target; out go the
+nearest operands and output. To add an operation, subclass `Rule` with one `project`; the other
+methods have defaults that are right for an operation without copies.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +78,10 @@ class Force(NamedTuple):
 
 
 class Rule(ABC):
-    """The projection of one kind of node, and the specification of one node."""
+    """The projection of one kind of node, and the specification of one node.
+
+    Rules are frozen dataclasses: equal nodes share one, and compiled code is found by it.
+    """
 
     #: *exact*: the nearest point, proved by an oracle; *inexact*: decreases the objective, optimum
     #: when converged; *relaxed*: a documented heuristic.
@@ -83,11 +91,18 @@ class Rule(ABC):
 
     @property
     def accepts_unmoved(self) -> bool:
-        """Whether `project` takes None for the state of a slot that has not moved."""
+        """Whether `project` takes None for the state of a slot that has not moved.
+
+        In the first sweep nothing has moved yet: `LayerSum` then leaves out the products of
+        operands that are 0.
+        """
         return False
 
     def storages(self, reflecting: bool, shared: Sequence[bool]) -> tuple[Storage, ...]:
-        """How the solver keeps each slot.
+        """How the solver keeps each slot: one number per entry, or the copies of it in some form.
+
+        `NeuronBilinear` has one constraint for each entry of `x @ w`, on copies of a row and a
+        column: it keeps their means, or for a solver that reflects the copies.
 
         **Arguments:**
 
@@ -105,7 +120,11 @@ class Rule(ABC):
         target: Any,
         target_weight: Any,
     ) -> tuple[tuple[Any, ...], Any]:
-        """The nearest point of `{(x, y): y = f(x)}`.
+        """The nearest point of `{(x, y): y = f(x)}`: what the rule is for.
+
+        Of `y = 2x` with the weights ρ and W it is `δx = (ρ d + 2 W z)/(ρ + 4 W)`, `δy = 2 δx`, with
+        the deviation `d` and the target `z`. All are deviations from the reference: a move far
+        below the rounding of a value keeps its digits.
 
         **Arguments:**
 
@@ -120,13 +139,19 @@ class Rule(ABC):
         """
 
     def copies(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """For each slot, of these shapes, how many outputs read one entry: the rows of its data."""
+        """For each slot, of these shapes, how many outputs read one entry.
+
+        A metric weighs a parameter by its rows: a bias of `[32, 10]` outputs has 32.
+        """
         return (1,) * len(shapes)
 
     def gains(
         self, reference: Reference, wanted: Sequence[bool], vectors: Sequence[Any]
     ) -> tuple[Any, ...]:
         """For each slot a bound on `|J|²`, the squared gain from it to the output.
+
+        By it the spectral metric makes each slot stiffer than what reads its node can bend: 1 for a
+        relu, the largest eigenvalue of `WᵀW` for the operand `x` of `x @ W`.
 
         **Arguments:**
 

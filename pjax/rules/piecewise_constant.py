@@ -45,7 +45,8 @@ _REACH = 0.75
 #: So many times the mean request counts fully. Measured on MNIST 784-128(sign)-10 after 390
 #: batches: .966; with 3 instead .89.
 _CERTAIN = 10.0
-#: Weights farther than so many mean distances beyond their threshold are not moved away from it.
+#: A weight that is this many mean distances past its threshold is on the asked side for good: it is
+#: not moved any farther from it.
 _FARTHEST = 4.0
 
 

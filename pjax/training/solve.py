@@ -132,14 +132,14 @@ def _whitened(
     stack: Stack, unseen: float, spectra: Spectra, squares: Sequence[tuple[Array, Array]]
 ) -> list[tuple[Array, Array]]:
     shape = stack.shape
-    along, whole = (shape.join(part) for part in zip(*squares, strict=True))
+    along, total = (shape.join(part) for part in zip(*squares, strict=True))
     small = unseen * spectra.trace(shape) / shape.lengths.astype(spectra.rest.dtype)
     inverses = spectrum.inverse(spectra.values + small[:, None])
     square = jnp.sum(along * inverses, axis=-1)
     count = jnp.sum(spectra.values * inverses, axis=-1)
     if not shape.full:
         other = spectrum.inverse(spectra.rest + small)
-        square = square + jnp.maximum(whole - jnp.sum(along, axis=-1), 0) * other
+        square = square + jnp.maximum(total - jnp.sum(along, axis=-1), 0) * other
         others = (shape.lengths - shape.rank).astype(spectra.rest.dtype)
         count = count + others * spectra.rest * other
     first = [shape.places(member)[0] for member in range(len(stack.members))]

@@ -346,14 +346,14 @@ class _Finder:
             """The coefficient of each row, then what the loss needs to know of data."""
             given = iter(values)
             every = [next(given) if type(c) is int else c for c in chosen]
-            counts = count(values[split:whole], every)
+            counts = count(values[split:end], every)
             scales = shape.scales(every, counts)
             if found is None:
                 return [counts, *(s.astype(dtype) for s in scales)]
-            target = found.data(shape, scales, values[whole:])
+            target = found.data(shape, scales, values[end:])
             return [times * counts, target.astype(dtype)]
 
-        whole = split + len(tail.data)
+        end = split + len(tail.data)
         reads = [*places, *tail.data, *shape.knowns]
         counts, *derived = self._add_computed(derive, reads, source)
         if found is None:

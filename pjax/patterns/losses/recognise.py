@@ -150,9 +150,9 @@ def _compare(
     labels = 1 / classes - slope
     if classes > 1 and np.all(labels > -tolerance):
         top = points.max(-1, keepdims=True)
-        whole = np.log(np.exp(points - top).sum(-1)) + top[..., 0] - np.log(classes)
+        entropy = np.log(np.exp(points - top).sum(-1)) + top[..., 0] - np.log(classes)
         sums_to_one = np.allclose(labels.sum(-1), 1, atol=tolerance)
-        if sums_to_one and agrees(whole - (labels * points).sum(-1)):
+        if sums_to_one and agrees(entropy - (labels * points).sum(-1)):
             return _Known(primitives.cross_entropy_p, 1.0)
     # a/2 |x|² + slope·x: the number a from all samples.
     linear, square = (slope * points).sum(-1), np.square(points).sum(-1)

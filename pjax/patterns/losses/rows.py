@@ -98,15 +98,22 @@ class RowShape:
         return jnp.transpose(array, (*front, *rest)).reshape((*self.row_shape, -1))
 
     def counts(self, coefficient: Any, heads: Sequence[Any], sign: float | None) -> Array:
-        """How much each row counts, from the coefficient of `row_value`: the sum of the sizes of
-        its entries (of a loss of entries the largest), negatively if the largest of them has not
-        the sign given, with which the loss is convex. Where it is 0, that of another head.
+        """How much each row counts in the result: `1/n` for each row of a mean.
+
+        It is the sum of the sizes of the coefficients of the row's entries; of a loss of single
+        entries, the largest of them. Where that is 0, another head says it.
+
+        **Arguments:**
+
+        - `coefficient`, `heads`: of `row_value`, and of each head.
+        - `sign`: with which the loss is convex. A row whose largest coefficient has the other one
+            counts negatively.
         """
-        found = self._counts(self.row_value, coefficient, sign)
-        for head, own in zip(self.heads, heads, strict=True):
+        counts = self._counts(self.row_value, coefficient, sign)
+        for head, of_head in zip(self.heads, heads, strict=True):
             if head != self.row_value:
-                found = jnp.where(found == 0, self._counts(head, own, sign), found)
-        return found
+                counts = jnp.where(counts == 0, self._counts(head, of_head, sign), counts)
+        return counts
 
     def _counts(self, var: int, coefficient: Any, sign: float | None) -> Array:
         full = self._over(var, self._full(var, coefficient))
