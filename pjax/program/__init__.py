@@ -9,14 +9,6 @@ from __future__ import annotations
 from pjax.program.axes import carried_axes as carried_axes
 from pjax.program.axes import independent_axes as independent_axes
 from pjax.program.dominators import Dominators as Dominators
-from pjax.program.functions import FUNCTIONS as FUNCTIONS
-from pjax.program.functions import OfParts as OfParts
-from pjax.program.functions import Packed as Packed
-from pjax.program.functions import is_complex as is_complex
-from pjax.program.functions import is_function as is_function
-from pjax.program.functions import is_noisy as is_noisy
-from pjax.program.functions import operation_axes as operation_axes
-from pjax.program.functions import real_type as real_type
 from pjax.program.keys import REGISTRATIONS as REGISTRATIONS
 from pjax.program.keys import canonical as canonical
 from pjax.program.parameters import Leaves as Leaves
@@ -44,6 +36,7 @@ from pjax.program.vocabulary import ADDITIONS as ADDITIONS
 from pjax.program.vocabulary import BINARY as BINARY
 from pjax.program.vocabulary import COMPARISONS as COMPARISONS
 from pjax.program.vocabulary import ELEMENTWISE as ELEMENTWISE
+from pjax.program.vocabulary import FUNCTIONS as FUNCTIONS
 from pjax.program.vocabulary import IN_LOSSES as IN_LOSSES
 from pjax.program.vocabulary import INTEGER_ARITHMETIC as INTEGER_ARITHMETIC
 from pjax.program.vocabulary import LOSSES as LOSSES
@@ -57,6 +50,13 @@ from pjax.program.vocabulary import STOP_GRADIENT as STOP_GRADIENT
 from pjax.program.vocabulary import STOPPED as STOPPED
 from pjax.program.vocabulary import UNIFORM_ELEMENTWISE as UNIFORM_ELEMENTWISE
 from pjax.program.vocabulary import UNIFORM_WIRING as UNIFORM_WIRING
+from pjax.program.vocabulary import OfParts as OfParts
+from pjax.program.vocabulary import Packed as Packed
+from pjax.program.vocabulary import is_complex as is_complex
+from pjax.program.vocabulary import is_function as is_function
+from pjax.program.vocabulary import is_noisy as is_noisy
+from pjax.program.vocabulary import operation_axes as operation_axes
+from pjax.program.vocabulary import real_type as real_type
 from pjax.program.wiring import Route as Route
 from pjax.program.wiring import bind_scatter as bind_scatter
 from pjax.program.wiring import broadcast_step as broadcast_step

@@ -28,9 +28,9 @@ from pjax.rules.piecewise_constant import as_threshold as as_threshold
 from pjax.rules.products import BILINEAR as BILINEAR
 from pjax.rules.products import bilinear_name as bilinear_name
 from pjax.rules.products import bilinear_operands as bilinear_operands
-from pjax.rules.registration import register_projection as register_projection
 from pjax.rules.registry import IDENTITY as IDENTITY
 from pjax.rules.registry import find_builder as find_builder
+from pjax.rules.registry import register_projection as register_projection
 from pjax.rules.smooth import ArrayFunction as ArrayFunction
 from pjax.rules.smooth import ArrayStep as ArrayStep
 from pjax.rules.smooth import Normalization as Normalization

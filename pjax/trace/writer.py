@@ -25,7 +25,7 @@ from pjax.program import (
     CustomRule,
     Equation,
     Scalar,
-    functions,
+    real_type,
 )
 
 
@@ -71,7 +71,7 @@ class Writer(abc.ABC):
 
     def zeros(self, aval: Any, source: str) -> Atom:
         """An array of zeros, of the type of the parts of complex numbers."""
-        shape, dtype = aval.shape, functions.real_type(aval.dtype)
+        shape, dtype = aval.shape, real_type(aval.dtype)
         return self.add_function(lambda: [jnp.zeros(shape, dtype)], [], source)[0]
 
     def add_function(self, fn: Any, inputs: Sequence[Atom], source: str) -> list[Atom]:
@@ -111,7 +111,7 @@ class Writer(abc.ABC):
     def parts(self, atom: Atom, source: str) -> tuple[Atom | None, Atom | None]:
         """The real and the imaginary part of a complex operand; None for one that is 0."""
         if isinstance(atom, Scalar):
-            dtype = functions.real_type(atom.dtype)
+            dtype = real_type(atom.dtype)
             both = np.real(atom.value), np.imag(atom.value)
             return tuple(Scalar(x.item(), dtype) if x else None for x in map(np.asarray, both))  # pyright: ignore
         if atom not in self._parts:

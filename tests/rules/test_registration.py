@@ -17,7 +17,7 @@ from pjax.problem import layouts
 from pjax.program import REGISTRATIONS, TraceError, canonical, primitives
 from pjax.rules import Reference
 from pjax.rules import registry as rules
-from pjax.rules.registration import Registered
+from pjax.rules.registry import Registered
 from pjax.trace import trace
 
 

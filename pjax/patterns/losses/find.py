@@ -26,8 +26,14 @@ from jaxtyping import Array
 from pjax.backend import compat, device
 from pjax.patterns.losses.recognise import Probe, probe_rows
 from pjax.patterns.losses.rows import RowShape
-from pjax.patterns.losses.tail import Tail, is_inner_product, one_number
-from pjax.patterns.losses.terms import Computed, LossTerm, RowLoss
+from pjax.patterns.losses.terms import (
+    Computed,
+    LossTerm,
+    RowLoss,
+    Tail,
+    is_inner_product,
+    one_number,
+)
 from pjax.program import (
     IN_LOSSES,
     LOSSES,

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pjax.backend import device
 from pjax.patterns.losses.rows import RowShape
-from pjax.patterns.losses.tail import Tail
+from pjax.patterns.losses.terms import Tail
 from pjax.program import Equation, Program, live, primitives, run
 
 

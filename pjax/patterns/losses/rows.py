@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pjax.patterns.losses.tail import Tail
+from pjax.patterns.losses.terms import Tail
 from pjax.program import Program, carried_axes, run
 
 
