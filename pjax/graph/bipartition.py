@@ -117,7 +117,7 @@ def _integer_program(size: int, edges: Sequence[tuple[int, int]]) -> list[int] |
     matrix = coo_array((values, (rows, columns)), shape=(2 * count, 2 * size)).tocsr()
     lower = np.concatenate([ones, np.full(count, -np.inf)])
     upper = np.concatenate([np.full(count, np.inf), ones])
-    found = milp(
+    solution = milp(
         np.concatenate([np.zeros(size), np.ones(size)]),
         # SciPy's types say one number for a bound; it takes one for each constraint.
         constraints=LinearConstraint(matrix, lower, upper),  # pyright: ignore[reportArgumentType]
@@ -127,9 +127,9 @@ def _integer_program(size: int, edges: Sequence[tuple[int, int]]) -> list[int] |
         # are solved at the root; a random graph of 700 edges takes seconds even there.
         options={"node_limit": 1 + 2000 // count},
     )
-    if found.x is None:
+    if solution.x is None:
         return None
-    return [round(colour) for colour in found.x[:size]]
+    return [round(colour) for colour in solution.x[:size]]
 
 
 def bipartite(graph: Graph) -> Graph:

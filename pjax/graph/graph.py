@@ -89,11 +89,11 @@ class Graph:
 
     def readers(self) -> dict[int, list[int]]:
         """For each node, the indices of the slots that read it."""
-        found: dict[int, list[int]] = {node.index: [] for node in self.nodes}
+        slots_of: dict[int, list[int]] = {node.index: [] for node in self.nodes}
         for slot in self.slots:
             for producer in dict.fromkeys(slot.producers):
-                found[producer].append(slot.index)
-        return found
+                slots_of[producer].append(slot.index)
+        return slots_of
 
     @property
     def losses(self) -> list[Node]:

@@ -327,9 +327,9 @@ class LayerUnits(Units):
 
     def _product_unit(self, var: int, equation: Equation) -> Unit | None:
         """`var` as a sum of products and addends; None if no product is among them."""
-        own = self._product(var)
-        terms = [SumTerm(var)] if own is not None else self._layer_terms(var)
-        found: list[Product | Addend] = []
+        product_of_var = self._product(var)
+        terms = [SumTerm(var)] if product_of_var is not None else self._layer_terms(var)
+        terms_of_rule: list[Product | Addend] = []
         slots: list[Atom] = []
         knowns: list[Atom] = []
         has_product = False
@@ -340,21 +340,21 @@ class LayerUnits(Units):
                 product = self._product(term.variable)
             if product is not None:
                 spec = bilinear_operands(self.program, product)
-                found.append(Product(spec.operation, *spec.free, scale=term.scale))
+                terms_of_rule.append(Product(spec.operation, *spec.free, scale=term.scale))
                 slots += [a for a, free in zip(product.inputs, spec.free, strict=True) if free]
                 knowns += [a for a, free in zip(product.inputs, spec.free, strict=True) if not free]
                 has_product = True
             else:
                 addend, source = self._addend(term)
-                found.append(addend)
+                terms_of_rule.append(addend)
                 slots.append(source)
                 knowns += [atom for atom, _, _ in term.factors]
         if not has_product:
             return None
-        name = "layer" if len(found) > 1 else "dot"
-        if own is not None:
-            name = bilinear_name(own)
-        rule = LayerSum(tuple(found), name)
+        name = "layer" if len(terms_of_rule) > 1 else "dot"
+        if product_of_var is not None:
+            name = bilinear_name(product_of_var)
+        rule = LayerSum(tuple(terms_of_rule), name)
         return Unit(name, NodeSpec(rule, tuple(slots), tuple(knowns)), None, equation.source)
 
     def _layer_terms(self, var: int) -> list[SumTerm] | None:

@@ -61,13 +61,13 @@ def by_parameter(name: str, pairs: ByPath, graph: Graph) -> list[tuple[Any, ...]
     for node in graph.parameters:
         assert node.output is not None
         path = leaves[node.output].path
-        found = [value for prefix, value in pairs if _is_prefix(prefix, path)]
-        if not found:
+        given = [value for prefix, value in pairs if _is_prefix(prefix, path)]
+        if not given:
             raise ValueError(
                 f"`{name}` has no entry for the parameter `{path}`: give a number for all, or a "
                 "prefix of the parameter pytree that covers each."
             )
-        value_of[node.index] = (found[0],)
+        value_of[node.index] = (given[0],)
     below: dict[int, tuple[Any, ...]] = dict(value_of)
 
     def values(node: int) -> tuple[Any, ...]:

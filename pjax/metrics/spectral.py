@@ -70,10 +70,10 @@ class Spectral(Metric):
         check_iterations("power_iterations", self.power_iterations)
 
     def stiff(self, graph: Graph) -> Sequence[bool]:
-        found = by_parameter("parameters", self.parameters, graph)
+        stiffness = by_parameter("parameters", self.parameters, graph)
         return [
             slot.kind == "weight" and all(value == "stiff" for value in values)
-            for slot, values in zip(graph.slots, found, strict=True)
+            for slot, values in zip(graph.slots, stiffness, strict=True)
         ]
 
     def curved(self, graph: Graph) -> Sequence[bool]:
@@ -102,8 +102,8 @@ class Spectral(Metric):
             if node.kind == "loss":
                 for slot in node.slots:
                     # A penalty on stiff parameters: a force on them.
-                    found = Weight(measures.loss_weights[index])
-                    weights[slot] = Weight(1.0, INFINITE) if stiff[slot] else found
+                    weight = Weight(measures.loss_weights[index])
+                    weights[slot] = Weight(1.0, INFINITE) if stiff[slot] else weight
                 continue
             if not node.slots:
                 continue

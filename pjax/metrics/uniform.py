@@ -47,8 +47,8 @@ class Uniform(Metric):
             )
 
     def slot_weights(self, graph: Graph) -> Sequence[float]:
-        found = by_parameter("weight", self.weight, graph)
+        given = by_parameter("weight", self.weight, graph)
         return [
             max(values) if slot.kind == "weight" else self.activation
-            for slot, values in zip(graph.slots, found, strict=True)
+            for slot, values in zip(graph.slots, given, strict=True)
         ]

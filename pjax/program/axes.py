@@ -59,15 +59,15 @@ def _carried(
     primitive, params = equation.primitive, equation.params
     first = axes[operands[0]]
     if primitive in ELEMENTWISE:
-        found: list[int | None] = []
+        carried: list[int | None] = []
         for place in range(len(shape)):
             here = {
                 axes[a][place] for a in operands if program.shape(a) and axes[a][place] is not None
             }
-            found.append(next(iter(here)) if len(here) == 1 else None)
+            carried.append(next(iter(here)) if len(here) == 1 else None)
             if len(here) > 1:
                 lose(tuple(here))
-        return tuple(found)
+        return tuple(carried)
     if primitive in REDUCTIONS:
         lose([first[axis] for axis in params["axes"]])
         return tuple(a for place, a in enumerate(first) if place not in params["axes"])
@@ -103,7 +103,7 @@ def _joined(
     place: int, operands: Sequence[tuple[int | None, ...]], ndim: int, lose: Any
 ) -> tuple[int | None, ...]:
     """The axes of arrays side by side along the axis `place`, which is none of theirs."""
-    found: list[int | None] = []
+    carried: list[int | None] = []
     stacked = ndim > len(operands[0])
     for axis in range(ndim):
         here = axis - (stacked and axis > place)
@@ -111,8 +111,8 @@ def _joined(
         if axis == place or len(named) != 1:
             lose(tuple(named))
             named = {None}
-        found.append(named.pop())
-    return tuple(found)
+        carried.append(named.pop())
+    return tuple(carried)
 
 
 def _multiplied(
@@ -141,21 +141,21 @@ def _gathered(
 ) -> tuple[int | None, ...]:
     """The batch axes of a gather: of each row other entries (`jnp.take_along_axis`)."""
     batch = [place for place in range(len(shape)) if place not in numbers.offset_dims]
-    found: list[int | None] = [None] * len(shape)
+    carried: list[int | None] = [None] * len(shape)
     kept = set()
     pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
     for operand_axis, index_axis in pairs:
-        found[batch[index_axis]] = axes[operand_axis]
+        carried[batch[index_axis]] = axes[operand_axis]
         kept.add(operand_axis)
     lose([axis for place, axis in enumerate(axes) if place not in kept])
-    return tuple(found)
+    return tuple(carried)
 
 
 def _reshaped(
     source: tuple[int, ...], axes: tuple[int | None, ...], shape: tuple[int, ...], lose: Any
 ) -> tuple[int | None, ...]:
     """Axes that a reshape leaves whole, from the front and from the back."""
-    found: list[int | None] = [None] * len(shape)
+    carried: list[int | None] = [None] * len(shape)
     kept: set[int] = set()
     old = [place for place, n in enumerate(source) if n != 1]
     new = [place for place, n in enumerate(shape) if n != 1]
@@ -163,7 +163,7 @@ def _reshaped(
         for before, after in ends:
             if source[before] != shape[after]:
                 break
-            found[after] = axes[before]
+            carried[after] = axes[before]
             kept.add(before)
     lose([a for place, a in enumerate(axes) if place not in kept])
-    return tuple(found)
+    return tuple(carried)

@@ -43,20 +43,20 @@ class Dominators:
         """The nearest variable, maybe one of these, through which all of them pass; None if there
         is none.
         """
-        found: int | None = None
+        nearest: int | None = None
         for number, there in enumerate(variables):
-            found = there if number == 0 else self._meet(found, there)
-        return found
+            nearest = there if number == 0 else self._meet(nearest, there)
+        return nearest
 
     def chain(self, var: int | None) -> tuple[int, ...]:
         """`var`, then all variables through which everything passes, the nearest first."""
         if var is None:
             return ()
-        found, here = [var], self.above(var)
+        chain, here = [var], self.above(var)
         while here is not None:
-            found.append(here)
+            chain.append(here)
             here = self._seen_above(here)
-        return tuple(found)
+        return tuple(chain)
 
     def _rank(self, var: int) -> int:
         return self._depth.get(var, 0)

@@ -87,13 +87,13 @@ class Affine(Rule):
         slope = 1.0
         if self.function is not None:
             slope = max(abs(piece.slope) for piece in self.function.pieces)
-        found = []
+        bounds = []
         coefficients = self._coefficients(reference.knowns)
         for term, c, value in zip(self.terms, coefficients, reference.inputs, strict=True):
             summed = math.prod(value.shape[axis] for axis in term.axes)
             largest = c**2 if np.ndim(c) == 0 else jnp.max(jnp.square(c))
-            found.append(slope**2 * largest * summed)
-        return tuple(found)
+            bounds.append(slope**2 * largest * summed)
+        return tuple(bounds)
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class ScatterAdd(Rule):
 
     def gains(self, reference, wanted, vectors):
         (indices,), count = reference.knowns, len(wanted)
-        found: list[Any] = [0.0] * count
+        bounds: list[Any] = [0.0] * count
         for place in range(count):
             if wanted[place]:
                 ones = [float(i == place) for i in range(count)]
-                found[place] = jnp.max(self._sum(indices, ones, reference.output.dtype))
-        return tuple(found)
+                bounds[place] = jnp.max(self._sum(indices, ones, reference.output.dtype))
+        return tuple(bounds)

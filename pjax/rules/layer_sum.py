@@ -55,13 +55,13 @@ class LayerSum(Rule):
     def _operands(self, slots: Sequence[Any], knowns: Sequence[Any]) -> list[tuple[Any, ...]]:
         """For each term its operands, slots and data in their places."""
         slot, known = iter(slots), iter(knowns)
-        found: list[tuple[Any, ...]] = []
+        operands: list[tuple[Any, ...]] = []
         for term in self.terms:
             if isinstance(term, Product):
-                found.append(tuple(next(slot if free else known) for free in term.is_slot))
+                operands.append(tuple(next(slot if free else known) for free in term.is_slot))
             else:
-                found.append((next(slot), [next(known) for _ in term.term.factors]))
-        return found
+                operands.append((next(slot), [next(known) for _ in term.term.factors]))
+        return operands
 
     def project(self, reference, states, weights, target, target_weight):
         geometry = reference.geometry
@@ -241,10 +241,10 @@ class LayerSum(Rule):
                     if free:
                         next(shape)
                 continue
-            own = next(shape)
+            shape_of_slot = next(shape)
             if term.dimensions is None:
                 continue
-            differs = {axis for axis, _ in broadcast_axes(term, own)}
+            differs = {axis for axis, _ in broadcast_axes(term, shape_of_slot)}
             shared = tuple(axis for axis in range(request.ndim) if axis not in differs)
             count = math.prod(request.shape[axis] for axis in shared if axis in places)
             if count > 1:
@@ -253,23 +253,23 @@ class LayerSum(Rule):
         return request
 
     def copies(self, shapes):
-        found: list[int] = []
+        counts_of_slots: list[int] = []
         shape = iter(shapes)
         for term in self.terms:
             if isinstance(term, Addend):
                 size = math.prod(next(shape))
                 repeats = math.prod(term.shape) // max(size, 1) if term.shape else 1
-                found.append(repeats if term.dimensions is not None else 1)
+                counts_of_slots.append(repeats if term.dimensions is not None else 1)
                 continue
             counts = (term.operation.left_copies, term.operation.right_copies)
             for count, free in zip(counts, term.is_slot, strict=True):
                 if free:
                     next(shape)
-                    found.append(int(np.max(count)))
-        return tuple(found)
+                    counts_of_slots.append(int(np.max(count)))
+        return tuple(counts_of_slots)
 
     def gains(self, reference, wanted, vectors):
-        found = []
+        bounds = []
         vector, want = iter(vectors), iter(wanted)
         values = (
             self._operands(slots, reference.knowns)
@@ -279,11 +279,11 @@ class LayerSum(Rule):
             if isinstance(term, Addend):
                 next(vector)
                 next(want)
-                found.append(addend_gain(term, now[1], now[0].shape))
+                bounds.append(addend_gain(term, now[1], now[0].shape))
                 continue
             operands = entries if isinstance(term.operation, Multiply) else now
             for side, free in zip(SIDES, term.is_slot, strict=True):
                 if free:
                     start = next(vector)
-                    found.append(product_gain(term, side, operands, start) if next(want) else 0.0)
-        return tuple(found)
+                    bounds.append(product_gain(term, side, operands, start) if next(want) else 0.0)
+        return tuple(bounds)

@@ -163,14 +163,14 @@ class Registered(Rule):
 
     def _moved(self, inputs, target, weights, target_weight, knowns):
         pinned = [jnp.full(jnp.shape(value), jnp.inf, target.dtype) for value in knowns]
-        found = self.projection(
+        projected = self.projection(
             self._operands(inputs, knowns),
             target,
             self._operands(weights, pinned),
             target_weight,
             **self.params,
         )
-        new = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        new = tuple(projected) if isinstance(projected, (tuple, list)) else (projected,)
         if len(new) == len(self.known):
             new = tuple(x for x, known in zip(new, self.known, strict=True) if not known)
         wanted, shapes = [i.shape for i in inputs], [jnp.shape(x) for x in new]
