@@ -167,37 +167,8 @@ def manual_axes() -> tuple[str, ...]:
 
 def varies(array: Any) -> frozenset[str]:
     """The axes of `shard_map` along which a value is typed as varying."""
-    return varying_axes(jax.typeof(array))
-
-
-def varying_axes(aval: Any) -> frozenset[str]:
-    """The same of a type."""
-    manual = getattr(aval, "mat", None)
+    manual = getattr(jax.typeof(array), "mat", None)
     return frozenset() if manual is None else manual.varying
-
-
-def _varying_along(axes: Any) -> dict[str, Any]:
-    """What tells the type of an array that it varies along these axes."""
-    if not axes:
-        return {}
-    return {"manual_axis_type": jax.sharding.ManualAxisType(varying=frozenset(axes))}
-
-
-def shaped(shape: Any, dtype: Any, operands: Any) -> ShapedArray:
-    """The type of what is made of operands of these types: it varies as they do."""
-    for operand in operands:
-        if varying_axes(operand):
-            axes = frozenset[str]().union(*map(varying_axes, operands))
-            spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
-            place = operand.sharding.update(spec=spec)
-            return ShapedArray(shape, dtype, sharding=place, **_varying_along(axes))
-    return ShapedArray(shape, dtype)
-
-
-def vary(array: Any, axes: Any) -> Any:
-    """The array, typed as varying along these axes too."""
-    missing = tuple(axis for axis in axes if axis not in varies(array))
-    return jax.lax.pcast(jnp.asarray(array), missing, to="varying") if missing else array
 
 
 def _define_alike() -> Any:

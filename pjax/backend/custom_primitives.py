@@ -6,10 +6,9 @@ import functools
 from typing import Any
 
 import jax
+from jax.core import ShapedArray as ShapedArray
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
-
-from pjax.backend import compat
 
 
 def define_primitive(name: str, implementation: Any, batch: Any) -> Any:
@@ -29,7 +28,7 @@ def define_primitive(name: str, implementation: Any, batch: Any) -> Any:
     def abstract(*avals: Any, **params: Any) -> Any:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
         out = jax.eval_shape(functools.partial(implementation, **params), *shapes)
-        return compat.shaped(out.shape, out.dtype, avals)
+        return ShapedArray(out.shape, out.dtype)
 
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=False))

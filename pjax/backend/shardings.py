@@ -3,17 +3,15 @@
 - `alike`: what comes out of a step lies on the devices as what went in.
 - `automatic`: where axes of a mesh are explicit, as those of `jax.make_mesh` are, every operation
   would need its sharding; within it the compiler finds them.
-- `local`: inside of `jax.shard_map` a value is typed by the axes along which devices have values of
-  their own, and mixing makes it *varying*: but not the start of a loop, nor a point of which a
-  derivative is taken, whose transpose would be a sum over devices. Within it all that is computed
-  from the data of one device is varying from the start: `varying`, `struct`.
+- `summed_over`: inside of `jax.shard_map` each device sees its own rows. Within it sums over rows
+  are those of all devices: `everywhere`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -25,7 +23,6 @@ from pjax.backend import compat, device
 
 _Tree = TypeVar("_Tree")
 _SUMMED: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("summed", default=())
-_AXES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
 
 
 def alike(found: _Tree, like: Any) -> _Tree:
@@ -84,28 +81,30 @@ TYPED = (
 )
 
 
-@contextlib.contextmanager
-def local(arrays: Any, summed: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Within it all is computed along the axes that any of the arrays varies along: these axes.
-
-    **Arguments:**
-
-    - `summed`: axes whose devices are one to `everywhere`.
-    """
-    axes = tuple(sorted({axis for leaf in jax.tree.leaves(arrays) for axis in compat.varies(leaf)}))
-    if axes:
+def require_untyped(arrays: Any) -> None:
+    """Raises `ValueError` for values that are typed by the axes along which they vary."""
+    if any(map(compat.varies, jax.tree.leaves(arrays))):
         raise ValueError(TYPED)
-    tokens = _AXES.set(axes), _SUMMED.set(summed)
+
+
+@contextlib.contextmanager
+def summed_over(axes: tuple[str, ...], arrays: Any) -> Iterator[None]:
+    """Within it the devices along these axes of `shard_map` are one to `everywhere`.
+
+    **Raises:** `ValueError` if any of the arrays is typed by axes along which it varies.
+    """
+    require_untyped(arrays)
+    token = _SUMMED.set(axes)
     try:
-        yield axes
+        yield
     finally:
-        _AXES.reset(tokens[0])
-        _SUMMED.reset(tokens[1])
+        _SUMMED.reset(token)
 
 
 def everywhere(array: Any) -> Any:
-    """The sum over all devices that `local` says are one."""
-    return summed(array, _SUMMED.get())
+    """The sum over all devices that `summed_over` says are one."""
+    axes = _SUMMED.get()
+    return lax.psum(array, axes) if axes else array
 
 
 def mean_everywhere(array: Any) -> Any:
@@ -117,51 +116,7 @@ def mean_everywhere(array: Any) -> Any:
 def largest_everywhere(array: Any) -> Any:
     """The largest on any of them."""
     axes = _SUMMED.get()
-    return lax.pmax(varying(jnp.asarray(array)), axes) if axes else array
-
-
-def agreed(tree: _Tree) -> _Tree:
-    """Floating-point arrays that are the same on all of them, typed so."""
-    axes = _SUMMED.get()
-
-    def one(array: Any) -> Any:
-        names = tuple(axis for axis in axes if axis in compat.varies(array))
-        return lax.pmean(array, names) if names else array
-
-    return jax.tree.map(one, tree) if axes else tree
-
-
-def varying(tree: _Tree) -> _Tree:
-    """The arrays, varying along the axes of `local`."""
-    axes = _AXES.get()
-    return jax.tree.map(lambda leaf: compat.vary(leaf, axes), tree) if axes else tree
-
-
-def matched(arrays: Sequence[Any]) -> Sequence[Any]:
-    """Operands of one primitive, which must vary along the same axes; a plain function of JAX does
-    that by itself.
-    """
-    if not _AXES.get():
-        return arrays
-    axes = sorted(frozenset[str]().union(*map(compat.varies, arrays)))
-    return [compat.vary(array, axes) for array in arrays]
-
-
-def struct(shape: Any, dtype: Any) -> Any:
-    """What stands for an array of this shape, that varies along the axes of `local`."""
-    if _AXES.get():
-        return varying(jnp.zeros(shape, dtype))
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def fori_loop(start: Any, stop: Any, step: Callable[[Any, Any], Any], state: Any) -> Any:
-    """`jax.lax.fori_loop`, whose state is varying."""
-    return lax.fori_loop(start, stop, lambda i, now: varying(step(i, now)), varying(state))
-
-
-def while_loop(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any) -> Any:
-    """`jax.lax.while_loop`, whose state is varying."""
-    return lax.while_loop(going, lambda now: varying(step(now)), varying(state))
+    return lax.pmax(array, axes) if axes else array
 
 
 def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, most: int) -> Any:
@@ -171,8 +126,8 @@ def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, 
     For steps that change nothing where they are not needed any more.
     """
     if device.several():
-        return fori_loop(0, most, lambda _, state: step(state), state)
-    _, state = while_loop(
+        return lax.fori_loop(0, most, lambda _, state: step(state), state)
+    _, state = lax.while_loop(
         lambda counted: (counted[0] < most) & going(counted[1]),
         lambda counted: (counted[0] + 1, step(counted[1])),
         (0, state),
@@ -180,13 +135,7 @@ def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, 
     return state
 
 
-def summed(array: Any, axes: tuple[str, ...]) -> Any:
-    """The sum over the devices along these axes."""
-    return lax.psum(array, axes) if axes else array
-
-
 __all__ = [
-    "agreed", "alike", "automatic", "everywhere", "fori_loop", "largest_everywhere", "local",
-    "matched", "mean_everywhere", "repeat", "spec", "struct", "summed", "varying",
-    "while_loop", "zeros_like",
+    "alike", "automatic", "everywhere", "largest_everywhere", "mean_everywhere", "repeat",
+    "require_untyped", "spec", "summed_over", "zeros_like",
 ]  # fmt: skip

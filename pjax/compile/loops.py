@@ -237,8 +237,7 @@ def _loop(run: Run, equations: Sequence[Any], uses: dict[Any, int], values: Valu
             like = blocks[0][place[0]].outvars[place[1]].aval
             for back in range(1, max(before) + 1):  # one that is missing is not read either
                 value = values.read(before[back]) if back in before else jnp.zeros(like.shape)
-                axes = compat.varying_axes(like)
-                initial[place, back] = compat.vary(jnp.asarray(value, like.dtype), axes)
+                initial[place, back] = jnp.asarray(value, like.dtype)
 
         def step(before: dict[Any, Any], entry: dict[_Place, Any]) -> tuple[Any, list[Any]]:
             made = evaluate(before, entry)

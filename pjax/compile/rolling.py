@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjax.backend import compat, device, shardings
+from pjax.backend import compat, device
 from pjax.compile.loops import Part, Values, evaluate_equations
 from pjax.compile.repeats import Run, find_runs, is_chain, live_equations, unchained
 
@@ -77,11 +77,10 @@ def rolled_scan(step: Callable[[Any], tuple[Any, Any]], state: Any, length: int)
 
     **Returns:** the last state, and the rows.
     """
-    leaves, tree = jax.tree_util.tree_flatten(shardings.varying(state))
+    leaves, tree = jax.tree_util.tree_flatten(state)
 
     def flat(*leaves: Any) -> tuple[list[Any], Any]:
         new, row = step(jax.tree_util.tree_unflatten(tree, leaves))
-        new = shardings.varying(new)
         return jax.tree_util.tree_leaves(new), row
 
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)

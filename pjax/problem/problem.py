@@ -225,8 +225,8 @@ def first_vectors(layout: Layout, leaves: Sequence[Any], consts: Sequence[Any]) 
     """
 
     def find(*arrays: Any) -> tuple[Any, ...]:
-        with shardings.local(arrays):
-            return tuple(Problem(layout, *shardings.varying(arrays)).vectors)
+        shardings.require_untyped(arrays)
+        return tuple(Problem(layout, *arrays).vectors)
 
     return shardings.automatic(jax.jit(find), leaves, consts, like=PartitionSpec())
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pjax.backend import compat, shardings
+from pjax.backend import compat
 from pjax.backend.compat import P
 from pjax.program.program import Atom, Equation, Program, Scalar, read
 from pjax.program.vocabulary import EVEN_WIRING, SPLITS
@@ -194,7 +194,7 @@ class Route:
         if self.direct:
             return (slot,)
         structs = [
-            shardings.struct(self.program.shape(var), self.program.deviation_dtype(var))
+            jax.ShapeDtypeStruct(self.program.shape(var), self.program.deviation_dtype(var))
             for var in self.sources
         ]
         transpose = jax.linear_transpose(lambda *values: self(values, known), *structs)
@@ -220,7 +220,7 @@ def pull_together(
     )
     targets = tuple(dict.fromkeys(route.target for route in routes))
     joint = Route(program, sources, tuple(equations), targets[-1])
-    structs = [shardings.struct(program.shape(v), program.deviation_dtype(v)) for v in sources]
+    structs = [jax.ShapeDtypeStruct(program.shape(v), program.deviation_dtype(v)) for v in sources]
 
     def values_of(*values: Array) -> list[Array]:
         found = joint.values(values, known, targets)

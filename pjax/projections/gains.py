@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pjax.backend import device, shardings
+from pjax.backend import device
 from pjax.projections.scaling import times
 
 #: The power iteration underestimates: after the few steps it is given, by up to this factor.
@@ -248,7 +248,7 @@ def _side_by_side(runs: Sequence[_Run], steps: int) -> list[tuple[Array, Array]]
 
     states = [each(run, _first)(run.start) for run in runs]
     if steps > 2:  # a loop compiles in a fraction of the time
-        states = shardings.fori_loop(0, steps, step, states)
+        states = lax.fori_loop(0, steps, step, states)
     else:
         for count in range(steps):
             states = step(count, states)

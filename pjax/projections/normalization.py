@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pjax.backend import shardings
 from pjax.projections import scaling
 
 
@@ -331,8 +330,8 @@ def _best(form: NormalForm, group: _Group) -> _Point:
             way = 0.3 * way
         return best
 
-    found = shardings.fori_loop(0, _SAMPLES, sample, at(jnp.zeros_like(group.length)))
-    return shardings.fori_loop(0, _STEPS, descend, found)[1]
+    found = lax.fori_loop(0, _SAMPLES, sample, at(jnp.zeros_like(group.length)))
+    return lax.fori_loop(0, _STEPS, descend, found)[1]
 
 
 __all__ = ["NormalForm", "largest_gain", "project", "step"]

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.backend import shardings
 from pjax.projections import scaling
 
 #: The two nodes of Gauss' rule on [0, 1].
@@ -134,7 +133,7 @@ def scalar(
         return better_of(best, deviation + reach * _signed_square(count * spacing - 1))[0]
 
     best = _Best(deviation, start, objective(deviation, start))
-    best = shardings.fori_loop(0, _SAMPLES, sample, best)
+    best = lax.fori_loop(0, _SAMPLES, sample, best)
     place = jnp.where(reach > 0, (best.move - deviation) / jnp.where(reach > 0, reach, 1), 0)
     root = jnp.sign(place) * jnp.sqrt(jnp.abs(place))
     low = deviation + reach * _signed_square(root - spacing)
@@ -169,8 +168,8 @@ def scalar(
             best, _ = better_of(best, jnp.clip(best.move + side * width, low, high))
         return best, 0.5 * width
 
-    best = shardings.fori_loop(0, _STEPS, descend, best)
-    best, _ = shardings.fori_loop(0, _PROBES, probe, (best, 0.25 * (high - low)))
+    best = lax.fori_loop(0, _STEPS, descend, best)
+    best, _ = lax.fori_loop(0, _PROBES, probe, (best, 0.25 * (high - low)))
     # Two compilations of one comparison may disagree where costs are equal to rounding: the output
     # is that of the point which was kept.
     return best.move, rise(best.move)
@@ -311,7 +310,7 @@ def gauss_newton(
 
     start = tuple(deviations)
     height = rise(start)
-    moves, _, _ = shardings.fori_loop(0, outer, step, (start, height, objective(start, height)))
+    moves, _, _ = lax.fori_loop(0, outer, step, (start, height, objective(start, height)))
     return moves, rise(moves)
 
 
@@ -354,4 +353,4 @@ def conjugate_gradients(
     gamma = dot(request, way)
     zero = [jnp.zeros_like(g) for g in request]
     first = (zero, list(request), way, gamma, gamma > 0)
-    return shardings.fori_loop(0, iterations, body, first)[0]
+    return lax.fori_loop(0, iterations, body, first)[0]

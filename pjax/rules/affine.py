@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pjax.backend import shardings
 from pjax.options import Exactness
 from pjax.program import scatter_add
 from pjax.projections import linear
@@ -139,7 +138,7 @@ class ScatterAdd(Rule):
         gain = apply(*(1 / jnp.asarray(weight, dtype) for weight in weights))
         target_weight = jnp.asarray(target_weight, dtype)
         force = target_weight * (target - value) / (1 + target_weight * gain)
-        structs = [shardings.struct(state.shape, dtype) for state in states]
+        structs = [jax.ShapeDtypeStruct(state.shape, dtype) for state in states]
         pulled = jax.linear_transpose(apply, *structs)(force)
         moved = tuple(
             state + pull / jnp.asarray(weight, dtype)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pjax.backend import shardings
 from pjax.projections.gains import PowerIteration
 from pjax.projections.products.convolution import Convolution
 from pjax.projections.products.dot_general import DotGeneral
@@ -91,7 +90,7 @@ def addend_map(addend: Addend, factors: Sequence[Any], like: Array) -> Any:
 
 
 def transpose_of(apply: Any, operand: Array) -> Any:
-    transpose = jax.linear_transpose(apply, shardings.struct(operand.shape, operand.dtype))
+    transpose = jax.linear_transpose(apply, jax.ShapeDtypeStruct(operand.shape, operand.dtype))
     return lambda force: transpose(force)[0]
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pjax.backend import device, shardings
+from pjax.backend import device
 from pjax.options import Exactness
 from pjax.patterns import Function
 from pjax.projections import layer, normalization, numeric, scaling
@@ -233,7 +233,7 @@ def _longest(costs: Callable[[Array], Array], energy: Array, most: Array) -> Arr
 
     # The whole move is tried in the loop, too, so that there is one copy of its body.
     begin = (jnp.full((), 1 / _SHORTER, most.dtype), jnp.full((), jnp.inf, most.dtype))
-    length, _ = shardings.while_loop(too_far, shorter, begin)
+    length, _ = jax.lax.while_loop(too_far, shorter, begin)
     return jnp.where(length > least, length, 0)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from pjax.backend import compat, shardings
+from pjax.backend import shardings
 from pjax.compile import rolled
 from pjax.metrics import Metric
 from pjax.options import Fallback, Fanout, Splitting
@@ -50,19 +50,8 @@ def _displaced(
     consts: Sequence[Any],
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
-    with shardings.local((leaves, consts)) as axes:
-        loss, aux, moved, vectors = _displaced_here(
-            found, solver, shardings.varying(leaves), shardings.varying(consts), vectors
-        )
-        # As the gradient has it: where devices share a parameter, their forces add up.
-        moved = [
-            shardings.summed(
-                move, tuple(a for a in axes if a not in {*compat.varies(leaf), *means})
-            )
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            else move
-            for leaf, move in zip(leaves, moved, strict=True)
-        ]
+    shardings.require_untyped((leaves, consts))
+    loss, aux, moved, vectors = _displaced_here(found, solver, leaves, consts, vectors)
     if means:
         loss = jax.lax.pmean(loss, means)
         moved = [

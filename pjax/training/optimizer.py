@@ -60,21 +60,7 @@ def _solved(
     relaxation: Any,
     sets: Sequence[Set | None],
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
-    with shardings.local((leaves, consts)):
-        leaves, consts = shardings.varying((leaves, consts))
-        return _solved_here(layout, solver, check, leaves, consts, state, relaxation, sets)
-
-
-def _solved_here(
-    layout: Layout,
-    solver: Solver,
-    check: bool,
-    leaves: Sequence[Any],
-    consts: Sequence[Any],
-    state: OptimizerState | None,
-    relaxation: Any,
-    sets: Sequence[Set | None],
-) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
+    shardings.require_untyped((leaves, consts))
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors, sets)
     solution, history = solver.solve(problem)
     moved = [

@@ -143,12 +143,8 @@ def _solved(
     count: Array,
     step: Step,
 ) -> _Solved:
-    with shardings.local((leaves, consts), axes):
-        here = shardings.varying((leaves, consts, vectors))
-        found = _solved_here(layout, settings, checked, *here[:2], memory, here[2], count, step)
-        # The auxiliary output is that of each device, as with `jax.grad`.
-        own = {"aux": found.aux, "checks": found.checks}
-        return shardings.agreed(found._replace(aux=[], checks=None))._replace(**own)
+    with shardings.summed_over(axes, (leaves, consts)):
+        return _solved_here(layout, settings, checked, leaves, consts, memory, vectors, count, step)
 
 
 def _solved_here(
@@ -192,10 +188,9 @@ def _start(
     leaves: Sequence[Any],
     consts: Sequence[Any],
 ) -> tuple[Memory, tuple[Any, ...]]:
-    with shardings.local((leaves, consts), axes):
-        problem = Problem(layout, *shardings.varying((leaves, consts)))
-        empty = requests.empty(problem, _units(layout), settings)
-        return shardings.agreed((empty, tuple(problem.vectors)))
+    with shardings.summed_over(axes, (leaves, consts)):
+        problem = Problem(layout, leaves, consts)
+        return requests.empty(problem, _units(layout), settings), tuple(problem.vectors)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pjax.backend import compat, shardings
+from pjax.backend import compat
 from pjax.projections.products.operation import Bilinear, inverse
 
 
@@ -215,7 +215,7 @@ class Convolution(Bilinear):
 
     def transpose_left(self, cotangent, right):
         def transposed(cotangent: Array, right: Array) -> Array:
-            operand = shardings.struct(self.left_shape, right.dtype)
+            operand = jax.ShapeDtypeStruct(self.left_shape, right.dtype)
             apply = jax.linear_transpose(lambda left: self._as_given(left, right), operand)
             return apply(cotangent)[0]
 
@@ -223,7 +223,7 @@ class Convolution(Bilinear):
 
     def transpose_right(self, cotangent, left):
         def transposed(cotangent: Array, left: Array) -> Array:
-            operand = shardings.struct(self.right_shape, left.dtype)
+            operand = jax.ShapeDtypeStruct(self.right_shape, left.dtype)
             apply = jax.linear_transpose(lambda right: self._as_given(left, right), operand)
             return apply(cotangent)[0]
 
@@ -304,11 +304,11 @@ class Convolution(Bilinear):
         return copies * self._join_output(jnp.asarray(mask, copies.dtype))
 
     def lower_left(self, copies):
-        operand = shardings.struct(self.left_shape, copies.dtype)
+        operand = jax.ShapeDtypeStruct(self.left_shape, copies.dtype)
         return jax.linear_transpose(self.lift_left, operand)(copies)[0]
 
     def lower_right(self, copies):
-        operand = shardings.struct(self.right_shape, copies.dtype)
+        operand = jax.ShapeDtypeStruct(self.right_shape, copies.dtype)
         if self._groups > 1:
             return jax.linear_transpose(self.lift_right, operand)(copies)[0]
         # As a product: a sum over examples, the first axis, took ten times as long.

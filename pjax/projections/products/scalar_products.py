@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pjax.backend import shardings
 from pjax.projections.products.operation import Bilinear, Copies, Weight
 
 
@@ -94,7 +93,7 @@ def solve_multiplier(
         )
 
     start = jnp.where(t <= 0.5, t, -jnp.maximum(1 - t, lower))
-    t, u = _both_sides(shardings.fori_loop(0, 5 if single else 7, newton, start))
+    t, u = _both_sides(lax.fori_loop(0, 5 if single else 7, newton, start))
     if negligible is None:
         negligible = (8 * float(jnp.finfo(dtype).eps)) ** 2
     set_valued = (near <= negligible * (near + far)) & (excess > 0)
