@@ -83,13 +83,9 @@ def with_bias(x: Array) -> Array:
     return jnp.concatenate([-jnp.ones((*x.shape[:-1], 1), x.dtype), x], axis=-1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """The weights whose columns have length `√m`, with `m` their number of entries."""
-
-    def project(self, w: Array) -> Array:
-        return w * jnp.sqrt(w.shape[0] / jnp.sum(w**2, axis=0, keepdims=True))
+def spheres(params: Sequence[Array]) -> list[pjax.sets.Set]:
+    """Of each weight those whose columns have length `√m`, with `m` their number of entries."""
+    return [pjax.sets.Sphere(len(w) ** 0.5, axis=0) for w in params]
 
 
 def init(task: Task) -> list[Array]:
@@ -242,8 +238,9 @@ def projection(task: Task, starts: int, seed: int, keep: bool = False) -> Found:
         return kept & (loss(params, x, y) == 0)
 
     begin = time.perf_counter()
+    params = init(task)
     found = pjax.solve(
-        loss, init(task), x, y, sets=Columns(), starts=starts, steps=task.cap, enough=starts,
+        loss, params, x, y, sets=spheres(params), starts=starts, steps=task.cap, enough=starts,
         stop=keeps if keep else None, relaxation=RELAXATION, adaptation=ADAPTATION,
         key=jax.random.key(seed), every=20,
     )  # fmt: skip

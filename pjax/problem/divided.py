@@ -26,6 +26,7 @@ from pjax.problem.forward import ForwardPass
 from pjax.problem.layouts import Layout
 from pjax.program import TraceError, read
 from pjax.rules import Dense, Lifted, Loss, SignedProduct, Storage
+from pjax.sets import Set
 
 
 class Copies(NamedTuple):
@@ -65,17 +66,22 @@ class DividedProblem:
 
     - `layout`: in neuron splitting, its groups levels.
     - `leaves`, `consts`: of the program: the parameters that deviations are from, and data.
-    - `sets`: for each leaf what has `project(x)`, or None.
+    - `sets`: for each leaf its set, or None; nothing where there are none.
 
     **Raises:** `TraceError` for a loss that no prediction makes 0, or that does not read the output
     of one operation as it is.
     """
 
     def __init__(
-        self, layout: Layout, leaves: Sequence[Any], consts: Sequence[Any], sets: Sequence[Any]
+        self,
+        layout: Layout,
+        leaves: Sequence[Any],
+        consts: Sequence[Any],
+        sets: Sequence[Set | None] = (),
     ):
         graph = layout.graph
-        self.graph, self.sets, self.leaves = graph, tuple(sets), list(leaves)
+        self.graph, self.leaves = graph, list(leaves)
+        self.sets = tuple(sets) or (None,) * len(leaves)
         self._forward = ForwardPass(layout, leaves, consts)
         self.values = self._forward.values
         self.nodes = [node for node in graph.nodes if node.kind == "operation"]

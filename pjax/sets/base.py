@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from pjax.projections import vectors
 
 #: One axis, several, or None for all.
 Axis = int | tuple[int, ...] | None
+_T = TypeVar("_T")
 #: Marks a field that is no leaf of the pytree.
 STATIC = {"static": True}
 
@@ -46,7 +47,7 @@ class Set(ABC):
         """Raises `ValueError` if the set has no point of this shape."""
 
 
-def registered(cls: type) -> type:
+def registered(cls: type[_T]) -> type[_T]:
     names = {True: [], False: []}
     for name, one in cls.__dataclass_fields__.items():  # pyright: ignore
         names[one.metadata.get("static", False)].append(name)

@@ -19,9 +19,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from pjax.problem import Copies, DividedProblem, Formulation, Layout, layout
 from pjax.program import Program, leaves_of, read
+from pjax.sets import Set
 from pjax.solvers import reflect
 from pjax.trace import require_function, trace
 from pjax.training.checks import NonFiniteError
+from pjax.training.within import sets_of
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +86,7 @@ def solve(
     fn: Callable[..., Array],
     params: PyTree[Array],
     *args: Any,
-    sets: PyTree[Any] = None,
+    sets: PyTree[Set | None] = None,
     starts: int = 32,
     steps: int = 10_000,
     stop: Callable[[PyTree[Array]], Any] | None = None,
@@ -117,8 +119,8 @@ def solve(
     - `fn`: a JAX function that ends in `pjax.squared_error` or `pjax.margin_loss` of predictions,
         or in means and sums of such; `args` are its data, all rows at once.
     - `params`: a pytree of arrays.
-    - `sets`: where parameters lie: a prefix of that tree with pytrees that have `project(x)`, the
-        nearest point of a set, or None for no set. The weights of a [`pjax.threshold`][] need a
+    - `sets`: where parameters lie: a prefix of that tree with sets of `pjax.sets`, or None for no
+        set. The weights of a [`pjax.threshold`][] need a
         sphere, or its margin means nothing.
     - `starts`: how many; all are computed side by side.
     - `steps`: at most so many, of each start.
@@ -147,10 +149,11 @@ def solve(
     settings = _settings(starts, relaxation=relaxation, adaptation=adaptation)
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(program, Formulation(grouping="levels", reflecting=True))
-    of_leaves = _sets_of_leaves(sets, params)
+    apart = leaves_of(params)
+    of_leaves = sets_of(sets, params, apart)
     # Outside of compiled code, so that what is wrong has a name and a value.
     DividedProblem(found, leaves, consts, of_leaves)
-    tree = leaves_of(params).tree
+    tree = apart.tree
     test = None if stop is None else (lambda found: stop(tree(found)))
     if key is None:
         key = jax.random.key(0)
@@ -352,13 +355,3 @@ class _Checkpoint:
 
 #: Between two writes of a checkpoint.
 _SECONDS = 30.0
-
-
-def _sets_of_leaves(sets: PyTree[Any], params: PyTree[Array]) -> list[Any]:
-    def is_set(one: Any) -> bool:
-        return one is None or hasattr(one, "project")
-
-    whole = jax.tree.map(
-        lambda one, part: jax.tree.map(lambda _: one, part), sets, params, is_leaf=is_set
-    )
-    return jax.tree.leaves(whole, is_leaf=is_set)

@@ -12,17 +12,10 @@ from pjax.problem import Copies, DividedProblem, Formulation, layout
 from pjax.trace import trace
 
 
-class UnitSphere:
-    """Columns of length 1."""
-
-    def project(self, x):
-        return x / jnp.sqrt(jnp.sum(x * x, axis=0, keepdims=True))
-
-
-def divide(fn, params, *args, sets=None):
+def divide(fn, params, *args, sets=()):
     program, leaves, consts, _ = trace(lambda p: fn(p, *args), params)
     found = layout(program, Formulation(grouping="levels", reflecting=True))
-    return DividedProblem(found, leaves, consts, sets or [None] * len(leaves))
+    return DividedProblem(found, leaves, consts, sets)
 
 
 def network(params, x):
@@ -135,7 +128,7 @@ def test_a_solution_is_in_both_sets():
 def test_parameters_lie_in_their_set():
     params = [jnp.ones((4, 3))]
     x, y = jnp.ones((2, 3)), jnp.ones((2, 3))
-    problem = divide(loss, params, x, y, sets=[UnitSphere()])
+    problem = divide(loss, params, x, y, sets=[pjax.sets.Sphere(1.0, axis=0)])
     _, agreed = problem.agree(problem.random(jax.random.key(0)))
     (found,) = problem.parameters(agreed)
     np.testing.assert_allclose(jnp.sum(found**2, axis=0), 1, rtol=1e-5)

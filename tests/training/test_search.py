@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,15 +15,6 @@ import numpy as np
 import pytest
 
 import pjax
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Columns:
-    """Columns of length `√n`, `n` their number of entries."""
-
-    def project(self, x):
-        return x * jnp.sqrt(x.shape[0] / jnp.sum(x * x, axis=0, keepdims=True))
 
 
 def network(params, x, norm=5.0):
@@ -48,8 +38,13 @@ XOR = make((2, 2, 1), SQUARE, -SQUARE.prod(axis=1, keepdims=True))
 CODE = make((4, 2, 4), 2 * np.eye(4) - 1, 2 * np.eye(4) - 1)
 
 
+def spheres(task):
+    """Columns of length `√m`, `m` their number of entries."""
+    return [pjax.sets.Sphere(len(w) ** 0.5, axis=0) for w in task[0]]
+
+
 def search(task=XOR, **options):
-    options = {"sets": Columns(), "starts": 6, "steps": 400, "every": 20, **options}
+    options = {"sets": spheres(task), "starts": 6, "steps": 400, "every": 20, **options}
     return pjax.solve(loss, *task, **options)
 
 
