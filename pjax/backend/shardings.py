@@ -81,19 +81,9 @@ TYPED = (
 )
 
 
-def require_untyped(arrays: Any) -> None:
-    """Raises `ValueError` for values that are typed by the axes along which they vary."""
-    if any(map(compat.varies, jax.tree.leaves(arrays))):
-        raise ValueError(TYPED)
-
-
 @contextlib.contextmanager
-def summed_over(axes: tuple[str, ...], arrays: Any) -> Iterator[None]:
-    """Within it the devices along these axes of `shard_map` are one to `everywhere`.
-
-    **Raises:** `ValueError` if any of the arrays is typed by axes along which it varies.
-    """
-    require_untyped(arrays)
+def summed_over(axes: tuple[str, ...]) -> Iterator[None]:
+    """Within it the devices along these axes of `shard_map` are one to `everywhere`."""
     token = _SUMMED.set(axes)
     try:
         yield
@@ -137,5 +127,5 @@ def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, 
 
 __all__ = [
     "alike", "automatic", "everywhere", "largest_everywhere", "mean_everywhere", "repeat",
-    "require_untyped", "spec", "summed_over", "zeros_like",
+    "spec", "summed_over", "zeros_like",
 ]  # fmt: skip

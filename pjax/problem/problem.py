@@ -225,7 +225,6 @@ def first_vectors(layout: Layout, leaves: Sequence[Any], consts: Sequence[Any]) 
     """
 
     def find(*arrays: Any) -> tuple[Any, ...]:
-        shardings.require_untyped(arrays)
         return tuple(Problem(layout, *arrays).vectors)
 
     return shardings.automatic(jax.jit(find), leaves, consts, like=PartitionSpec())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.backend import compat, shardings
-from pjax.program import Program, leaves_of
+from pjax.program import Program, TraceError, leaves_of
 from pjax.trace.flatten import Flattener
 
 
@@ -65,8 +65,7 @@ def trace(
     leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
     for path, leaf in zip(paths, leaves, strict=True):
         _check_leaf_type(path, leaf.dtype)
-    if any(map(compat.varies, leaves)):
-        raise ValueError(shardings.TYPED)
+    _require_untyped(leaves)
     tree_out: list[Any] = []
     num_outputs: list[int] = []
 
@@ -100,8 +99,14 @@ def trace(
         return out_leaves
 
     closed = jax.make_jaxpr(flat)(*leaves)
+    _require_untyped(closed.consts)
     program, consts = Flattener().flatten(closed, paths, num_outputs[0])
     return program, leaves, consts, tree_out[0]
+
+
+def _require_untyped(arrays: Sequence[Any]) -> None:
+    if any(map(compat.varies, arrays)):
+        raise TraceError(shardings.TYPED)
 
 
 def _require_scalar(out: Any, leaves: Sequence[Any]) -> None:

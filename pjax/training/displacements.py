@@ -50,7 +50,6 @@ def _displaced(
     consts: Sequence[Any],
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
-    shardings.require_untyped((leaves, consts))
     loss, aux, moved, vectors = _displaced_here(found, solver, leaves, consts, vectors)
     if means:
         loss = jax.lax.pmean(loss, means)

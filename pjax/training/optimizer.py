@@ -60,7 +60,6 @@ def _solved(
     relaxation: Any,
     sets: Sequence[Set | None],
 ) -> tuple[list[Any], ResidualHistory, Checks | None, OptimizerState | None]:
-    shardings.require_untyped((leaves, consts))
     problem = Problem(layout, leaves, consts, None if state is None else state.vectors, sets)
     solution, history = solver.solve(problem)
     moved = [

@@ -143,7 +143,7 @@ def _solved(
     count: Array,
     step: Step,
 ) -> _Solved:
-    with shardings.summed_over(axes, (leaves, consts)):
+    with shardings.summed_over(axes):
         return _solved_here(layout, settings, checked, leaves, consts, memory, vectors, count, step)
 
 
@@ -188,7 +188,7 @@ def _start(
     leaves: Sequence[Any],
     consts: Sequence[Any],
 ) -> tuple[Memory, tuple[Any, ...]]:
-    with shardings.summed_over(axes, (leaves, consts)):
+    with shardings.summed_over(axes):
         problem = Problem(layout, leaves, consts)
         return requests.empty(problem, _units(layout), settings), tuple(problem.vectors)
 
