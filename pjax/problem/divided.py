@@ -59,7 +59,7 @@ class Operand:
 class DividedProblem:
     """The two sets of a program: its operations (0), and their agreement (1).
 
-    As a [`Sets`][pjax.solvers.Sets] for solvers of two sets; distances have weight 1 for every
+    As `Sets` of `pjax.solvers` for solvers of two sets; distances have weight 1 for every
     value that an operation holds, times the weight of the constraint.
 
     **Arguments:**

@@ -103,7 +103,7 @@ class ArrayFunction(_Numeric):
 class Normalization(ArrayFunction):
     """`y = a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½` of each group of entries, or without the
     mean (layer, batch, group and RMS norms, and division by a length): the nearest point, by a
-    search for one number for each group. As an [`ArrayFunction`][] where the weights within a group
+    search for one number for each group. As an `ArrayFunction` where the weights within a group
     differ.
     """
 
@@ -277,7 +277,7 @@ class ArrayStep(_Step, ArrayFunction):
 class NormalizationStep(ArrayStep, Normalization):
     """`y = a (x − mean(x)) / (κ Σ(x − mean(x))² + ε)^½` of each group of entries, or without the
     mean (layer, batch, group and RMS norms, and division by a length): a safeguarded step in closed
-    form. As an [`ArrayStep`][] where the weights within a group differ.
+    form. As an `ArrayStep` where the weights within a group differ.
     """
 
     def project(self, reference, states, weights, target, target_weight):
