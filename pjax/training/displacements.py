@@ -39,18 +39,9 @@ def _displace(
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
     """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
-    return rolled(functools.partial(_displaced, found, solver, means))(leaves, consts, vectors)
-
-
-def _displaced(
-    found: Layout,
-    solver: Solver,
-    means: tuple[str, ...],
-    leaves: Sequence[Any],
-    consts: Sequence[Any],
-    vectors: Sequence[Any] | None,
-) -> tuple[Array, list[Any], list[Array], list[Any]]:
-    loss, aux, moved, vectors = _displaced_here(found, solver, leaves, consts, vectors)
+    loss, aux, moved, vectors = rolled(functools.partial(_displaced, found, solver))(
+        leaves, consts, vectors
+    )
     if means:
         loss = jax.lax.pmean(loss, means)
         moved = [
@@ -59,7 +50,7 @@ def _displaced(
     return loss, aux, moved, vectors
 
 
-def _displaced_here(
+def _displaced(
     found: Layout,
     solver: Solver,
     leaves: Sequence[Any],

@@ -126,28 +126,13 @@ def _solve(
     count: Array,
     step: Step,
 ) -> _Solved:
-    return rolled(functools.partial(_solved, layout, settings, checked, axes))(
-        leaves, consts, memory, vectors, count, step
-    )
+    with shardings.summed_over(axes):
+        return rolled(functools.partial(_solved, layout, settings, checked))(
+            leaves, consts, memory, vectors, count, step
+        )
 
 
 def _solved(
-    layout: Layout,
-    settings: Requests,
-    checked: bool,
-    axes: tuple[str, ...],
-    leaves: Sequence[Any],
-    consts: Sequence[Any],
-    memory: Memory,
-    vectors: Sequence[Any] | None,
-    count: Array,
-    step: Step,
-) -> _Solved:
-    with shardings.summed_over(axes):
-        return _solved_here(layout, settings, checked, leaves, consts, memory, vectors, count, step)
-
-
-def _solved_here(
     layout: Layout,
     settings: Requests,
     checked: bool,
