@@ -39,7 +39,7 @@ def _displace(
     vectors: Sequence[Any] | None,
 ) -> tuple[Array, list[Any], list[Array], list[Any]]:
     """The loss, the auxiliary outputs, the displacement of each leaf, the vectors to go on with."""
-    loss, aux, moved, vectors = rolled(functools.partial(_displaced, found, solver))(
+    loss, aux, moved, ends = rolled(functools.partial(_displaced, found, solver))(
         leaves, consts, vectors
     )
     if means:
@@ -47,7 +47,7 @@ def _displace(
         moved = [
             jax.lax.pmean(m, means) if jnp.issubdtype(m.dtype, jnp.floating) else m for m in moved
         ]
-    return loss, aux, moved, vectors
+    return loss, aux, moved, ends
 
 
 def _displaced(
