@@ -197,6 +197,8 @@ def by_gradients(cell: Cell, data: Data, fns: Sequence[Any], params: Sequence[An
     batches = data.batches(cell.seed)
     for tick in range(BATCHES + delay):
         sent = dict(forces)
+        if tick < BATCHES:
+            inputs[tick, 0], labels[tick] = next(batches)
         for s, fn in enumerate(fns):
             batch = tick - (delay - s)
             if not 0 <= batch < BATCHES:
@@ -215,8 +217,6 @@ def by_gradients(cell: Cell, data: Data, fns: Sequence[Any], params: Sequence[An
             )
             if s:
                 forces[batch, s - 1] = back
-        if tick < BATCHES:
-            inputs[tick, 0], labels[tick] = next(batches)
         for s in reversed(range(last)):
             batch = tick - s
             if 0 <= batch < BATCHES:
