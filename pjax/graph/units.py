@@ -93,7 +93,8 @@ class Units:
         self.is_empty = any(0 in program.shape(var) for var in self.predictions)
         stop: Any = frozenset(self.predictions)
         self.cones = piecewise.find_cones(program, stop, self.registered)
-        self.functions = SmoothFunctions(program, stop, self.registered)
+        pieces = frozenset(var for var, cone in self.cones.items() if cone.base != var)
+        self.functions = SmoothFunctions(program, stop, self.registered, pieces)
         self.reads = self._count_reads()
         self.pure = self._find_pure()
 

@@ -10,12 +10,12 @@ and `y = φ(x)` is cut out of the program, from the nearest such variable on. Ch
 as far as nothing else reads what lies between: the `tanh` behind a scaling is one node with it.
 
 What has an exact rule keeps it: a cone is made only where an operation in it has none (a smooth
-function, a quotient, a product of two functions of one variable).
+function, a quotient, a product of two functions of one variable that is not piecewise linear).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -36,12 +36,13 @@ class SmoothFunctions:
         program: Program,
         stop: frozenset[int] = frozenset(),
         opaque: frozenset[int] = frozenset(),
+        exact: Container[int] = frozenset(),
     ):
         """`stop`: variables behind which no function begins (what losses read); `opaque`: variables
-        whose operation has a rule of its own.
+        whose operation has a rule of its own; `exact`: piecewise linear functions of one value.
         """
         self.program = program
-        self.stop, self.opaque = stop, opaque
+        self.stop, self.opaque, self.exact = stop, opaque, exact
         self.readers: dict[int, list[int]] = {}
         for equation in program.equations:
             for atom in dict.fromkeys(a for a in equation.inputs if isinstance(a, int)):
@@ -122,7 +123,7 @@ class SmoothFunctions:
             return True
         if primitive is P.div_p and self.program.is_variable(equation.inputs[1]):
             return True
-        if primitive is P.mul_p and len(variables) == 2:
+        if primitive is P.mul_p and len(variables) == 2 and equation.outputs[0] not in self.exact:
             return True
         # A sum, a maximum or a scaling of something that only it reads, and that needs one.
         return any(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +114,34 @@ def test_a_chain_of_one_variable_is_one_function():
     assert node.rule.function is not None
     u = jnp.linspace(-3, 3, 101)
     np.testing.assert_allclose(node.rule.function(u), fn({"x": u}), atol=1e-5)
+
+
+def shrunk(x):
+    """What becomes of `x` by the proximal operator of `|x|/2`."""
+    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.5, 0)
+
+
+@pytest.mark.parametrize("splitting", ["neuron", "layer"])
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        (lambda x: x * (x > 0), jax.nn.relu),
+        (lambda x: x * pjax.step(x), jax.nn.relu),
+        (lambda x: x * jnp.sign(x) + 1, lambda x: jnp.abs(x) + 1),
+        (shrunk, lambda x: x - jnp.clip(x, -0.5, 0.5)),
+        (lambda x: (x > -1) * x * (x < 1), lambda x: jnp.where(jnp.abs(x) < 1, x, 0)),
+    ],
+)
+def test_a_product_that_is_piecewise_linear_is_exact(written, same, splitting):
+    def rule(function):
+        def loss(p):
+            return pjax.squared_error(function(p["x"] @ p["w"]), jnp.zeros((4, 3))).sum()
+
+        *_, node = operations(build_graph(trace(loss, PARAMS)[0], splitting))
+        return node.rule
+
+    assert isinstance(rule(written), Affine)
+    assert rule(written).function == rule(same).function
 
 
 def test_conversions_of_conditions_fuse_and_those_of_numbers_are_wires():
