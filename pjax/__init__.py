@@ -17,6 +17,7 @@ Where to look:
 - `pjax.cross_entropy`, `squared_error`, `margin_loss`: losses; those of Optax do as well.
 - `pjax.step`, `pjax.quantize` (and `jnp.sign`): functions without a gradient that train.
 - `pjax.sets`: in which parameters are to lie, exactly; `pjax.constrain`: values of a network.
+- `pjax.export.pack`: a trained network of signs or levels as one file of bits.
 - `pjax.register_projection`: an operation of your own.
 - `pjax.feasibility_problem(fn, params)`, `pjax.profile`: the constraints, to look at.
 - `pjax.nn`, `pjax.numpy`: the interface of the paper's library.
@@ -26,6 +27,7 @@ Where to look:
 from types import ModuleType as _Module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from pjax import export as export
 from pjax import metrics as metrics
 from pjax import nn as nn
 from pjax import optim as optim
@@ -85,7 +87,7 @@ from pjax.training import value_and_displacement as value_and_displacement
 __version__ = "0.2.0"
 
 #: Modules that users use; the others are found by their names.
-_MODULES = ("lab", "metrics", "nn", "numpy", "optim", "sets", "solvers")
+_MODULES = ("export", "lab", "metrics", "nn", "numpy", "optim", "sets", "solvers")
 _moved.install()
 
 

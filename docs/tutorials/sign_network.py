@@ -9,6 +9,9 @@
 # You need `pip install ".[lab]"` in a clone of pjax.
 
 # %%
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -114,38 +117,25 @@ assert trained > 0.9
 #
 # ## Deployment
 #
-# A pixel is a whole number from 0 to 16, so that the first layer adds and subtracts whole numbers.
-# In the second, rows of ±1 become bits. Two rows of `n` signs that differ in `d` places have the
-# product `n − 2d`, and `d` is the number of ones of their exclusive or. A bias becomes a
-# threshold. The function below needs NumPy only, and multiplies in the last layer alone.
+# In the second layer, rows of ±1 become bits. Two rows of `n` signs that differ in `d` places have
+# the product `n − 2d`, and `d` is the number of ones of their exclusive or. A bias becomes a
+# threshold. `pjax.export.pack` writes all that into one file, and `pjax.export.load` runs it with
+# NumPy alone ([packed networks](../export.md)).
 
 # %%
-trained_params = {name: np.asarray(value) for name, value in params.items()}
-model = {
-    "w1": np.packbits(trained_params["w1"] > 0, axis=0),
-    "limit1": -16 * trained_params["b1"].astype(np.float64),
-    "w2": np.packbits(trained_params["w2"].T > 0, axis=1),
-    "limit2": (HIDDEN + trained_params["b2"].astype(np.float64)) / 2,
-    "w3": trained_params["w3"],
-    "b3": trained_params["b3"],
-}
+path = Path(tempfile.mkdtemp(), "digits.npz")
+report = pjax.export.pack(network, params, digits.test.x, path)
+print(report)
 
+# %% [markdown]
+# Pixels are multiples of 1/16 here, so that the sums of the first layer are exact. The last layer
+# has real weights: its sums are rounded in another order, and the labels are the same.
 
-def deployed(images):
-    plus = np.unpackbits(model["w1"], axis=0).astype(bool)
-    sums = np.stack([images[:, p].sum(1) - images[:, ~p].sum(1) for p in plus.T], axis=1)
-    bits = np.packbits(sums > model["limit1"], axis=1)
-    differ = np.bitwise_count(bits[:, None] ^ model["w2"]).sum(-1)
-    hidden = np.where(differ < model["limit2"], 1, -1)
-    return (hidden @ model["w3"] + model["b3"]).argmax(-1)
-
-
-images = np.round(16 * digits.test.x).astype(np.int32)
-answers = deployed(images)
+# %%
+deployed = pjax.export.load(path)
+answers = deployed(digits.test.x).argmax(-1)
 np.testing.assert_array_equal(answers, network(params, digits.test.x).argmax(-1))
 print(f"deployed: {np.mean(answers == digits.test.y):.1%} of the test rows, the same answers")
-for name in ("w1", "w2"):
-    print(f"{name}: {model[name].nbytes:,} bytes, {params[name].nbytes:,} as float32")
 
 # %% [markdown]
 # What the first hidden units look for, as signs of their 64 weights:

@@ -29,6 +29,7 @@ def trace(
     has_aux: bool = False,
     scalar: bool = False,
     mask: Any = None,
+    rests: bool = False,
 ) -> tuple[Program, list[Any], list[Any], Any]:
     """Traces `fn(params)` into a flat program.
 
@@ -41,6 +42,8 @@ def trace(
     - `params`: a pytree of arrays. Floating-point leaves can move; integer, boolean and key
       leaves are known values, and stay as they are. See `pjax.program.parameters`.
     - `mask`: which leaves are parameters at all, see `pjax.program.leaves_of`.
+    - `rests`: nothing moves: the program is what the function computes, without the forms that
+      projections need.
 
     **Returns:** `(program, leaves, consts, output_tree)`: the program, the leaves of `params` and
     the captured arrays (both possibly tracers of an outer `jit`), and the structure of the result
@@ -100,7 +103,7 @@ def trace(
 
     closed = jax.make_jaxpr(flat)(*leaves)
     _require_untyped(closed.consts)
-    program, consts = Flattener().flatten(closed, paths, num_outputs[0])
+    program, consts = Flattener(rests).flatten(closed, paths, num_outputs[0])
     return program, leaves, consts, tree_out[0]
 
 

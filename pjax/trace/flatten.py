@@ -38,10 +38,16 @@ from pjax.trace.writer import Writer
 
 
 class Flattener(Writer):
-    """Inlines and renames: two calls of one jitted function share jaxpr variables, ours do not."""
+    """Inlines and renames: two calls of one jitted function share jaxpr variables, ours do not.
 
-    def __init__(self) -> None:
+    **Arguments:**
+
+    - `rests`: no leaf is a parameter that moves.
+    """
+
+    def __init__(self, rests: bool = False) -> None:
         super().__init__()
+        self._rests = rests
         # By identity: the equation is kept, so that no other one takes its place.
         self._sources: dict[tuple[int, str], tuple[Any, str]] = {}
         #: The outputs of constraints, which nothing reads: what is constrained is read itself.
@@ -60,11 +66,12 @@ class Flattener(Writer):
             number = self._new(env, var)
             dtype = var.aval.dtype
             # What has no entries cannot move, and is data.
-            trainable = bool(jnp.issubdtype(dtype, jnp.floating)) and 0 not in var.aval.shape
+            real = bool(jnp.issubdtype(dtype, jnp.floating))
+            trainable = real and 0 not in var.aval.shape and not self._rests
             leaves.append(Leaf(path, tuple(var.aval.shape), dtype, trainable))
             if trainable:
                 self.variable.add(number)
-            elif jnp.issubdtype(dtype, jnp.integer):
+            elif jnp.issubdtype(dtype, jnp.integer) and not self._rests:
                 self.integer_leaves[number] = path
         captured = self.capture(closed.jaxpr, closed.consts)
         env.update(zip(closed.jaxpr.constvars, captured, strict=True))
