@@ -13,12 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#\s]+)\)")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+FILE = re.compile(r"`([\w/]+\.py)`")
 
 
 def blocks(document: Path) -> list[str]:
@@ -54,3 +56,12 @@ def test_links_lead_to_files(document: Path) -> None:
     for target in LINK.findall(document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+def test_files_that_are_named_exist() -> None:
+    rooms = ("pjax", "tests", "benchmarks", "docs", "examples", ".ci")
+    files = [f"/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*.py")]
+    texts = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+    for document in [*texts, *(ROOT / "pjax").rglob("*.py")]:
+        for name in FILE.findall(document.read_text()):
+            assert any(path.endswith(f"/{name}") for path in files), (document.name, name)

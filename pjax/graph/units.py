@@ -78,6 +78,14 @@ class Unit:
     fallback: bool = False
 
 
+def _has_own_rule(primitive: Any) -> bool:
+    """Whether an operation joins no function of several: a user gave it a rule, or the library one
+    to a function that would be linearised.
+    """
+    exact = primitive in SMOOTH and find_builder(primitive) is not None
+    return exact or REGISTRATIONS[primitive] > 0
+
+
 class Units:
     """The units of a program in neuron splitting."""
 
@@ -87,7 +95,7 @@ class Units:
         self.program = program
         self.fallback: Fallback | None = fallback
         self.registered = frozenset(
-            out for e in program.equations if REGISTRATIONS[e.primitive] for out in e.outputs
+            out for e in program.equations if _has_own_rule(e.primitive) for out in e.outputs
         )
         self.predictions = [term.equation.inputs[0] for term in terms]
         self.is_empty = any(0 in program.shape(var) for var in self.predictions)

@@ -61,5 +61,6 @@ def profile(problem: Problem, solver: Solver) -> Profile:
         deviation = jnp.stack([problem.node_deviation(node, point) for node in nodes])
         return state, (deviation, jnp.stack([residuals[name] for name in names]))
 
-    _, (deviation, residual) = jax.lax.scan(look, problem.initial(), None, length=solver.steps)
+    start = solver.start(problem, problem.initial())
+    _, (deviation, residual) = jax.lax.scan(look, start, None, length=solver.steps)
     return Profile(names, deviation, residual)

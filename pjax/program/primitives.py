@@ -38,17 +38,20 @@ def _batch_elementwise(bind: Any, size: int, args: Any, dims: Any, params: Any) 
     return bind(arg, **params), dim
 
 
-cross_entropy_p = custom_primitives.define_primitive(
-    "pjax_cross_entropy", losses.cross_entropy_value, _batch_rows
-)
-margin_loss_p = custom_primitives.define_primitive(
-    "pjax_margin_loss",
-    lambda logits, labels, margin: losses.margin_value(logits, labels, margin),
-    _batch_rows,
-)
-squared_error_p = custom_primitives.define_primitive(
-    "pjax_squared_error", losses.squared_error_value, _batch_rows
-)
+#: The losses of the library, whose proximal operators are in `rules/losses.py`.
+LOSSES: set[Any] = set()
+
+
+def _define_loss(name: str, value: Any) -> Any:
+    """The primitive of a loss of rows, `value(prediction, data, **params)`."""
+    primitive = custom_primitives.define_primitive(f"pjax_{name}", value, _batch_rows)
+    LOSSES.add(primitive)
+    return primitive
+
+
+cross_entropy_p = _define_loss("cross_entropy", losses.cross_entropy_value)
+margin_loss_p = _define_loss("margin_loss", losses.margin_value)
+squared_error_p = _define_loss("squared_error", losses.squared_error_value)
 identity_p = custom_primitives.define_primitive("pjax_identity", lambda x: x, _batch_elementwise)
 step_p = custom_primitives.define_primitive(
     "pjax_step", lambda x: (x > 0).astype(x.dtype), _batch_elementwise

@@ -87,9 +87,7 @@ ROUNDED = compat.find_primitives("floor", "ceil")
 STOP_GRADIENT = compat.find_primitives("stop_gradient")
 #: What does not follow its operands: an index of the forward pass, say.
 STOPPED = ROUNDED | STOP_GRADIENT | compat.find_primitives("argmax", "argmin")
-LOSSES = frozenset(
-    {primitives.cross_entropy_p, primitives.margin_loss_p, primitives.squared_error_p}
-)
+LOSSES = frozenset(primitives.LOSSES)
 #: What a loss is made of. Products of arrays and convolutions belong to networks.
 IN_LOSSES = (
     ELEMENTWISE | REDUCTIONS | SHAPES | LOSSES | JOINS | RUNNING

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from pjax.options import Exactness
+from pjax.program import primitives
 from pjax.projections import losses
 from pjax.rules.base import Rule
 
@@ -97,6 +98,14 @@ class SquaredError(Loss):
 
     def satisfied(self, x, labels):
         return jnp.broadcast_to(labels, x.shape).astype(x.dtype)
+
+
+#: The rule of each loss of the library. The parameters of a primitive are the fields of its rule.
+LOSS_RULES: dict[Any, type[Loss]] = {
+    primitives.cross_entropy_p: CrossEntropy,
+    primitives.margin_loss_p: Margin,
+    primitives.squared_error_p: SquaredError,
+}
 
 
 @dataclass(frozen=True)

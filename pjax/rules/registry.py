@@ -22,7 +22,7 @@ from pjax.projections import scaling
 from pjax.rules.affine import Affine, ScatterAdd, Term
 from pjax.rules.base import Builder, NodeSpec, Reference, Rule
 from pjax.rules.extrema import Extremum
-from pjax.rules.losses import CrossEntropy, Loss, Margin, SquaredError
+from pjax.rules.losses import LOSS_RULES, Loss
 from pjax.rules.margins import SignedNumber
 from pjax.rules.membership import Membership
 from pjax.rules.piecewise_constant import Quantizer
@@ -132,11 +132,7 @@ def _loss(make: Callable[..., Loss]) -> Builder:
     return builder
 
 
-_BUILDERS |= {
-    primitives.cross_entropy_p: _loss(CrossEntropy),
-    primitives.margin_loss_p: _loss(Margin),
-    primitives.squared_error_p: _loss(SquaredError),
-}
+_BUILDERS |= {primitive: _loss(make) for primitive, make in LOSS_RULES.items()}
 
 
 #: `(inputs, target, input_weights, target_weight, **params) -> new inputs`

@@ -1,4 +1,5 @@
-"""Solvers: iterations over the projections of a feasibility problem, one file per algorithm.
+"""Solvers: iterations over the projections of a feasibility problem; those that project in turn,
+and those that reflect.
 
 A solver knows nothing of networks: it needs `Sets`, of which `pjax.Problem` is one.
 """
@@ -16,3 +17,4 @@ from pjax.solvers.reflecting import DouglasRachford as DouglasRachford
 from pjax.solvers.reflecting import reflect as reflect
 from pjax.solvers.solver import Solver as Solver
 from pjax.solvers.solver import Step as Step
+from pjax.solvers.solver import affine as affine

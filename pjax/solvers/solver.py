@@ -61,7 +61,7 @@ class Step(NamedTuple):
 
     **Attributes:**
 
-    - `state`: where it leads.
+    - `state`: where it leads: what the solver carries.
     - `distances`: gives for each side, in the order of projection, the distance to its constraints
         in the metric: how far the projection onto it moved its point. A function, since a solve
         without a history never asks.
@@ -69,7 +69,8 @@ class Step(NamedTuple):
     - `residual`: gives what vanishes at a solution. By default `(Σ_sides distance²)^½`; a
         reflecting method, whose points need not approach the sets, has the distance between the
         projections onto the two sides.
-    - `size`: gives how far the state moved; by default that is measured.
+    - `size`: gives how far the state moved; by default that is measured, which needs a state of the
+        problem.
     """
 
     state: State
@@ -87,7 +88,11 @@ def require_two(problem: Sets, order: bool) -> tuple[int, int]:
 
 
 def affine(*terms: tuple[Any, State]) -> State:
-    """`Σ c·state`, for states whose copies are stored."""
+    """`Σ c·state`, for states whose copies are stored: those of a solver that reflects.
+
+    >>> affine((2.0, jnp.ones(2)), (-1.0, jnp.arange(2.0)))
+    Array([2., 1.], dtype=float32)
+    """
     coefficients = [coefficient for coefficient, _ in terms]
     return jax.tree_util.tree_map(
         lambda *arrays: sum(
@@ -120,6 +125,12 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"`steps` must be a whole number, at least 1, got {self.steps}.")
+
+    def start(self, problem: Sets, state: State) -> State:
+        """What the solver carries from step to step, at the problem's initial `state`: that state,
+        or any pytree that holds more, such as a count or a memory.
+        """
+        return state
 
     @abstractmethod
     def step(self, problem: Sets, state: State) -> Step:
@@ -154,10 +165,11 @@ class Solver(ABC):
 
         initial = problem.initial()
         if self.steps > _UNROLLED or self.reflecting:
-            (state, _), rows = rolled_scan(body, (initial, initial), self.steps)
+            start = self.start(problem, initial)
+            (state, _), rows = rolled_scan(body, (start, initial), self.steps)
         else:
             # Single steps need no loop, and what of their history is not used is not computed.
-            carry, found = (_unmoved(problem), initial), []
+            carry, found = (self.start(problem, _unmoved(problem)), initial), []
             for _ in range(self.steps):
                 carry, row = body(carry)
                 found.append(row)
@@ -175,7 +187,7 @@ class Solver(ABC):
         **Raises:** `ValueError` if the problem was made for another kind of solver.
         """
         problem.require(self.grouping, self.reflecting)
-        state = problem.initial() if self.reflecting else _unmoved(problem)
+        state = self.start(problem, problem.initial() if self.reflecting else _unmoved(problem))
         first = min(self.steps, 1 if self.steps > _UNROLLED else self.steps)
         for _ in range(first):
             state = self.step(problem, state).state

@@ -15,7 +15,7 @@ import pjax
 from pjax.graph import build_graph
 from pjax.problem import layouts
 from pjax.program import REGISTRATIONS, TraceError, canonical, primitives
-from pjax.rules import Reference
+from pjax.rules import NodeSpec, Reference
 from pjax.rules import registry as rules
 from pjax.rules.registry import Registered
 from pjax.trace import trace
@@ -108,6 +108,17 @@ def traced(fn, params):
 def test_without_registration_there_is_no_rule():
     with pytest.raises(TraceError, match="no projection for the operation `reduce_precision`"):
         traced(lambda x: jax.lax.reduce_precision(x, 8, 7), normal(0, 6))
+
+
+def test_a_rule_of_the_library_goes_before_a_numeric_one():
+    """One builder in the table is all that it takes."""
+
+    @rules._builder(jax.lax.tanh_p)
+    def _own(program: Any, equation: Any) -> NodeSpec:
+        return NodeSpec(rules.Quantizer(2, name="own"), equation.inputs)
+
+    graph, _ = traced(lambda p: jnp.tanh(p["x"]) + p["x"], {"x": normal(0, 4, 3)})
+    assert only(graph, "own").rule.exactness == "exact"
 
 
 def test_a_primitive():

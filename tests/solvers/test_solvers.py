@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,67 @@ def test_formulas_of_one_step(x64):
     t12 = z0 + pb(2 * pa(z0) - z0) - pa(z0)
     t21 = t12 + pa(2 * pb(t12) - t12) - pb(t12)
     np.testing.assert_allclose(after(solvers.CyclicDouglasRachford()), t21)
+
+
+@dataclass(frozen=True)
+class Dykstra(solvers.Solver):
+    """Alternating projections with a correction for each set: of convex sets, to the point of both
+    that is nearest to the start (Boyle and Dykstra, 1986). It carries the corrections.
+    """
+
+    def start(self, problem, state):
+        return state, state, state
+
+    def step(self, problem, state):
+        z, *corrections = state
+        points, distances = [z], []
+        for group, correction in enumerate(corrections):
+            before = solvers.affine((1.0, points[-1]), (1.0, correction))
+            points.append(problem.project(group, before))
+            distances.append(problem.distance(points[-1], before))
+            corrections[group] = solvers.affine((1.0, before), (-1.0, points[-1]))
+        return solvers.Step(
+            (points[-1], *corrections),
+            lambda: tuple(distances),
+            points[-2],
+            points[-1],
+            residual=lambda: problem.distance(points[-1], points[-2]),
+            size=lambda: problem.distance(points[-1], z),
+        )
+
+    def solution(self, problem, state):
+        return state[0]
+
+
+def half_plane(normal):
+    unit = jnp.asarray(normal, jnp.float64) / np.linalg.norm(normal)
+    return lambda z: z - unit * jnp.maximum(jnp.dot(unit, z), 0)
+
+
+def test_a_solver_may_carry_more_than_a_point(x64):
+    problem = Sets(half_plane([1, 0]), half_plane([1, 1]), start=[3.0, 1.0])
+    state, history = Dykstra(steps=60).solve(problem)
+    # Nearest to (3, 1) is the corner; projections in turn end elsewhere on the border.
+    np.testing.assert_allclose(problem.point(state), [0, 0], atol=1e-6)
+    np.testing.assert_allclose(Dykstra(steps=60).run(problem)[0], state[0])
+    assert history.verdict == Verdict.CONVERGING
+    assert history.step_size.shape == (60,)
+    other, _ = solvers.AlternatingProjections(steps=60).solve(problem)
+    assert np.linalg.norm(problem.point(other)) > 0.1
+
+
+def test_a_solver_that_carries_more_solves_and_profiles_networks():
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    params = {"w": jnp.full((3, 2), 0.1)}
+
+    def loss(p):
+        return pjax.squared_error(x @ p["w"], jnp.ones((8, 2))).mean()
+
+    solver = Dykstra(steps=20)
+    found, _ = pjax.optim.Optimizer(solver).update(loss, params)
+    assert loss(found) < 0.9 * loss(params)
+    problem = pjax.feasibility_problem(loss, params, grouping="colours", reflecting=True)
+    assert np.isfinite(pjax.profile(problem, solver).residual).all()
 
 
 def test_history_holds_distances_and_steps(x64):
