@@ -33,6 +33,12 @@ class Consensus:
             for members in map(frozenset, groups)
             if not members.isdisjoint(slot.producers) and not layout.storages[slot.index].in_parts
         }
+        # The weights of joined slots, for each part.
+        self._factors = {
+            slot.index: self._part_weights(slot)
+            for slot in weights.graph.slots
+            if layout.storages[slot.index].in_parts
+        }
 
     def targets(self, nodes: Sequence[int], state: State) -> dict[int, Array]:
         """The weighted mean of the entries that read each node, in the node's unit."""
@@ -44,8 +50,13 @@ class Consensus:
         for slot in (self.weights.graph.slots[i] for i in sorted(indices)):
             storage = self.weights.layout.storages[slot.index]
             if storage.in_parts and state.slots[slot.index] is not None:
-                for producer, part in self._weighed_parts(slot, state.slots[slot.index]):
+                parts = zip(
+                    slot.producers, state.slots[slot.index], self._factors[slot.index], strict=True
+                )
+                # Each level weighs the parts that are its own: of `T` steps `T` parts in all.
+                for producer, part, factor in parts:
                     if producer in members:
+                        part = (part * factor).astype(part.dtype)
                         sums[producer] = sums[producer] + part if producer in sums else part
                 continue
             value = mean(self.weights, state, slot)
@@ -70,15 +81,12 @@ class Consensus:
             targets[producer] = (total / weight).astype(total.dtype)
         return targets
 
-    def _weighed_parts(self, slot: Slot, parts: Sequence[Array]) -> list[tuple[int, Array]]:
-        """The parts of a joined slot times their weights, with the producer of each."""
+    def _part_weights(self, slot: Slot) -> Sequence[Any]:
         weight: Any = self.weights.slots[slot.index].mantissa
-        factors = (weight,) * len(parts)
-        if jnp.ndim(weight):
-            storage = self.weights.layout.storages[slot.index]
-            factors = storage.fill(jnp.broadcast_to(weight, slot.shape))
-        weighed = [(x * c).astype(x.dtype) for x, c in zip(parts, factors, strict=True)]
-        return list(zip(slot.producers, weighed, strict=True))
+        if not jnp.ndim(weight):
+            return (weight,) * len(slot.producers)
+        storage = self.weights.layout.storages[slot.index]
+        return storage.fill(jnp.broadcast_to(weight, slot.shape))
 
     def written(
         self, members: Collection[int], slot: Slot, outputs: Mapping[int, Array], state: State
