@@ -6,5 +6,6 @@ over stacked operands (`loops`).
 
 from __future__ import annotations
 
+from pjax.compile.once import traced_once as traced_once
 from pjax.compile.rolling import rolled as rolled
 from pjax.compile.rolling import rolled_scan as rolled_scan

@@ -120,4 +120,4 @@ def _is_body(value: Any) -> bool:
 
 
 def _type(atom: Any) -> Any:
-    return isinstance(atom, compat.Literal), str(atom.aval)
+    return isinstance(atom, compat.Literal), atom.aval

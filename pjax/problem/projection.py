@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array
 
+from pjax.compile import traced_once
 from pjax.graph import Node, Slot, feeds_thresholds, latent_nodes
 from pjax.problem.consensus import Consensus
 from pjax.problem.state import State, filled, slot_distance, unmoved
@@ -61,7 +62,8 @@ def sweep(consensus: Consensus, layer_forces: bool = False) -> State:
             if feeds_thresholds(graph, index):
                 targets[index] = node.rule.steadied(targets[index], graph.shapes(node))
             geometry, weight = weights.references[index].geometry, weights.targets[index]
-            forces[index] = scaling.once(node.rule.force(geometry, targets[index], weight))
+            force = traced_once(node.rule, "force", geometry, targets[index], weight)
+            forces[index] = scaling.once(force)
         nodes = [index for index in members if index not in left_out]
         state, _ = project_nodes(weights, nodes, state, targets, forces)
     return State(state.slots, forces)
@@ -90,7 +92,9 @@ def project_nodes(
             reference = reference._replace(force=forces[node.index])
         operands = [weights.graph.slots[i] for i in node.slots]
         ratios = [weights.rule_ratio(slot) for slot in operands]
-        moved, output = node.rule.project(
+        moved, output = traced_once(
+            node.rule,
+            "project",
             reference,
             tuple(
                 _into_node(weights, node, slot, state.slots[slot.index], ratio)
