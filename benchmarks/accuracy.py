@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -531,15 +531,20 @@ def table_parser(
     return parser
 
 
+def print_names(console: Console, rows: Iterable[str], methods: Iterable[str]) -> int:
+    """What `--list` prints."""
+    console.print("rows:", *rows, sep="\n  ", highlight=False)
+    console.print("methods:", *methods, sep="\n  ", highlight=False)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 0, 1 after an error, 130 after Ctrl-C."""
     parser = table_parser("accuracy", "Scores beside tuned baselines'.", ROWS, METHODS, seeds=5)
     options = parser.parse_args(arguments)
     console = terminal.console(160)
     if options.list:
-        console.print("rows:", *ROWS, sep="\n  ", highlight=False)
-        console.print("methods:", *METHODS, sep="\n  ", highlight=False)
-        return 0
+        return print_names(console, ROWS, METHODS)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     methods = [METHODS[name] for name in options.methods]

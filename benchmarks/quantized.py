@@ -27,7 +27,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pjax
-from benchmarks.accuracy import TUNING_SEED, Cache, Comparison, Trainer, table_parser
+from benchmarks.accuracy import (
+    TUNING_SEED,
+    Cache,
+    Comparison,
+    Trainer,
+    print_names,
+    table_parser,
+)
 from benchmarks.accuracy_methods import Method, Settings, displacement, pure
 from benchmarks.accuracy_tasks import Kind, Loss, Params, Row, Task
 from pjax.lab import terminal
@@ -289,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = terminal.console(140)
     if options.list:
-        console.print("rows:", *ROWS, sep="\n  ", highlight=False)
-        console.print("methods:", *METHODS, sep="\n  ", highlight=False)
-        return 0
+        return print_names(console, ROWS, METHODS)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     trainer = None if options.cached else Trainer(options.data_dir)

@@ -81,6 +81,11 @@ TYPED = (
 )
 
 
+def axes_of(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that an `axis_name=` of one, several or no axes is."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
 @contextlib.contextmanager
 def summed_over(axes: tuple[str, ...]) -> Iterator[None]:
     """Within it the devices along these axes of `shard_map` are one to `everywhere`."""
@@ -126,6 +131,6 @@ def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, 
 
 
 __all__ = [
-    "alike", "automatic", "everywhere", "largest_everywhere", "mean_everywhere", "repeat",
-    "spec", "summed_over", "zeros_like",
+    "alike", "automatic", "axes_of", "everywhere", "largest_everywhere", "mean_everywhere",
+    "repeat", "spec", "summed_over", "zeros_like",
 ]  # fmt: skip

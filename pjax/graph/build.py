@@ -6,24 +6,17 @@ by which these are read. `units` says what is one node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pjax.backend import compat
 from pjax.graph.graph import Graph, Kind, Node, Slot
-from pjax.graph.stopped import Stopped, check_decisions, stop
-from pjax.graph.units import LayerUnits, Unit, Units
+from pjax.graph.messages import no_rule
+from pjax.graph.units import LayerUnits, Stopped, Unit, Units
 from pjax.options import Fallback, Splitting
-from pjax.patterns import (
-    LossTerm,
-    RowLoss,
-    find_losses,
-)
-from pjax.program import (
-    Equation,
-    Program,
-    find_route,
-)
+from pjax.patterns import LossTerm, RowLoss, find_losses
+from pjax.program import Atom, Equation, Program, TraceError, find_route
 from pjax.rules import (
     PARAMETER,
     LinearLoss,
@@ -54,8 +47,35 @@ def build_graph(
         try:
             return _Builder(with_losses, terms, kind(with_losses, terms, fallback)).build()
         except Stopped as stopped:
-            check_decisions(program, stopped.variables)
-            program = stop(program, stopped.variables)
+            _check_decisions(program, stopped.variables)
+            program = _stop(program, stopped.variables)
+
+
+_BITS = compat.find_primitives("bitcast_convert_type")
+
+
+def _check_decisions(program: Program, variables: Sequence[Atom]) -> None:
+    """Raises an error where numbers become whole numbers by their bits: that is no decision."""
+    behind = {atom for atom in variables if isinstance(atom, int)}
+    for equation in reversed(program.equations):
+        if behind.isdisjoint(equation.outputs):
+            continue
+        moving = [a for a in equation.inputs if isinstance(a, int) and program.is_variable(a)]
+        if moving and equation.primitive in _BITS:
+            raise TraceError(no_rule(equation, True))
+        behind.update(moving)
+
+
+def _stop(program: Program, variables: Sequence[Atom]) -> Program:
+    """The same program, in which these variables do not follow the parameters.
+
+    Of `jnp.where(w > 0, …)` the condition follows no move of `w`, as for a gradient: it is data.
+    """
+    moving = set(program.variable) - set(variables)
+    for equation in program.equations:
+        if moving.isdisjoint(equation.inputs):
+            moving.difference_update(equation.outputs)
+    return replace(program, variable=frozenset(moving))
 
 
 class _Builder:

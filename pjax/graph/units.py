@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from pjax.backend.compat import P
 from pjax.graph.messages import LOOPS, no_rule
-from pjax.graph.stopped import Stopped
 from pjax.options import Fallback
 from pjax.patterns import (
     Excerpt,
@@ -65,6 +64,16 @@ from pjax.rules import (
     bilinear_operands,
     find_builder,
 )
+
+
+class Stopped(Exception):
+    """Conditions, counts and indices of parameters that are part of no piecewise linear function:
+    they are data, as for a gradient.
+    """
+
+    def __init__(self, variables: Sequence[Atom]):
+        super().__init__(variables)
+        self.variables = variables
 
 
 @dataclass
@@ -370,21 +379,7 @@ class LayerUnits(Units):
         equation = self.program.definitions[var]
         if sums.sum_step(self.program, equation, SumTerm(var)) is None:
             return None
-        return self._open_sums(SumTerm(var))
-
-    def _open_sums(self, start: SumTerm) -> list[SumTerm]:
-        """`start` as a sum, down to products, values that are read elsewhere, and other nodes."""
-        done, pending = [], [(start, True)]
-        while pending:
-            term, own = pending.pop(0)
-            parts = None
-            if own or (self.reads[term.variable] == 1 and self._product(term.variable) is None):
-                parts = self._open(term)
-            if parts is None:
-                done.append(term)
-            else:
-                pending[:0] = [(part, False) for part in parts]
-        return done
+        return self._expand(SumTerm(var), own=True)
 
     def _addend(self, term: SumTerm) -> tuple[Addend, Atom]:
         """An addend and the variable that it reads: what is broadcast is read before that."""

@@ -55,6 +55,26 @@ def _gain(
     return gain
 
 
+def _moved(
+    deviations: Sequence[Array],
+    coefficients: Sequence[ArrayLike],
+    axes: Sequence[Sequence[int]],
+    weights: Sequence[ArrayLike],
+    force: Array,
+) -> tuple[Array, ...]:
+    """`x_k + c_k force/ρ_k` of each operand."""
+    dtype = force.dtype
+    return tuple(
+        deviation
+        + jnp.asarray(coefficient, dtype)
+        * _spread(force, deviation.shape, summed)
+        / jnp.asarray(weight, dtype)
+        for deviation, coefficient, summed, weight in zip(
+            deviations, coefficients, axes, weights, strict=True
+        )
+    )
+
+
 def forward(
     values: Sequence[Array], coefficients: Sequence[ArrayLike], axes: Sequence[Sequence[int]]
 ) -> Array:
@@ -112,15 +132,7 @@ def affine(
     value = forward(deviations, coefficients, axes)
     target_weight = jnp.asarray(target_weight, dtype)
     force = target_weight * (target - value) / (1 + target_weight * gain)
-    moved = tuple(
-        deviation
-        + jnp.asarray(coefficient, dtype)
-        * _spread(force, deviation.shape, summed)
-        / jnp.asarray(weight, dtype)
-        for deviation, coefficient, summed, weight in zip(
-            deviations, coefficients, axes, weights, strict=True
-        )
-    )
+    moved = _moved(deviations, coefficients, axes, weights, force)
     return moved, value + gain * force
 
 
@@ -176,12 +188,4 @@ def distribute(
     shapes = [deviation.shape for deviation in deviations]
     gain = _gain(coefficients, shapes, axes, weights, dtype)
     force = change / jnp.maximum(gain, jnp.finfo(dtype).tiny)
-    return tuple(
-        deviation
-        + jnp.asarray(coefficient, dtype)
-        * _spread(force, deviation.shape, summed)
-        / jnp.asarray(weight, dtype)
-        for deviation, coefficient, summed, weight in zip(
-            deviations, coefficients, axes, weights, strict=True
-        )
-    )
+    return _moved(deviations, coefficients, axes, weights, force)

@@ -28,7 +28,6 @@ from pjax.trace import (
     complex_values,
     control_flow,
     derivatives,
-    operations,
     regroup,
     scatters,
     simplify,
@@ -255,10 +254,7 @@ class Flattener(Writer):
         if results is not None:
             return results
         if not REGISTRATIONS[eqn.primitive]:
-            function = windows.find(eqn.primitive, eqn.params)
-            if function is not None:
-                return self.add_function(function, inputs, source)
-            for module in (scatters, operations):
+            for module in (windows, scatters):
                 results = module.expand(self, eqn, inputs, source)
                 if results is not None:
                     return results

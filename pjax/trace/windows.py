@@ -8,7 +8,7 @@ wiring's consensus holds them together. A running sum is a product with a triang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax import lax
 from jaxtyping import Array
 
 from pjax.backend import compat
+from pjax.program import Atom
+from pjax.trace.writer import Writer
 
 _REDUCTIONS: dict[Any, tuple[Callable[..., Array], float]] = {
     **dict.fromkeys(compat.find_primitives("reduce_window_max"), (jnp.max, -np.inf)),
@@ -26,21 +28,15 @@ _REDUCTIONS: dict[Any, tuple[Callable[..., Array], float]] = {
 _CUMSUM = compat.find_primitives("cumsum")
 
 
-def find(primitive: Any, params: Mapping[str, Any]) -> Callable[[Array], list[Array]] | None:
-    """A function that computes a reduction over windows by operations that have rules.
-
-    **Arguments:**
-
-    - `primitive`, `params`: of the equation.
-
-    **Returns:** a function of the operand to the outputs; None for another primitive.
-    """
+def expand(writer: Writer, eqn: Any, inputs: Sequence[Atom], source: str) -> list[Atom] | None:
+    """The output of a reduction over windows by operations that have rules; None for any other."""
+    primitive, params = eqn.primitive, eqn.params
     if primitive in _CUMSUM:
-        return lambda x: [_running_sum(x, params)]
+        return writer.add_function(lambda x: [_running_sum(x, params)], inputs, source)
     if primitive not in _REDUCTIONS:
         return None
     reduce, fill = _REDUCTIONS[primitive]
-    return lambda x: [reduce_windows(x, reduce, fill, params)]
+    return writer.add_function(lambda x: [reduce_windows(x, reduce, fill, params)], inputs, source)
 
 
 def reduce_windows(

@@ -1,4 +1,6 @@
-"""What must hold of an update: finite parameters, data and loss; errors say what does not."""
+"""What must hold of an update: its own form of call, finite parameters, data and loss; errors say
+what does not.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,10 @@ from jaxtyping import Array
 
 from pjax.problem import Problem
 from pjax.program import Program
+from pjax.trace import require_function
+
+#: Stands for an argument that a call as Optax makes it lacks.
+MISSING: Any = object()
 
 
 class NonFiniteError(ValueError):
@@ -27,6 +33,31 @@ class Checks(NamedTuple):
     finite: list[Array]
     loss: Array
     solved: Array
+
+
+def require_own_call(
+    optimizer: Any, fn: Any, params: Any, state: Any = None, kinds: Any = object
+) -> None:
+    """Raises `TypeError` if `init` or `update` is called as those of a gradient transformation are,
+    `init(params)` and `update(gradients, state, params)`, or with arguments in another order.
+
+    **Arguments:**
+
+    - `kinds`: what `state` must be.
+    """
+    if params is not MISSING and state is not MISSING and isinstance(state, kinds):
+        require_function(fn, "fn")
+        return
+    wrong = (
+        "" if state is MISSING else f"`state` must come from `init`, got {type(state).__name__}. "
+    )
+    raise TypeError(
+        f"{wrong}`pjax.optim.{type(optimizer).__name__}` is called as `init(loss, params, …)` and "
+        "`update(loss, params, state, …)`, with the loss as a function. It makes its moves by "
+        "itself, and is no gradient transformation for `optax.chain`, `nnx.Optimizer` or a "
+        "`TrainState`. Give these an optimiser of Optax, and `pjax.value_and_displacement(loss)` "
+        "in the place of `jax.value_and_grad(loss)`."
+    )
 
 
 def check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> Checks:
@@ -98,4 +129,6 @@ def _describe(array: Any) -> str:
     return f"an array of shape {np.shape(array)} and dtype {array.dtype}"
 
 
-__all__ = ["Checks", "NonFiniteError", "check", "raise_if_unsound"]
+__all__ = [
+    "MISSING", "Checks", "NonFiniteError", "check", "raise_if_unsound", "require_own_call",
+]  # fmt: skip

@@ -156,11 +156,6 @@ class ValueAndDisplacement:
 
         return params, fn
 
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        names = self.axis_name
-        return (names,) if isinstance(names, str) else tuple(names or ())
-
     def _layout(self, program: Program) -> Layout:
         options = Formulation(self.metric, self.fanout, self.splitting, fallback=self.fallback)
         return layout(program, options.for_solver(self.solver))
@@ -177,8 +172,9 @@ class ValueAndDisplacement:
                     "`allow_int=True`, or let the function have it in another argument."
                 )
         found_layout, anywhere = self._layout(program), PartitionSpec()
+        axes = shardings.axes_of(self.axis_name)
         value, aux, moved, vectors = shardings.automatic(
-            functools.partial(_displace, found_layout, self.solver, self._axes),
+            functools.partial(_displace, found_layout, self.solver, axes),
             leaves,
             consts,
             None if state is None else state.vectors,

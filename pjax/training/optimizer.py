@@ -21,8 +21,7 @@ from pjax.program import Program, leaves_of
 from pjax.sets import Set, into
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import trace
-from pjax.training.calls import MISSING, require_own_call
-from pjax.training.checks import Checks, raise_if_unsound
+from pjax.training.checks import MISSING, Checks, raise_if_unsound, require_own_call
 from pjax.training.checks import check as check_solve
 from pjax.training.within import sets_of
 

@@ -22,8 +22,7 @@ from pjax.program import leaves_of, read
 from pjax.sets import Set, into
 from pjax.trace import trace
 from pjax.training import requests
-from pjax.training.calls import MISSING, require_own_call
-from pjax.training.checks import Checks, check, raise_if_unsound
+from pjax.training.checks import MISSING, Checks, check, raise_if_unsound, require_own_call
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.readers import Units, find_units
 from pjax.training.requests import Requests, Step
@@ -249,8 +248,9 @@ class Projection:
         require_own_call(self, fn, params)
         program, leaves, consts, _ = self._traced(fn, params, args, kwargs)
         found_layout, anywhere = self._layout(program), PartitionSpec()
+        axes = shardings.axes_of(self.axis_name)
         memory, vectors = shardings.automatic(
-            functools.partial(_start, found_layout, self.requests, self._axes),
+            functools.partial(_start, found_layout, self.requests, axes),
             leaves,
             consts,
             like=(_specs(found_layout, leaves), anywhere),
@@ -373,8 +373,9 @@ class Projection:
         step = Step(sets, keep, relaxation) if sets else Step()
         anywhere: Any = PartitionSpec()
         moves: Any = list(map(shardings.spec, leaves))
+        axes = shardings.axes_of(self.axis_name)
         found = shardings.automatic(
-            functools.partial(_solve, found_layout, self.requests, self.check, self._axes),
+            functools.partial(_solve, found_layout, self.requests, self.check, axes),
             leaves,
             consts,
             state.memory,
@@ -423,11 +424,6 @@ class Projection:
                     "a batch and its labels must have as many."
                 )
             raise
-
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        names = self.axis_name
-        return (names,) if isinstance(names, str) else tuple(names or ())
 
     def _layout(self, program: Any) -> Layout:
         return layout(program, formulation(self.fallback))
