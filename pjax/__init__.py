@@ -69,7 +69,6 @@ from pjax.optim import NonFiniteError as NonFiniteError
 from pjax.problem import Problem as Problem
 from pjax.problem import feasibility_problem as feasibility_problem
 from pjax.program import TraceError as TraceError
-from pjax.program import constrain as constrain
 from pjax.program import cross_entropy as cross_entropy
 from pjax.program import identity as identity
 from pjax.program import margin_loss as margin_loss
@@ -78,6 +77,7 @@ from pjax.program import squared_error as squared_error
 from pjax.program import step as step
 from pjax.program import threshold as threshold
 from pjax.rules import register_projection as register_projection
+from pjax.sets import constrain as constrain
 from pjax.training import SearchProgress as SearchProgress
 from pjax.training import Solutions as Solutions
 from pjax.training import displacement as displacement

@@ -13,7 +13,6 @@ from pjax.program.keys import REGISTRATIONS as REGISTRATIONS
 from pjax.program.keys import canonical as canonical
 from pjax.program.parameters import Leaves as Leaves
 from pjax.program.parameters import leaves_of as leaves_of
-from pjax.program.primitives import constrain as constrain
 from pjax.program.primitives import cross_entropy as cross_entropy
 from pjax.program.primitives import identity as identity
 from pjax.program.primitives import margin_loss as margin_loss

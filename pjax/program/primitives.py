@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from pjax.backend import custom_primitives
 from pjax.projections import losses
 from pjax.projections.quantize import uniform_quantize
-from pjax.sets import Set
 
 
 def to_front(args: Any, dims: Any, size: int) -> list[Array]:
@@ -165,7 +163,8 @@ def identity(x: ArrayLike) -> Array:
     return identity_p.bind(jnp.asarray(x))
 
 
-def _floating(name: str, x: ArrayLike) -> Array:
+def floating(name: str, x: ArrayLike) -> Array:
+    """`x` as an array; `TypeError` if its type is no floating-point type."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`{name}` needs a floating-point array, got {x.dtype}.")
@@ -174,7 +173,7 @@ def _floating(name: str, x: ArrayLike) -> Array:
 
 def step(x: ArrayLike) -> Array:
     """`1 where x > 0, else 0`, in the dtype of `x`, which must be a floating-point type."""
-    return step_p.bind(_floating("step", x))
+    return step_p.bind(floating("step", x))
 
 
 def threshold(x: ArrayLike, margin: float = 0.0) -> Array:
@@ -199,7 +198,7 @@ def threshold(x: ArrayLike, margin: float = 0.0) -> Array:
     Source: V. Elser and M. Krishan Lal, *Learning with Boolean threshold functions*, arXiv
     2602.17493.
     """
-    x, margin = _floating("threshold", x), float(margin)
+    x, margin = floating("threshold", x), float(margin)
     if not (margin >= 0 and math.isfinite(margin)):
         raise ValueError(f"`margin` must be finite and not negative, got {margin}.")
     return threshold_p.bind(x, margin=margin)
@@ -217,45 +216,9 @@ def quantize(x: ArrayLike, levels: int = 2, low: float = -1.0, high: float = 1.0
     **Raises:** `ValueError` for fewer than two levels or bounds that are not ordered, `TypeError`
     for an array of another type.
     """
-    x = _floating("quantize", x)
+    x = floating("quantize", x)
     if levels < 2:
         raise ValueError(f"`levels` must be at least 2, got {levels}.")
     if not (low < high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"`low` must be below `high`, both finite, got {low} and {high}.")
     return quantize_p.bind(x, levels=int(levels), low=float(low), high=float(high))
-
-
-def constrain(x: ArrayLike, set: Set) -> Array:
-    """`x`, which is to lie in a set: a hard constraint of the problem, the identity otherwise.
-
-    In a solve `x ∈ set` is a constraint of its own beside the operations that read `x`: its
-    projection is the nearest point of the set. The forward pass does not change; how far `x` is
-    from the set there is in `info.violations` of [`pjax.optim.Projection`][], by the line of the
-    call, and in `Problem.violations`.
-
-    A solver of many steps ends near the set where it can. One sweep, as for
-    [`pjax.optim.Projection`][] and displacements, asks `x` to move there: the force is
-    `P(x) − x`, as if the loss had the term `|x − P(x)|²/2λ` with the prox step λ, for as long as
-    `x` is not in the set. For parameters use `sets` of the optimisers, which are satisfied exactly.
-
-    Under `vmap` the set is one for each mapped entry. Where `x` depends on no parameter there is
-    nothing to constrain.
-
-    **Arguments:**
-
-    - `x`: a floating-point array.
-    - `set`: from `pjax.sets`, or your own; its numbers are data, and may be traced.
-
-    **Raises:** `TypeError` for an array of another type or what is no set, `ValueError` for a set
-    that has no point of this shape.
-
-    >>> import pjax
-    >>> pjax.constrain(jnp.array([0.5, 0.7]), pjax.sets.Simplex())
-    Array([0.5, 0.7], dtype=float32)
-    """
-    x = _floating("constrain", x)
-    if not isinstance(set, Set):
-        raise TypeError(f"`constrain` needs a set of `pjax.sets`, got {set!r}.")
-    set.check(x.shape)
-    numbers, structure = jax.tree.flatten(set)
-    return constrain_p.bind(x, *map(jnp.asarray, numbers), structure=structure, axes=())

@@ -22,6 +22,7 @@ from pjax.sets.entries import Box as Box
 from pjax.sets.entries import Levels as Levels
 from pjax.sets.entries import Nonnegative as Nonnegative
 from pjax.sets.entries import Signs as Signs
+from pjax.sets.inside import constrain as constrain
 from pjax.sets.norms import Ball as Ball
 from pjax.sets.norms import Sphere as Sphere
 from pjax.sets.of_matrices import LowRank as LowRank
