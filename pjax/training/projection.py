@@ -23,9 +23,10 @@ from pjax.sets import Set, into
 from pjax.trace import trace
 from pjax.training import requests
 from pjax.training.checks import MISSING, Checks, check, raise_if_unsound, require_own_call
+from pjax.training.ends import Step
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.readers import Units, find_units
-from pjax.training.requests import Requests, Step
+from pjax.training.requests import Requests
 from pjax.training.within import sets_of
 
 

@@ -29,28 +29,13 @@ from pjax.problem import Problem, State
 from pjax.projections import spectrum
 from pjax.projections.products.rows import dot
 from pjax.projections.spectrum import entries
-from pjax.sets import Set
 from pjax.training import moments
+from pjax.training.ends import Step, ends_in_sets
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.moments import Stacks
 from pjax.training.readers import Unit, Units
 from pjax.training.readings import Read, Reading, readings
-from pjax.training.solve import Plan, solve, stiffnesses, whitened
-from pjax.training.within import minimum
-
-
-class Step(NamedTuple):
-    """What is made of moves where parameters are to stay in sets.
-
-    **Attributes:**
-
-    - `sets`: for each leaf its set or None; nothing where there are none.
-    - `keep`, `relaxation`: factors on the parameter, and on the move.
-    """
-
-    sets: Sequence[Set | None] = ()
-    keep: Any = 1.0
-    relaxation: Any = 1.0
+from pjax.training.solve import Plan, limit, solve, whitened
 
 
 @dataclass(frozen=True)
@@ -108,10 +93,6 @@ _TOLERATED = 0.1
 _SLOWEST, _FASTEST = 1e-3, 4.0
 #: Directions of the inputs below this share of the mean direction tell little of the noise.
 _UNSEEN = 0.01
-#: The share of the mean square of its requests that a unit's move may explain. It is more where all
-#: rows ask for one move, which can end a layer of relus, and where directions of the inputs come up
-#: that were not in the rows before.
-_EXPLAINED = 0.3
 #: The largest eigenvalue counts as at most so many mean ones: many inputs of which few directions
 #: matter, as those of images behind convolutions, would be damped by their mere number. Quantized
 #: weights are better off with more.
@@ -200,63 +181,28 @@ def moves(
         _combined(weights, own.asked, force)
         for own, force, weights in zip(memory.units, unit_forces, plan.ahead, strict=True)
     ]
+    solved = solve(problem, units, stacks, ahead, memory, plan)
     found = [
-        move * _limit(dot(asked, move), square).astype(move.dtype)
-        for move, asked, square in zip(
-            solve(problem, units, stacks, ahead, memory, plan), ahead, plan.squares, strict=True
-        )
+        move * limit(dot(asked, move), square).astype(move.dtype)
+        for move, asked, square in zip(solved, ahead, plan.squares, strict=True)
+    ]
+    lengths = [
+        jnp.ones_like(plan.pace) if unit.latent else plan.pace * pace
+        for unit, pace in zip(units.units, entries(plan.paces), strict=True)
     ]
     moved = {
-        unit.node: move if unit.latent else (plan.pace * pace).astype(move.dtype) * move
-        for unit, move, pace in zip(units.units, found, entries(plan.paces), strict=True)
+        unit.node: length.astype(move.dtype) * move
+        for unit, move, length in zip(units.units, found, lengths, strict=True)
     }
-    ends, found = _ends(problem, units, stacks, memory, plan, found, moved, step)
+    inside = ends_in_sets(problem, units, stacks, memory, plan, step, solved, ahead, lengths)
+    found = [inside[n].move if n in inside else move for n, move in enumerate(found)]
+    ends = {part.leaf: part.end for part in inside.values()}
     new = tuple(own._replace(move=move) for own, move in zip(kept, found, strict=True))
     return (
         moved,
         ends,
         memory._replace(units=new, force=batch.largest, pace=plan.pace, paces=plan.paces),
     )
-
-
-def _ends(
-    problem: Problem,
-    units: Units,
-    stacks: Stacks,
-    memory: Memory,
-    plan: Plan,
-    found: Sequence[Array],
-    moved: Mapping[int, Array],
-    step: Step,
-) -> tuple[dict[int, Array], list[Array]]:
-    """Where parameters in sets end, by the number of the leaf; and the moves to remember, which for
-    these are those that were made.
-    """
-    leaves = {
-        number: leaf
-        for number, unit in enumerate(units.units)
-        if step.sets
-        and problem.graph.nodes[unit.node].kind == "parameter"
-        and (leaf := problem.graph.nodes[unit.node].output) is not None
-        and step.sets[leaf] is not None
-    }
-    stiffness = stiffnesses(problem, units, stacks, memory, plan, list(leaves))
-    ends, kept = {}, list(found)
-    paces = entries(plan.paces)
-    for number, leaf in leaves.items():
-        one, move = step.sets[leaf], found[number]
-        assert one is not None
-        start = step.keep * problem.values[leaf]
-        end = minimum(
-            one,
-            start,
-            start + step.relaxation * moved[units.units[number].node],
-            *stiffness[number],
-        )
-        ends[leaf] = end
-        length = step.relaxation * plan.pace * paces[number]
-        kept[number] = ((end - start) * spectrum.inverse(length)).astype(move.dtype)
-    return ends, kept
 
 
 def _planned(
@@ -293,18 +239,6 @@ def _planned(
     dampings = _dampings(units, memory, diagonals, lengths, count, settings)
     squares = batch.scale(memory) ** 2 * batch.square / batch.rows
     return Plan(pace, paces, entries(squares), list(kept), list(ahead), inputs, outputs, dampings)
-
-
-def _limit(explained: Array, square: Array) -> Array:
-    """A factor on a move that would explain more of its requests than there is.
-
-    **Arguments:**
-
-    - `explained`: the product of the move and the requests, `tr WᵀCW` for a solve.
-    - `square`: the mean square of the rows of requests.
-    """
-    most = _EXPLAINED * square
-    return jnp.where(explained > most, most * spectrum.inverse(explained), 1)
 
 
 def _combined(weights: tuple[Array, Array], x: Array, y: Array) -> Array:
@@ -588,4 +522,4 @@ def _dampings(
     return dict(zip(numbers, entries(damping), strict=True))
 
 
-__all__ = ["GROWTH", "Memory", "Requests", "Step", "UnitMemory", "empty", "moves"]
+__all__ = ["GROWTH", "Memory", "Requests", "UnitMemory", "empty", "moves"]

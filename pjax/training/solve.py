@@ -21,6 +21,11 @@ from pjax.training.memory import Memory
 from pjax.training.moments import Part, Stack, Stacks, as_matrix, from_matrix
 from pjax.training.readers import Unit, Units
 
+#: The share of the mean square of its requests that a unit's move may explain. It is more where all
+#: rows ask for one move, which can end a layer of relus, and where directions of the inputs come up
+#: that were not in the rows before.
+_EXPLAINED = 0.3
+
 
 class Plan(NamedTuple):
     """What the move of each unit is made of: numbers, for the arrays of units.
@@ -68,6 +73,18 @@ def solve(
             move = spectrum.between(None, flat, right[number]).reshape(move.shape)
         found.append(move)
     return found
+
+
+def limit(explained: Array, square: Array) -> Array:
+    """A factor on a move that would explain more of its requests than there is.
+
+    **Arguments:**
+
+    - `explained`: the product of the move and the requests, `tr WᵀCW` for a solve.
+    - `square`: the mean square of the rows of requests.
+    """
+    most = _EXPLAINED * square
+    return jnp.where(explained > most, most * spectrum.inverse(explained), 1)
 
 
 def stiffnesses(
@@ -164,4 +181,4 @@ def _solved(problem: Problem, unit: Unit, left: Side, asked: Array, right: Side)
     return from_matrix(problem, unit, move).astype(asked.dtype)
 
 
-__all__ = ["Plan", "solve", "stiffnesses", "whitened"]
+__all__ = ["Plan", "limit", "solve", "stiffnesses", "whitened"]

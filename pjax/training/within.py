@@ -34,7 +34,9 @@ def minimum(
 ) -> Array:
     """A point of a set with a small `<y − t, H (y − t)>`: no larger than at `P(start)` and `P(t)`.
 
-    Accelerated projected gradients, which begin anew where the objective grows. Source: Beck and
+    Accelerated projected gradients, which begin anew where the objective grows. They begin at
+    `P(t)`: there the many directions of small `H`, in which steps are short, are as they should be,
+    and what the set made wrong in those of large `H` the first steps mend. Source: Beck and
     Teboulle (2009); O'Donoghue and Candès, *Adaptive restart* (2015).
 
     **Arguments:**
@@ -58,10 +60,10 @@ def minimum(
         best = jnp.where(better, new, best)
         return new, point, age, found, best, jnp.where(better, found, least)
 
-    first, other = (one.project(x).astype(start.dtype) for x in (start, target))
-    value, simple = objective(first), objective(other)
-    best = jnp.where(simple < value, other, first)
-    carry = first, first, jnp.ones((), value.dtype), value, best, jnp.minimum(simple, value)
+    rest, first = (one.project(x).astype(start.dtype) for x in (start, target))
+    least, value = objective(rest), objective(first)
+    best = jnp.where(value < least, first, rest)
+    carry = first, first, jnp.ones((), value.dtype), value, best, jnp.minimum(value, least)
     return jax.lax.fori_loop(0, _STEPS, step, carry)[4]
 
 

@@ -149,6 +149,54 @@ def test_resumes_after_a_kill(tmp_path):
     assert equal(resumed, search(enough=6))
 
 
+SETS = {
+    "signs": (pjax.sets.Signs(), np.where(np.arange(12).reshape(6, 2) % 5 < 2, 1.0, -1.0)),
+    "box": (pjax.sets.Box(-0.5, 1.0), np.linspace(-0.5, 1.0, 12).reshape(6, 2)),
+    "sparse": (pjax.sets.Sparse(2, axis=0), np.eye(6)[:, :2] - 2 * np.eye(6)[:, 3:5]),
+    "simplex": (pjax.sets.Simplex(axis=0), np.array([[0.5, 0], [0.2, 0], [0.3, 0.1], [0, 0.9],
+                                                    [0, 0], [0, 0]])),
+    "sphere": (pjax.sets.Sphere(2.0, axis=0), 2 * np.linalg.qr(np.vander(np.arange(6.0), 2))[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_parameters_are_in_their_sets(kind, tmp_path):
+    """Of every start, at each test; and as they would be without an interrupt. Five equations for
+    six numbers of each column: the set is what tells which.
+    """
+    one, wanted = SETS[kind]
+    assert float(one.distance(jnp.asarray(wanted, jnp.float32))) < 1e-6
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
+    y = x @ jnp.asarray(wanted, jnp.float32)
+
+    def fn(params):
+        return jnp.mean(pjax.squared_error(x @ params["w"], y))
+
+    def inside(params):
+        distances = jax.vmap(lambda w: one.distance(w))(params["w"])
+        assert float(jnp.max(distances)) <= 1e-6
+
+    def solved(steps, **options):
+        return pjax.solve(
+            fn, {"w": jnp.full((6, 2), 0.3)}, sets={"w": one}, starts=6, steps=steps, enough=6,
+            relaxation=0.5, adaptation=0.0, every=250, stop=lambda p: fn(p) < 1e-6, **options,
+        )  # fmt: skip
+
+    found = solved(4000)
+    inside(found.params)
+    assert bool(found.exact[0])
+    np.testing.assert_allclose(x @ found.best["w"], y, atol=5e-3)
+
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        solved(4000, checkpoint=path, progress=interrupt)
+    inside(solved(250, checkpoint=path).params)
+    assert equal(solved(4000, checkpoint=path), found)
+
+
 def test_progress():
     seen = []
     found = search(enough=6, steps=100, every=40, progress=seen.append)
