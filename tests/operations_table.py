@@ -23,7 +23,7 @@ from catalogue import Case
 import pjax
 from pjax.backend import compat
 from pjax.graph import Graph, Node, build_graph
-from pjax.program import Program, is_wiring
+from pjax.program import SMOOTH, Program, is_wiring
 from pjax.rules import Rule
 from pjax.trace import trace
 
@@ -265,9 +265,18 @@ def page() -> str:
         "| primitive | `layer` | `neuron` |",
         "| --- | --- | --- |",
     ]
-    for name, row in handled(catalogue.CASES).items():
+    table = handled(catalogue.CASES)
+    for name, row in table.items():
         cells = [", ".join(sorted(row[splitting])) for splitting in SPLITTINGS]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    further = sorted({primitive.name for primitive in SMOOTH} - set(table))
+    lines += [
+        "",
+        "Functions of numbers that no layer needs have a numeric projection, as `tanh` has: "
+        f"{', '.join(f'`{name}`' for name in further)}.",
+        "",
+        "`pjax.explain(loss_fn, params, x, y)` says which rule each operation of a function has.",
+    ]
     lines += ["", "## Rules", "", "| rule | class | constraint |", "| --- | --- | --- |"]
     rules = {rule for case in catalogue.CASES for rule in find(case).rules}
     for rule in sorted({(type(r).__name__, r.exactness, _summary(r)) for r in rules}):

@@ -312,6 +312,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda h, p, d: jax.lax.reduce_precision(h, 8, 20),
         r"`reduce_precision` at .*test_operations.*register_projection.*fallback=\"gauss-newton\"",
     ),
+    "a function without a derivative": (
+        lambda h, p, d: jax.scipy.special.zeta(h**2 + 2, 1.0),
+        r"`zeta` at .*test_operations.*register_projection",
+    ),
     "a function applied in place": (
         lambda h, p, d: h.at[d["segments"]].apply(jnp.sin),
         r"apply\(f\)` \(.*test_operations.*`x.at\[i\].set\(f\(x\[i\]\)\)`",

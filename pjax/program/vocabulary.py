@@ -47,7 +47,7 @@ INTEGER_ARITHMETIC = UNIFORM_WIRING | compat.find_primitives(
 )  # fmt: skip
 #: Sums of terms that may be larger than the result: `log Γ` near 1 and 2.
 SERIES = compat.find_primitives(
-    "lgamma", "digamma", "polygamma", "zeta", "igamma", "igammac", "regularized_incomplete_beta",
+    "lgamma", "digamma", "polygamma", "igamma", "igammac", "regularized_incomplete_beta",
     "bessel_i0e", "bessel_i1e", "erf_inv",
 )  # fmt: skip
 #: Elementwise functions without an exact rule of their own.

@@ -1,8 +1,9 @@
 """What a rule is: the constraint of one node, and what it is given to project onto it.
 
 In come the forward pass at the node (`Reference`), deviations, weights and a target; out go the
-nearest operands and output. To add an operation, subclass `Rule` with one `project`; the other
-methods have defaults that are right for an operation without copies.
+nearest operands and output. To add an operation, subclass `Rule` with one `project`, and with
+`gains` where the output may move further than an operand; the other methods have defaults that are
+right for an operation without copies.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class Rule(ABC):
         """The nearest point of `{(x, y): y = f(x)}`: what the rule is for.
 
         Of `y = 2x` with the weights ρ and W it is `δx = (ρ d + 2 W z)/(ρ + 4 W)`, `δy = 2 δx`, with
-        the deviation `d` and the target `z`. All are deviations from the reference: a move far
-        below the rounding of a value keeps its digits.
+        the deviation `d` and the target `z`. All are deviations from the reference, in the unit of
+        `reference.geometry.exponent`: a move far below the rounding of a value keeps its digits.
 
         **Arguments:**
 

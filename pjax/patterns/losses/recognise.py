@@ -1,4 +1,4 @@
-"""Cross-entropy, margin and squared error, recognised by their values whatever their spelling."""
+"""Cross-entropy and squared error, recognised by their values whatever their spelling."""
 
 from __future__ import annotations
 
