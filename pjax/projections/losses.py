@@ -280,6 +280,8 @@ def tangent(
 #: Steps of `separable`, and of `rows` with at most so many conjugate gradient steps in each.
 _ENTRY_STEPS = 60
 _ROW_STEPS, _ROW_INNER = 40, 16
+#: A loss is straight along a move that changes its slope by less than this share.
+_STRAIGHT = 0.5
 
 
 def separable(
@@ -311,7 +313,8 @@ def separable(
         x = reference + move
         return jax.jvp(slope_at, (x,), (jnp.ones_like(x),))
 
-    full_step = deviation - step * slope_at(reference + deviation)
+    slope_before = slope_at(reference + deviation)
+    full_step = deviation - step * slope_before
     low, high = jnp.minimum(deviation, full_step), jnp.maximum(deviation, full_step)
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -329,13 +332,16 @@ def separable(
 
     first = (deviation, low, high, jnp.full((), jnp.inf, dtype))
     at, *_ = shardings.repeat(lambda state: state[-1] > 0, body, first, _ENTRY_STEPS)
-    found = _settled(deviation, -step * slope_at(reference + at), at, reference)
+    slope_there = slope_at(reference + at)
+    found = _settled(deviation, -step * slope_there, at, reference)
 
     def cost(move: Array) -> Array:
         return 0.5 * jnp.square(move - deviation) + step * entries(reference + move)
 
     rounding = 8 * jnp.finfo(dtype).eps * jnp.abs(step * entries(reference + deviation))
     lower = cost(found) <= cost(deviation) + rounding
+    # What a short move gains may be less than what values are rounded by; slopes know of it.
+    lower |= jnp.abs(slope_there - slope_before) <= _STRAIGHT * jnp.abs(slope_before)
     return jnp.where(lower & (step > 0), found, deviation)
 
 
@@ -408,8 +414,15 @@ def rows(
         damping = jnp.where(lower, 0.2 * damping, 5 * damping + 1)
         return new, height, damping, jnp.any(moved & (step > 0))
 
+    # What a short move gains may be less than what values are rounded by; slopes know of it.
+    slope_before = slope_at(reference + deviation)
+    full_step = deviation - step * slope_before
+    bend = slope_at(reference + full_step) - slope_before
+    straight = dot(bend, bend) <= _STRAIGHT**2 * dot(slope_before, slope_before)
+    start = jnp.where(straight, full_step, deviation)
+
     none = jnp.zeros_like(step)
-    first = (deviation, cost(deviation), none, jnp.array(True))
+    first = (start, cost(start), none, jnp.array(True))
     at, *_ = shardings.repeat(lambda state: state[-1], body, first, _ROW_STEPS)
     found = _settled(deviation, -step * slope_at(reference + at), at, reference)
     return jnp.where(step > 0, found, deviation)

@@ -488,3 +488,21 @@ def test_row_losses_agree_with_the_exact_operator():
     exact = losses.cross_entropy(reference, deviation, labels, step)
     found = losses.rows(lambda x: losses.cross_entropy_value(x, labels), reference, deviation, step)
     np.testing.assert_allclose(found, exact, atol=1e-8)
+
+
+@pytest.mark.parametrize("step", [1e-7, 1e-9, 1e-11])
+def test_moves_that_gain_less_than_the_rounding_of_values_are_taken(x64, step):
+    x = jnp.asarray([[0.17, 0.38, 0.66, 1.67]])
+
+    def entry(x):
+        return jnp.log(1 + x**8)
+
+    slope = jax.vmap(jax.vmap(jax.grad(entry)))(x)
+    zero = jnp.zeros_like(x)
+    for found in (
+        losses.separable(entry, x, zero, step),
+        losses.rows(lambda x: jnp.sum(entry(x), axis=-1), x, zero, step),
+        losses.rows(lambda x: jnp.sum(entry(x), axis=-1), x[:, :1], zero[:, :1], step),
+    ):
+        # To first order the move is that along the slope.
+        np.testing.assert_allclose(found / -step, slope[:, : found.shape[1]], rtol=50 * step)
