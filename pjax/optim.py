@@ -31,6 +31,7 @@ from pjax.training import (
     PipelineState,
     Projection,
     ProjectionState,
+    StagedProjections,
     StateSize,
 )
 
@@ -141,5 +142,6 @@ __all__ = [
     "PipelinedProjection",
     "Projection",
     "ProjectionState",
+    "StagedProjections",
     "StateSize",
 ]

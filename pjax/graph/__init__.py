@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pjax.graph.bipartition import bipartite as bipartite
 from pjax.graph.build import build_graph as build_graph
+from pjax.graph.graph import WHOLE as WHOLE
+from pjax.graph.graph import Ends as Ends
 from pjax.graph.graph import Graph as Graph
 from pjax.graph.graph import Node as Node
 from pjax.graph.graph import Slot as Slot

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pjax.graph.graph import Graph, Node, Slot
-from pjax.program import Route
+from pjax.program import Route, TraceError
 from pjax.rules import IDENTITY
 
 #: Beyond this many edges the integer program is not tried.
@@ -136,10 +136,24 @@ def bipartite(graph: Graph) -> Graph:
     """The same graph with two colours such that no node reads one of its own colour.
 
     Identity nodes are inserted where that needs them, one per producer and as few as can be found.
+    At the ends of a part all nodes that hand something on have one colour: neighbours have it too.
+
+    **Raises:** [`pjax.TraceError`][] for a part that hands on what it was handed.
     """
-    colours, producers = two_colour(len(graph.nodes), graph.edges())
-    flip = colours[graph.losses[0].index]
+    ends = _at_ends(graph)
+    one = dict.fromkeys(ends, min(ends, default=0))
+    # What stands for the readers in the part behind has no say.
+    edges = [edge for edge in graph.edges() if graph.exit is None or edge[1] != graph.exit.node]
+    merged = [(one.get(producer, producer), one.get(reader, reader)) for producer, reader in edges]
+    found, _ = two_colour(len(graph.nodes), merged)
+    colours = [found[one.get(node, node)] for node in range(len(graph.nodes))]
+    if graph.exit is not None:
+        colours[graph.exit.node] = 1 - colours[ends[0]]
+    producers = conflicts(colours, edges)
+    flip = colours[graph.losses[0].index if graph.ends.colour is None else ends[0]]
     letters = ["A" if colour == flip else "B" for colour in colours]
+    if graph.ends.colour == "B":
+        letters = ["B" if letter == "A" else "A" for letter in letters]
     nodes = [replace(n, colour=letter) for n, letter in zip(graph.nodes, letters, strict=True)]
     slots = list(graph.slots)
     for producer in producers:
@@ -178,4 +192,16 @@ def bipartite(graph: Graph) -> Graph:
                 source=node.source,
             )
         )
-    return Graph(graph.program, tuple(nodes), tuple(slots), graph.terms)
+    return replace(graph, nodes=tuple(nodes), slots=tuple(slots))
+
+
+def _at_ends(graph: Graph) -> list[int]:
+    """The nodes that hand something on, at both ends of a part."""
+    before = [] if graph.entry is None else [graph.entry.index]
+    behind = [] if graph.exit is None else list(graph.exit.producers)
+    if not set(before).isdisjoint(behind):
+        raise TraceError(
+            "A layer hands on entries of its input as they are: these are entries of the layer "
+            "before. Let an operation make each of its outputs."
+        )
+    return [*before, *behind]

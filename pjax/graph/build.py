@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pjax.backend import compat
-from pjax.graph.graph import Graph, Kind, Node, Slot
+from pjax.graph.graph import WHOLE, Ends, Graph, Kind, Node, Slot
 from pjax.graph.messages import no_rule
 from pjax.graph.units import LayerUnits, Stopped, Unit, Units
 from pjax.options import Fallback, Splitting
@@ -28,7 +28,10 @@ from pjax.rules import (
 
 
 def build_graph(
-    program: Program, splitting: Splitting = "neuron", fallback: Fallback | None = None
+    program: Program,
+    splitting: Splitting = "neuron",
+    fallback: Fallback | None = None,
+    ends: Ends = WHOLE,
 ) -> Graph:
     """The graph of a program: nodes for the operations, slots for their operands, routes between.
 
@@ -37,6 +40,7 @@ def build_graph(
     - `splitting`: `"neuron"` fuses sums with the piecewise linear function behind them; `"layer"`
         fuses them with the products before them.
     - `fallback`: `"gauss-newton"`: an operation without a rule gets a numeric projection.
+    - `ends`: where the program is a part of a larger one.
 
     **Raises:** [`pjax.TraceError`][] for an operation without a rule, for labels that depend on
     parameters, and for a function that does not end in a loss.
@@ -45,7 +49,8 @@ def build_graph(
     while True:
         with_losses, terms = find_losses(program)
         try:
-            return _Builder(with_losses, terms, kind(with_losses, terms, fallback)).build()
+            units = kind(with_losses, terms, fallback, ends)
+            return _Builder(with_losses, terms, units, ends).build()
         except Stopped as stopped:
             _check_decisions(program, stopped.variables)
             program = _stop(program, stopped.variables)
@@ -79,8 +84,8 @@ def _stop(program: Program, variables: Sequence[Atom]) -> Program:
 
 
 class _Builder:
-    def __init__(self, program: Program, terms: tuple[LossTerm, ...], units: Units):
-        self.program, self.terms, self.units = program, terms, units
+    def __init__(self, program: Program, terms: tuple[LossTerm, ...], units: Units, ends: Ends):
+        self.program, self.terms, self.units, self.ends = program, terms, units, ends
         #: Equal rules are one object.
         self.rules: dict[Rule, Rule] = {}
         self.slots: list[Slot] = []
@@ -122,7 +127,7 @@ class _Builder:
             unit = Unit(spec.rule.name, spec, None, equation.source)
             out = equation.outputs[0]
             nodes.append(self._node(len(nodes), "loss", unit, out, producers, index_of))
-        return Graph(program, tuple(nodes), tuple(self.slots), self.terms)
+        return Graph(program, tuple(nodes), tuple(self.slots), self.terms, self.ends)
 
     def _node(
         self,

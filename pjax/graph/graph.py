@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pjax.patterns import LossTerm
 from pjax.program import Atom, Program, Route
-from pjax.rules import Rule, Threshold
+from pjax.rules import Membership, Rule, Threshold
 
 Kind = Literal["parameter", "operation", "loss", "identity"]
 
@@ -69,6 +69,25 @@ class Node:
     fallback: bool = False
 
 
+class Ends(NamedTuple):
+    """Where a graph is one part of a larger one.
+
+    **Attributes:**
+
+    - `input`: whether the last leaf is no parameter, but what the part before hands on.
+    - `output`: whether the loss is none, but stands for what the part behind has of readers.
+    - `colour`: of the nodes that hand something on, at both ends; None: what follows from the loss.
+    """
+
+    input: bool = False
+    output: bool = False
+    colour: Literal["A", "B"] | None = None
+
+
+#: Of a graph that is a whole.
+WHOLE = Ends()
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Nodes, slots and wiring of a program; built once per program, and free of data."""
@@ -78,6 +97,20 @@ class Graph:
     slots: tuple[Slot, ...]
     #: What each loss node is, in their order.
     terms: tuple[LossTerm, ...]
+    ends: Ends = WHOLE
+
+    @property
+    def entry(self) -> Node | None:
+        """The node of what the part before hands on."""
+        last = len(self.program.leaves) - 1
+        found = (node for node in self.parameters if node.output == last)
+        return next(found, None) if self.ends.input else None
+
+    @property
+    def exit(self) -> Slot | None:
+        """The slot that stands for the readers in the part behind."""
+        losses = (node for node in self.losses if not isinstance(node.rule, Membership))
+        return self.slots[next(losses).slots[0]] if self.ends.output else None
 
     def edges(self) -> list[tuple[int, int]]:
         """All pairs `(producer, reader)` of node indices, without repetition, sorted."""
@@ -107,11 +140,8 @@ class Graph:
         """The nodes of colour A and those of colour B."""
         return [[n.index for n in self.nodes if n.colour == colour] for colour in ("A", "B")]
 
-    def level_groups(self) -> list[list[int]]:
-        """Reverse topological levels from the losses, the parameters last.
-
-        The level of a node is its longest way to a loss, so no node reads another of its group.
-        """
+    def levels(self) -> list[int]:
+        """The level of each node: its longest way to a loss."""
         level = [0] * len(self.nodes)
         # Readers before what they read: nodes are in topological order, but for identities, which
         # come last and are read from anywhere.
@@ -122,6 +152,13 @@ class Graph:
                 place[node.index] = self.slots[slot].producers[0] + 0.5
         for producer, reader in sorted(self.edges(), key=lambda edge: -place[edge[1]]):
             level[producer] = max(level[producer], level[reader] + 1)
+        return level
+
+    def level_groups(self) -> list[list[int]]:
+        """Reverse topological levels from the losses, the parameters last: no node reads another of
+        its group.
+        """
+        level = self.levels()
         groups: dict[int, list[int]] = {}
         for node in self.nodes:
             if node.kind != "parameter":

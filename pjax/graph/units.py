@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.backend.compat import P
+from pjax.graph.graph import WHOLE, Ends
 from pjax.graph.messages import LOOPS, no_rule
 from pjax.options import Fallback
 from pjax.patterns import (
@@ -99,9 +100,13 @@ class Units:
     """The units of a program in neuron splitting."""
 
     def __init__(
-        self, program: Program, terms: Sequence[LossTerm], fallback: Fallback | None = None
+        self,
+        program: Program,
+        terms: Sequence[LossTerm],
+        fallback: Fallback | None = None,
+        ends: Ends = WHOLE,
     ):
-        self.program = program
+        self.program, self.ends = program, ends
         self.fallback: Fallback | None = fallback
         self.registered = frozenset(
             out for e in program.equations if _has_own_rule(e.primitive) for out in e.outputs
@@ -145,7 +150,8 @@ class Units:
         what is computed of them depends on the data.
         """
         program = self.program
-        pure = {number for number, leaf in enumerate(program.leaves) if leaf.trainable}
+        leaves = program.leaves[:-1] if self.ends.input else program.leaves
+        pure = {number for number, leaf in enumerate(leaves) if leaf.trainable}
         rows: set[int] = set()
         for equation in program.equations:
             if all(isinstance(a, Scalar) or a in pure for a in equation.inputs):

@@ -49,8 +49,15 @@ class Measures(Protocol):
         ...
 
     @property
+    def levels(self) -> int:
+        """How many levels the graph has; of a part, the whole that it is of."""
+        ...
+
+    @property
     def loss_weights(self) -> Mapping[int, Any]:
-        """For each loss the weights of its rows, relative to the largest of all."""
+        """For each loss the weights of its rows, relative to the largest of all; for what stands
+        for the readers in the part behind, their [`Weight`][].
+        """
         ...
 
     def reader_weight(self, node: int, weights: Mapping[int, Weight], /) -> Weight:

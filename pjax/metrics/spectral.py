@@ -90,7 +90,7 @@ class Spectral(Metric):
         readers = graph.readers()
         begun = any(vector is not None for vector in measures.vectors)
         iterations = min(self.power_iterations, 2) if begun else self.power_iterations
-        level = self.activations * len(graph.level_groups())
+        level = self.activations * measures.levels
         wanted = [
             not stiff[slot.index] or all(stiff[i] for i in readers[slot.node])
             for slot in graph.slots
@@ -100,9 +100,10 @@ class Spectral(Metric):
         for index in graph.backward_order():
             node = graph.nodes[index]
             if node.kind == "loss":
+                held = measures.loss_weights[index]
+                weight = held if isinstance(held, Weight) else Weight(held)
                 for slot in node.slots:
                     # A penalty on stiff parameters: a force on them.
-                    weight = Weight(measures.loss_weights[index])
                     weights[slot] = Weight(1.0, INFINITE) if stiff[slot] else weight
                 continue
             if not node.slots:

@@ -6,6 +6,7 @@ of every node, and how much each row of each loss counts. A metric weighs slots 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,11 @@ class LossRows(NamedTuple):
 class ForwardPass:
     """The values of a batch at every node of a layout: what [`Metric.weigh`][] is given.
 
+    **Arguments:**
+
+    - `levels`: of a part: those of the whole that it is of.
+    - `made`: values of variables that are there already.
+
     **Attributes:**
 
     - `values`: of every variable, in at least float32: what deviations are from.
@@ -67,15 +73,20 @@ class ForwardPass:
         leaves: Sequence[Any],
         consts: Sequence[Any],
         vectors: Sequence[Any] | None = None,
+        levels: int | None = None,
+        made: Mapping[int, Any] = {},
     ):
         self.layout = layout
         self.graph = layout.graph
-        self.program_values = layout.graph.program.evaluate(leaves, consts)
+        self.program_values = layout.graph.program.evaluate(leaves, consts, made)
         self.values = {number: _widened(value) for number, value in self.program_values.items()}
         self.readers = self.graph.readers()
         self.vectors = [None] * len(self.graph.slots) if vectors is None else list(vectors)
         if len(self.vectors) != len(self.graph.slots):
             raise ValueError(OTHER_STATE)
+        #: Of a part: the weight with which the part behind holds on to what it is handed.
+        self.behind: Weight | None = None
+        self._levels, self._gains = levels, {}
         self.rows = self._count_rows()
         self.references = {node.index: self._reference(node) for node in self.graph.nodes}
 
@@ -85,9 +96,24 @@ class ForwardPass:
         return jnp.asarray(read(self.program_values, self.graph.program.outputs[0]))
 
     @property
+    def levels(self) -> int:
+        """How many levels the graph has, or the whole that it is a part of."""
+        return len(self.graph.level_groups()) if self._levels is None else self._levels
+
+    @property
     def loss_weights(self) -> Mapping[int, Any]:
-        """For each loss the weights of its rows, relative to the largest of all."""
-        return self.rows.weights
+        """For each loss the weights of its rows, relative to the largest of all; for what stands
+        for the readers in the part behind, their weight.
+        """
+        if self.behind is None or self.graph.exit is None:
+            return self.rows.weights
+        return {**self.rows.weights, self.graph.exit.node: self.behind}
+
+    def held_by(self, behind: Weight) -> ForwardPass:
+        """The same, of a part whose outputs the part behind holds with this weight."""
+        found = copy.copy(self)
+        found.behind = behind
+        return found
 
     def data_of(self, slot: Slot) -> Any:
         """The value of the first operand that is data, of the node that a slot belongs to."""
@@ -137,6 +163,13 @@ class ForwardPass:
 
         **Returns:** the bounds, 0 where they are not wanted, and where power iterations end.
         """
+        # A part is weighed again and again, until it knows what is behind it.
+        key = tuple(wanted), iterations
+        if key not in self._gains:
+            self._gains[key] = self._find_gains(wanted, iterations)
+        return self._gains[key]
+
+    def _find_gains(self, wanted: Sequence[bool], iterations: int) -> tuple[list[Any], list[Any]]:
         bounds: list[Any] = [0.0] * len(self.graph.slots)
         ends: list[Any] = [None] * len(self.graph.slots)
         for node in self.graph.nodes:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.backend import device
-from pjax.graph import Graph, Slot, bipartite, build_graph, warn
+from pjax.graph import WHOLE, Ends, Graph, Slot, bipartite, build_graph, warn
 from pjax.metrics import Spectral, Uniform
 from pjax.options import Exactness, Fallback, Fanout, Grouping, Splitting
 from pjax.program import Program, TraceError
@@ -34,6 +34,7 @@ class Formulation:
         splitting and [`pjax.metrics.Spectral`][] for `"layer"`.
     - `fanout`, `splitting`, `grouping`, `reflecting`, `fallback`: see
         [`pjax.feasibility_problem`][].
+    - `ends`: where the function is a part of a larger one.
 
     **Raises:** `ValueError` for other words, and for a metric of layers in neuron splitting.
     """
@@ -44,6 +45,7 @@ class Formulation:
     grouping: Grouping = "colours"
     reflecting: bool = False
     fallback: Fallback | None = None
+    ends: Ends = WHOLE
 
     def __post_init__(self) -> None:
         if self.fanout not in ("exact", "paper"):
@@ -112,7 +114,7 @@ def layout(program: Program, formulation: Formulation) -> Layout:
 
 def make_layout(program: Program, formulation: Formulation) -> Layout:
     """A new layout, without warnings."""
-    graph = build_graph(program, formulation.splitting, formulation.fallback)
+    graph = build_graph(program, formulation.splitting, formulation.fallback, formulation.ends)
     for slot in graph.slots:
         if 0 in slot.shape:
             node = graph.nodes[slot.node]

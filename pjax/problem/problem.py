@@ -29,7 +29,7 @@ from pjax.problem.forward import ForwardPass
 from pjax.problem.layouts import Formulation, Layout, Sizes, layout, sizes
 from pjax.problem.state import State
 from pjax.problem.weights import Weights
-from pjax.rules import Membership, Reference
+from pjax.rules import Reference
 from pjax.sets import Set
 from pjax.trace import require_function, trace
 
@@ -188,12 +188,7 @@ class Problem:
         """How far what the user constrains is from its sets in the forward pass: `|x − P(x)|` for
         each line that calls `pjax.constrain`.
         """
-        squares: dict[str, Array] = {}
-        for node in self.graph.losses:
-            if isinstance(node.rule, Membership):
-                distances = node.rule.distances(self.reference(node.index))
-                line = node.source or node.name
-                squares[line] = squares.get(line, jnp.zeros(())) + jnp.sum(jnp.square(distances))
+        squares = self._weights.squared_violations()
         return {line: jnp.sqrt(total) for line, total in squares.items()}
 
     def residuals(self, state: State | None = None) -> dict[str, Float[Array, ""]]:

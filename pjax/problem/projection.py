@@ -30,10 +30,21 @@ def project(consensus: Consensus, members: Sequence[int], state: State) -> State
     new, outputs = project_nodes(
         consensus.weights, members, state, consensus.targets(members, state)
     )
+    return written(consensus, members, state, new, outputs)
+
+
+def written(
+    consensus: Consensus,
+    members: Sequence[int],
+    before: State,
+    new: State,
+    outputs: Mapping[int, Array],
+) -> State:
+    """`new`, in which all slots that read nodes among `members` have their outputs."""
     slots = list(new.slots)
     for index in sorted({i for node in outputs for i in consensus.forward.readers[node]}):
         slot = consensus.weights.graph.slots[index]
-        slots[index] = consensus.written(members, slot, outputs, state)
+        slots[index] = consensus.written(members, slot, outputs, before)
     return State(tuple(slots))
 
 

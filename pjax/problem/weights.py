@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pjax.graph import Node, Slot
 from pjax.problem.forward import ForwardPass, bounded_power, power_between
-from pjax.rules import STIFF, Geometry, Reference
+from pjax.rules import STIFF, Geometry, Membership, Reference
 from pjax.sets import Set
 
 
@@ -38,6 +38,9 @@ class Weights:
     def __init__(self, forward: ForwardPass, sets: Sequence[Set | None] = ()):
         self.forward, self.layout, self.graph = forward, forward.layout, forward.graph
         self.slots, self.gains, self.vectors = self.layout.formulation.metric.weigh(forward)
+        if forward.behind is not None and self.graph.exit is not None:
+            self.slots = list(self.slots)
+            self.slots[self.graph.exit.index] = forward.behind
         by_index = dict(enumerate(self.slots))
         self.nodes = {
             node.index: forward.reader_weight(node.index, by_index)
@@ -54,6 +57,16 @@ class Weights:
             )
             for node in self.graph.nodes
         }
+
+    def squared_violations(self) -> dict[str, Any]:
+        """How far the forward pass is from the sets of `pjax.constrain`, squared, by the line."""
+        squares: dict[str, Any] = {}
+        for node in self.graph.losses:
+            if isinstance(node.rule, Membership):
+                distances = node.rule.distances(self.references[node.index])
+                line = node.source or node.name
+                squares[line] = squares.get(line, jnp.zeros(())) + jnp.sum(jnp.square(distances))
+        return squares
 
     def _within(self, node: Node, sets: Sequence[Set | None]) -> tuple[Set, Any] | None:
         """The set of a parameter, and the weight with which its readers hold on to it."""

@@ -124,10 +124,18 @@ class Program:
         """The number that every entry of `atom` equals, if the program fixes it."""
         return atom.value if isinstance(atom, Scalar) else self.uniform.get(atom)
 
-    def evaluate(self, leaves: Sequence[Any], consts: Sequence[Any]) -> dict[int, Any]:
-        """The value of every variable: the forward pass."""
-        values: dict[int, Any] = dict(enumerate((*leaves, *consts)))
-        run(self.equations, values)
+    def evaluate(
+        self, leaves: Sequence[Any], consts: Sequence[Any], made: Mapping[int, Any] = {}
+    ) -> dict[int, Any]:
+        """The value of every variable: the forward pass.
+
+        **Arguments:**
+
+        - `made`: values of variables that are there already.
+        """
+        values: dict[int, Any] = {**dict(enumerate((*leaves, *consts))), **made}
+        missing = [e for e in self.equations if not values.keys() >= set(e.outputs)]
+        run(missing, values)
         run(self.auxiliary, values)
         return values
 

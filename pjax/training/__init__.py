@@ -23,3 +23,4 @@ from pjax.training.readers import find_units as find_units
 from pjax.training.search import SearchProgress as SearchProgress
 from pjax.training.search import Solutions as Solutions
 from pjax.training.search import solve as solve
+from pjax.training.staged import StagedProjections as StagedProjections

@@ -13,8 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from pjax.problem import Problem
-from pjax.program import Program
+from pjax.program import Leaf
 from pjax.trace import require_function
 
 #: Stands for an argument that a call as Optax makes it lacks.
@@ -60,9 +59,11 @@ def require_own_call(
     )
 
 
-def check(problem: Problem, consts: Sequence[Any], loss: Array, moved: Sequence[Any]) -> Checks:
+def check(
+    leaves: Sequence[Any], consts: Sequence[Any], loss: Array, moved: Sequence[Any]
+) -> Checks:
     return Checks(
-        leaves=[_is_finite(leaf) for leaf in problem.leaves],
+        leaves=[_is_finite(leaf) for leaf in leaves],
         not_nan=[_has_no_nan(const) for const in consts],
         finite=[_is_finite(const) for const in consts],
         loss=_is_finite(loss),
@@ -82,11 +83,11 @@ def _has_no_nan(x: Any) -> Array:
     return ~jnp.any(jnp.isnan(x)) if _is_floating(x) else jnp.array(True)
 
 
-def raise_if_unsound(program: Program, consts: Sequence[Any], checks: Checks) -> None:
+def raise_if_unsound(leaves: Sequence[Leaf], consts: Sequence[Any], checks: Checks) -> None:
     if any(isinstance(check, Tracer) for check in jax.tree_util.tree_leaves(checks)):
         return  # inside an outer jit: the verdict of the history says it
     # Inputs first: where they are finite and the loss is not, the forward pass overflowed.
-    for leaf, finite in zip(program.leaves, checks.leaves, strict=True):
+    for leaf, finite in zip(leaves, checks.leaves, strict=True):
         if not finite:
             raise NonFiniteError(f"`params{leaf.path}` {leaf.shape} holds NaN or infinite values.")
     for const, not_nan in zip(consts, checks.not_nan, strict=True):

@@ -70,7 +70,7 @@ def _solved(
     # A relaxation leads out of a set that is not convex, and the sum has rounded.
     moved = [into(one, leaf) for one, leaf in zip(sets, moved, strict=True)] if sets else moved
     history = replace(history, violations=problem.violations())
-    checks = check_solve(problem, consts, history.loss, moved) if check else None
+    checks = check_solve(leaves, consts, history.loss, moved) if check else None
     new = None if state is None else OptimizerState(tuple(problem.vectors))
     return moved, history, checks, new
 
@@ -165,7 +165,7 @@ class Optimizer:
             like=(list(map(shardings.spec, leaves)), anywhere, anywhere, anywhere),
         )
         if checks is not None:
-            raise_if_unsound(program, consts, checks)
+            raise_if_unsound(program.leaves, consts, checks)
         result = apart.tree(moved)
         return (result, history) if new is None else (result, history, new)
 
@@ -188,11 +188,21 @@ class Optimizer:
         """The layout of a traced program's problem, as this optimiser's solver needs it."""
         options = Formulation(self.metric, self.fanout, self.splitting, fallback=self.fallback)
         found = layout(program, options.for_solver(self.solver))
-        read = [index for index, slot in enumerate(found.graph.slots) if slot.kind == "weight"]
-        if read and all(found.stiff[index] for index in read):
-            raise ValueError(
-                "All parameters are stiff in this metric, so no update would move them: give "
-                "`Spectral(parameters=…)` a number, or use `pjax.optim.Projection` or "
-                "`pjax.value_and_displacement`."
-            )
+        require_moving([found])
         return found
+
+
+def require_moving(layouts: Sequence[Layout]) -> None:
+    """Raises `ValueError` if the metric lets no parameter move."""
+    stiff = [
+        is_stiff
+        for found in layouts
+        for slot, is_stiff in zip(found.graph.slots, found.stiff, strict=True)
+        if slot.kind == "weight"
+    ]
+    if stiff and all(stiff):
+        raise ValueError(
+            "All parameters are stiff in this metric, so no update would move them: give "
+            "`Spectral(parameters=…)` a number, or use `pjax.optim.Projection` or "
+            "`pjax.value_and_displacement`."
+        )

@@ -159,7 +159,7 @@ def _solved(
     aux = [read(problem.forward, atom) for atom in layout.graph.program.auxiliary_outputs]
     checks = None
     if checked:
-        checks = check(problem, consts, problem.loss, [m for m in moves if m is not None])
+        checks = check(problem.leaves, consts, problem.loss, [m for m in moves if m is not None])
     violations, vectors = problem.violations(), tuple(problem.vectors)
     loss = shardings.mean_everywhere(problem.loss)
     return _Solved(moves, ends, loss, jnp.sqrt(total), aux, memory, vectors, violations, checks)
@@ -396,7 +396,7 @@ class Projection:
             ),
         )
         if found.checks is not None:
-            raise_if_unsound(program, consts, found.checks)
+            raise_if_unsound(program.leaves, consts, found.checks)
         aux = jax.tree_util.tree_unflatten(aux_tree, found.aux) if self.has_aux else None
         new = ProjectionState(state.count + 1, found.memory, found.vectors, state.mean)
         moved = [
