@@ -7,6 +7,7 @@ groups that share no variable.
 from __future__ import annotations
 
 from pjax.graph.bipartition import bipartite as bipartite
+from pjax.graph.bipartition import ends_of as ends_of
 from pjax.graph.build import build_graph as build_graph
 from pjax.graph.graph import WHOLE as WHOLE
 from pjax.graph.graph import Ends as Ends

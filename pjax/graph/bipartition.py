@@ -140,7 +140,7 @@ def bipartite(graph: Graph) -> Graph:
 
     **Raises:** [`pjax.TraceError`][] for a part that hands on what it was handed.
     """
-    ends = _at_ends(graph)
+    ends = ends_of(graph)
     one = dict.fromkeys(ends, min(ends, default=0))
     # What stands for the readers in the part behind has no say.
     edges = [edge for edge in graph.edges() if graph.exit is None or edge[1] != graph.exit.node]
@@ -195,7 +195,7 @@ def bipartite(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), slots=tuple(slots))
 
 
-def _at_ends(graph: Graph) -> list[int]:
+def ends_of(graph: Graph) -> list[int]:
     """The nodes that hand something on, at both ends of a part."""
     before = [] if graph.entry is None else [graph.entry.index]
     behind = [] if graph.exit is None else list(graph.exit.producers)

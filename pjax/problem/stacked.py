@@ -66,7 +66,7 @@ class _Part:
 
     def asked(self, point: State) -> Array:
         """The weighted mean of the readers of what the part before hands on."""
-        node = entry(self.graph).index
+        node = _entry(self.graph).index
         return self.consensus.targets((node,), point)[node]
 
     def move(
@@ -107,7 +107,7 @@ class _Part:
         """
         new, outputs = moved
         if came is not None:
-            outputs = {**outputs, entry(self.graph).index: came}
+            outputs = {**outputs, _entry(self.graph).index: came}
         members = self.layout.groups[group]
         return self.closed(projection.written(self.consensus, members, before, new, outputs))
 
@@ -235,7 +235,7 @@ class StackedProblem:
         return {line: jnp.sqrt(total(line)) for line in lines}
 
 
-def entry(graph: Graph) -> Node:
+def _entry(graph: Graph) -> Node:
     """The node of what the part before hands on."""
     assert graph.entry is not None
     return graph.entry
@@ -336,7 +336,7 @@ def _readers(row: Neighbours, number: Array, count: int, passes: Parts) -> tuple
 def _held(forward: ForwardPass) -> Weight:
     """The weight with which a part holds on to what it is handed."""
     weights = forward.layout.formulation.metric.weigh(forward).weights
-    return forward.reader_weight(entry(forward.graph).index, dict(enumerate(weights)))
+    return forward.reader_weight(_entry(forward.graph).index, dict(enumerate(weights)))
 
 
-__all__ = ["Parts", "StackedProblem", "count_levels", "entry", "run_forward"]
+__all__ = ["Parts", "StackedProblem", "count_levels", "run_forward"]

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pjax.backend import shardings
 from pjax.backend.neighbours import Neighbours
-from pjax.graph import Ends
+from pjax.graph import Ends, ends_of
 from pjax.metrics import Metric, Spectral
-from pjax.problem import Formulation, layout
+from pjax.problem import Formulation, layout, make_layout
 from pjax.problem.forward import ForwardPass
-from pjax.problem.stacked import Parts, StackedProblem, count_levels, entry, run_forward
-from pjax.program import Program, TraceError, leaves_of, squared_error
+from pjax.problem.stacked import Parts, StackedProblem, count_levels, run_forward
+from pjax.program import Program, TraceError, leaves_of, primitives, squared_error
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import require_function, trace
 from pjax.training.checks import check, raise_if_unsound
@@ -159,12 +160,20 @@ class StagedProjections:
         apart = self._apart(params)
         programs, consts, layouts = self._traced(apart, x, y)
         count = jnp.shape(apart.layer.arrays[0])[0]
+        mesh = None if self.mesh is None else Mesh(self.mesh.devices, self.mesh.axis_names)
         static = _Static(
             layouts, self.optimizer.solver, self.optimizer.check, count,
-            count_levels(layouts, count), self.mesh, self.axis,
+            count_levels(layouts, count), mesh, self.axis,
         )  # fmt: skip
         leaves = Parts(*(list(map(jnp.asarray, own.arrays)) for own in apart))
-        moved, history, checks = _solve(static, leaves, consts, relaxation)
+        anywhere = PartitionSpec()
+        moved, history, checks = shardings.automatic(
+            functools.partial(_solve, static),
+            leaves,
+            consts,
+            relaxation,
+            like=(jax.tree.map(shardings.spec, leaves), anywhere, anywhere),
+        )
         if checks is not None:
             every = [leaf for program in programs for leaf in program]
             raise_if_unsound(every, [array for own in consts for array in own], checks)
@@ -215,33 +224,44 @@ class StagedProjections:
         def open_end(h: Any) -> Any:
             return jnp.sum(squared_error(h, jnp.zeros(h.shape, h.dtype)))
 
-        options = Formulation(
-            self.optimizer.metric,
-            self.optimizer.fanout,
-            self.optimizer.splitting,
-            fallback=self.optimizer.fallback,
-        ).for_solver(self.optimizer.solver)
-        behind = trace(lambda p: self.last(p[2], p[3], y), ((), (), last, h), scalar=True)
-        own = trace(lambda p: open_end(self.layer(p[1], p[2])), ((), layer, h))
         before = trace(lambda p: open_end(self.first(p[0], x)), (first,))
-        for name, program in (("last", behind[0]), ("layer", own[0])):
-            _require_read(name, program)
+        own = trace(lambda p: open_end(self.layer(p[1], p[2])), ((), layer, h))
+        behind = trace(lambda p: self.last(p[2], p[3], y), ((), (), last, h), scalar=True)
+        programs = before[0], own[0], behind[0]
         if not before[0].is_variable(before[0].outputs[0]):
             raise TraceError(
                 "`first` makes the input of the layers of data alone. Give the layer of the "
                 "network that reads the data as `first`, with its parameters."
             )
-        of_last = layout(behind[0], replace(options, ends=Ends(input=True)))
-        colour = entry(of_last.graph).colour
-        of_layer = layout(own[0], replace(options, ends=Ends(True, True, colour)))
-        of_first = layout(before[0], replace(options, ends=Ends(False, True, colour)))
-        layouts = Parts(of_first, of_layer, of_last)
+        _require_read("layer", own[0])
+        _require_read("last", behind[0])
+        layouts = _layouts(self.optimizer, programs)
         require_moving(layouts)
-        return (
-            Parts(before[0].leaves, own[0].leaves[:-1], behind[0].leaves[:-1]),
-            Parts(before[2], own[2], behind[2]),
-            layouts,
+        leaves = Parts(before[0].leaves, own[0].leaves[:-1], behind[0].leaves[:-1])
+        return leaves, Parts(before[2], own[2], behind[2]), layouts
+
+
+def _layouts(optimizer: Optimizer, programs: tuple[Program, Program, Program]) -> Parts:
+    """The layouts of the parts, in the colours that the whole network has: A holds its first
+    loss, or what is constrained before that.
+    """
+    options = Formulation(
+        optimizer.metric, optimizer.fanout, optimizer.splitting, fallback=optimizer.fallback
+    ).for_solver(optimizer.solver)
+    ends = Ends(output=True), Ends(True, True), Ends(input=True)
+    holds = [
+        any(e.primitive is primitives.constrain_p for e in program.equations)
+        for program in programs
+    ]
+    decides = holds.index(True) if any(holds) else 2
+    graph = make_layout(programs[decides], replace(options, ends=ends[decides])).graph
+    colour = graph.nodes[ends_of(graph)[0]].colour
+    return Parts(
+        *(
+            layout(program, replace(options, ends=own._replace(colour=colour)))
+            for program, own in zip(programs, ends, strict=True)
         )
+    )
 
 
 def _output(name: str, function: Callable[[], Any]) -> Any:
@@ -262,16 +282,18 @@ def _require_read(name: str, program: Program) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _solve(static: _Static, leaves: Parts, consts: Parts, relaxation: Any) -> Any:
-    one = static.mesh is None
-    row = Neighbours() if one else Neighbours(static.axis, static.mesh.shape[static.axis])
+    mesh, row = static.mesh, Neighbours()
+    if mesh is not None:
+        row = Neighbours(static.axis, mesh.shape[static.axis])
     solve = functools.partial(_solved, static, row)
-    if not one:
+    if mesh is not None:
         every, some = PartitionSpec(), PartitionSpec(static.axis)
         solve = jax.shard_map(
             solve,
-            mesh=static.mesh,
+            mesh=mesh,
             in_specs=(Parts(every, some, every), every),
             out_specs=(Parts(every, some, every), every),
+            axis_names={static.axis},  # rows may lie along others
             check_vma=False,
         )
     moves, history = solve(leaves, consts)

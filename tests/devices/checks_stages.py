@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import pjax
 from tests.conftest import enable_x64
@@ -65,7 +65,7 @@ CASES = [
     ("DouglasRachford", "layer", residual),
     pytest.param("DouglasRachford", "neuron", dense, marks=pytest.mark.slow),
     pytest.param("AlternatingProjections", "layer", residual, marks=pytest.mark.slow),
-    pytest.param("DifferenceMap", "layer", dense, marks=pytest.mark.slow),
+    pytest.param("DifferenceMap", "layer", residual, marks=pytest.mark.slow),
     pytest.param("AlternatingReflections", "neuron", residual, marks=pytest.mark.slow),
 ]
 
@@ -124,3 +124,33 @@ def test_an_eighth_of_the_products_and_a_shift_each_way(solver, splitting):
     assert all(shape == () for one in sums if one.looped for shape in one.shapes)
     sizes = {shape for one in sums for shape in one.shapes if shape}
     assert sizes == {(WIDTH, WIDTH), (WIDTH, CLASSES)}
+
+
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
+def test_rows_along_another_axis(kind):
+    """Stages of two devices, each with half of the rows."""
+    mesh = jax.make_mesh((4, 2), ("stage", "data"), axis_types=(kind, kind))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with enable_x64():
+        params, x, y = given(8, 6)
+        expected, _ = moves(staged("DouglasRachford", 36, "neuron", dense, None), params, x, y)
+        method = staged("DouglasRachford", 36, "neuron", dense, mesh)
+        batch = jax.device_put((x, y), rows)
+        found, _ = moves(method, params, *batch)
+        assert difference(found, expected) < 1e-12
+        shifts = [
+            one.shapes
+            for one in collectives(compiled(method, params, *batch))
+            if one.kind == "collective-permute" and one.bytes > 8
+        ]
+        assert set(shifts) == {((3, 8),)}
+
+
+def test_layers_that_cannot_be_shared_out():
+    params, x, y = given(4, 4)
+    method = staged("AlternatingProjections", 2, "neuron", dense, MESH)
+    odd = params[0], {"w": params[1]["w"][:12]}, params[2]
+    with pytest.raises(ValueError, match="12 layers cannot be shared out evenly to the 8 devices"):
+        method.update(odd, x, y)

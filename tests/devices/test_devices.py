@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-CHECKS = ("checks_data_parallel", "checks_parameters", "checks_modes")
+CHECKS = ("checks_data_parallel", "checks_parameters", "checks_modes", "checks_stages")
 
 
 def test_on_eight_devices():

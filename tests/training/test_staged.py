@@ -13,6 +13,7 @@ import pjax
 from pjax.graph import bipartition
 from pjax.problem import Formulation, Problem, make_layout
 from pjax.trace import trace
+from tests.programs import equations
 
 WIDTH, ROWS, LAYERS = 5, 7, 3
 
@@ -109,10 +110,8 @@ FORMS = {
 QUICK = {
     ("dense", "alternating", "neuron"),
     ("dense", "douglas-rachford", "spectral"),
-    ("joined", "douglas-rachford", "neuron"),
     ("joined", "alternating", "spectral"),
     ("residual", "alternating", "uniform"),
-    ("residual", "douglas-rachford", "spectral"),
 }
 
 
@@ -137,8 +136,7 @@ def test_equal_to_the_whole_network(layer, solver, form, x64):
     layer = LAYER[layer]
     params, (x, y) = params_of(layer), batch()
     optimizer = SOLVERS[solver](2 * LAYERS, **FORMS[form])
-    staged = pjax.optim.StagedProjections(optimizer, first, layer, last)
-    found, history = staged.update(params, x, y)
+    found, history = staged(layer, optimizer).update(params, x, y)
     expected, given = optimizer.update(whole(layer, x, y), unstacked(params))
     assert_equal(found, expected, history, given, params)
 
@@ -175,8 +173,7 @@ def test_equal_where_all_layers_have_the_same_colours(layer, solver, form, x64, 
     leaves, tree = jax.tree.flatten(unstacked(params))
     moves = problem.parameter_deviations(state)
     expected = tree.unflatten([a + move for a, move in zip(leaves, moves, strict=True)])
-    staged = pjax.optim.StagedProjections(optimizer, first, layer, last)
-    found, history = staged.update(params, x, y)
+    found, history = staged(layer, optimizer).update(params, x, y)
     assert_equal(found, expected, history, given, params)
 
 
@@ -188,3 +185,129 @@ def ordinary(layer: Any, params: Any, x: Any, y: Any, optimizer: Any) -> Problem
 
 def identities(graph: Any) -> int:
     return sum(node.kind == "identity" for node in graph.nodes)
+
+
+STEPS = pjax.optim.AlternatingProjections(2)
+
+
+def staged(layer: Any = dense, optimizer: Any = STEPS, **changes: Any) -> Any:
+    parts = {"first": first, "layer": layer, "last": last} | changes
+    return pjax.optim.StagedProjections(optimizer, **parts)
+
+
+def test_one_layer_and_one_step():
+    params, (x, y) = params_of(dense, 1, jnp.float32), batch(jnp.float32)
+    optimizer = pjax.optim.AlternatingProjections(1, splitting="layer")
+    found, _ = staged(optimizer=optimizer).update(params, x, y)
+    expected, _ = optimizer.update(whole(dense, x, y), unstacked(params))
+    for a, b in zip(*map(jax.tree.leaves, (found, stacked(expected))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_relaxation_and_another_order(x64):
+    params, (x, y) = params_of(dense), batch()
+    optimizer = pjax.optim.DouglasRachford(2 * LAYERS, change_projection_order=True)
+    found, _ = staged(optimizer=optimizer).update(params, x, y, relaxation=0.5)
+    expected, _ = optimizer.update(whole(dense, x, y), unstacked(params), relaxation=0.5)
+    assert difference(found, stacked(expected), params) < 1e-12
+
+
+@pytest.mark.parametrize("place", ["layer", "last"])
+def test_what_is_constrained(place, x64):
+    """It decides which of the two sets is the first, as in the whole network."""
+
+    def within(h: Any) -> Any:
+        return pjax.constrain(h, pjax.sets.Box(0, 0.5))
+
+    def layer(p: Any, h: Any) -> Any:
+        return dense(p, within(h) if place == "layer" else h)
+
+    def end(p: Any, h: Any, y: Any) -> Any:
+        return last(p, within(h) if place == "last" else h, y)
+
+    def loss(p: Any) -> Any:
+        h = first(p[0], x)
+        for own in p[1]:
+            h = layer(own, h)
+        return end(p[2], h, y)
+
+    params, (x, y) = params_of(dense), batch()
+    optimizer = pjax.optim.AlternatingProjections(2 * LAYERS)
+    found, history = staged(layer, optimizer, last=end).update(params, x, y)
+    expected, given = optimizer.update(loss, unstacked(params))
+    assert history.violations
+    assert_equal(found, expected, history, given, params)
+
+
+def test_a_program_that_does_not_grow_with_the_layers():
+    (x, y), method = batch(jnp.float32), staged()
+
+    def count(layers: int) -> int:
+        params = params_of(dense, layers, jnp.float32)
+        return equations(jax.jit(method.update).trace(params, x, y).jaxpr.jaxpr)
+
+    assert count(3) == count(24)
+
+
+def test_what_is_not_finite_is_named():
+    params, (x, y) = params_of(dense, dtype=jnp.float32), batch(jnp.float32)
+    params[1]["w"] = params[1]["w"].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(pjax.NonFiniteError, match=r"params\[1\]\['w'\]"):
+        staged().update(params, x, y)
+
+
+def of_data(p: Any, x: Any) -> Any:
+    return jnp.ones((len(x), WIDTH))
+
+
+def handing_on(p: Any, h: Any) -> Any:
+    return jnp.concatenate([h[:, :1], dense(p, h)[:, 1:]], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"layer": lambda p, h: h @ p["w"][:, :2]}, TypeError, "output of equal layers is like"),
+        ({"layer": lambda p, h: (h,)}, TypeError, "`layer` must return one array"),
+        ({"layer": lambda p, h: jnp.ones_like(h) * p["b"]}, pjax.TraceError, "`layer` does not"),
+        ({"layer": handing_on}, pjax.TraceError, "hands on entries of its input"),
+        ({"first": of_data}, pjax.TraceError, "of data alone"),
+        ({"last": lambda p, h, y: h @ p["w"]}, TypeError, "loss must be one number"),
+        ({"last": None}, TypeError, "`last` must be"),
+        ({"axis": "rows", "mesh": True}, ValueError, "no axis 'rows'"),
+        ({"optimizer": pjax.optim.CyclicProjections()}, ValueError, "level by level"),
+        ({"optimizer": pjax.optim.Projection()}, TypeError, "with a solver"),
+        (
+            {"optimizer": pjax.optim.AlternatingProjections(sets=pjax.sets.Box(0, 1))},
+            ValueError,
+            "`sets`",
+        ),
+        (
+            {
+                "optimizer": pjax.optim.AlternatingProjections(
+                    metric=pjax.metrics.Uniform(weight=({"w": 1.0, "b": 1.0}, 1.0, 1.0))
+                )
+            },
+            ValueError,
+            "one number for all parameters",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(changes, error, text):
+    params, (x, y) = params_of(dense, dtype=jnp.float32), batch(jnp.float32)
+    if changes.get("mesh"):
+        changes = {**changes, "mesh": jax.make_mesh((1,), ("stage",))}
+    with pytest.raises(error, match=text):
+        staged(**changes).update(params, x, y)
+
+
+def test_parameters_must_be_stacked():
+    params, (x, y) = params_of(dense, dtype=jnp.float32), batch(jnp.float32)
+    for wrong, text in (
+        (params[:2], "three trees"),
+        ((params[0], {"w": params[1]["w"], "b": params[1]["b"][:2]}, params[2]), "stacked"),
+        ((params[0], {"w": params[1]["w"], "b": jnp.zeros(())}, params[2]), "stacked"),
+        ((params[0], {}, params[2]), "stacked"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            staged().update(wrong, x, y)
