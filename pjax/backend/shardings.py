@@ -96,6 +96,11 @@ def summed_over(axes: tuple[str, ...]) -> Iterator[None]:
         _SUMMED.reset(token)
 
 
+def summed_axes() -> tuple[str, ...]:
+    """The axes that `summed_over` names; none outside of it."""
+    return _SUMMED.get()
+
+
 def everywhere(array: Any) -> Any:
     """The sum over all devices that `summed_over` says are one."""
     axes = _SUMMED.get()
@@ -132,5 +137,5 @@ def repeat(going: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, 
 
 __all__ = [
     "alike", "automatic", "axes_of", "everywhere", "largest_everywhere", "mean_everywhere",
-    "repeat", "spec", "summed_over", "zeros_like",
+    "repeat", "spec", "summed_axes", "summed_over", "zeros_like",
 ]  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from pjax.backend import device, shardings
+
 
 def traced_once(owner: Any, method: str, *args: Any) -> Any:
     """`getattr(owner, method)(*args)`, inside of a trace.
@@ -36,10 +38,12 @@ def traced_once(owner: Any, method: str, *args: Any) -> Any:
             known.append((type(leaf), leaf))
         else:  # an array that is known, which the method may look into
             return getattr(owner, method)(*args)
-    return _call(owner, method, tree, tuple(known), *arrays)
+    # What a trace may ask of the world around it.
+    world = device.several(), device.launches_kernels(), shardings.summed_axes()
+    return _call(owner, method, tree, tuple(known), world, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-def _call(owner: Any, method: str, tree: Any, known: Any, *arrays: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), inline=True)
+def _call(owner: Any, method: str, tree: Any, known: Any, world: Any, *arrays: Any) -> Any:
     leaves = [arrays[value] if kind is Tracer else value for kind, value in known]
     return getattr(owner, method)(*jax.tree_util.tree_unflatten(tree, leaves))
