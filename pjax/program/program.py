@@ -134,8 +134,7 @@ class Program:
         - `made`: values of variables that are there already.
         """
         values: dict[int, Any] = {**dict(enumerate((*leaves, *consts))), **made}
-        missing = [e for e in self.equations if not values.keys() >= set(e.outputs)]
-        run(missing, values)
+        run([e for e in self.equations if not made.keys() >= set(e.outputs)], values)
         run(self.auxiliary, values)
         return values
 
