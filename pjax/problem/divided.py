@@ -10,6 +10,7 @@ number joins that set: parameters lie in sets, predictions are labels, data is d
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -144,9 +145,13 @@ class DividedProblem:
         """A state whose values, not deviations, are drawn evenly from `[−spread, spread]`."""
         shapes, structure = jax.tree.flatten(self.shapes())
         keys = jax.random.split(key, len(shapes))
+        largest = max(math.prod(s.shape) for s in shapes)
+        dtype = jnp.result_type(*(s.dtype for s in shapes))
+        # One kernel for all: XLA takes a second for each array that is drawn by its own.
+        whole = jax.vmap(lambda k: jax.random.uniform(k, (largest,), dtype, -spread, spread))(keys)
         drawn = [
-            jax.random.uniform(k, s.shape, s.dtype, -spread, spread)
-            for k, s in zip(keys, shapes, strict=True)
+            numbers[: math.prod(s.shape)].reshape(s.shape).astype(s.dtype)
+            for numbers, s in zip(whole, shapes, strict=True)
         ]
         return self.difference(jax.tree.unflatten(structure, drawn), self._reference())
 
