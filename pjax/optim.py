@@ -52,6 +52,8 @@ def _define(solver: type[Solver]) -> Callable[..., Optimizer]:
         for name in ("extrapolate", "averaging"):
             if name in options:
                 raise TypeError(f"There is no `{name}` any more: use `pjax.optim.Projection`.")
+        if "steps" in options:
+            raise TypeError("The steps for each batch are `steps_per_update` here, not `steps`.")
         layers = splitting == "layer"
         if metric is None:
             given: dict[str, Any] = {} if prox_step is None else {"prox_step": prox_step}
@@ -111,6 +113,10 @@ DouglasRachford = _define(solvers.DouglasRachford)
 CyclicDouglasRachford = _define(solvers.CyclicDouglasRachford)
 DifferenceMap = _define(solvers.DifferenceMap)
 AlternatingReflections = _define(solvers.AlternatingReflections)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 if not TYPE_CHECKING:  # type checkers would take every name

@@ -93,7 +93,10 @@ def pack(
     **Raises:** [`pjax.TraceError`][] for any other operation, with its line, and for one that mixes
     rows.
 
-    **Warns:** `DifferenceWarning` where outputs on the rows differ by more than rounding.
+    `TypeError` for rows that are not one array, `FileNotFoundError` without the folder of the path.
+
+    **Warns:** `DifferenceWarning` where outputs on the rows differ by more than rounding, or are
+    not finite.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -112,7 +115,15 @@ def pack(
     True
     """
     require_function(fn, "fn")
+    if isinstance(x, (tuple, dict)):
+        raise TypeError(
+            f"`x` must be one array of rows, got a {type(x).__name__}: labels and losses are no "
+            "part of a packed network."
+        )
     x = jnp.asarray(x)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into.")
     if x.ndim == 0 or 0 in x.shape:
         raise ValueError(f"`x` must have rows, got an array of shape {x.shape}.")
 
@@ -122,7 +133,6 @@ def pack(
     program, leaves, consts, _ = trace(of_rows, x, rests=True)
     walk = Walk(program, leaves[0], consts, operations.HANDLERS)
     text = json.dumps({"format": predictor.FORMAT, **walk.described()}, separators=(",", ":"))
-    path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
@@ -137,9 +147,21 @@ def pack(
     differences = [_difference(a, np.asarray(b)) for a, b in pairs]
     sizes = [np.size(a) for a in jax.tree.leaves(params) if jnp.issubdtype(a.dtype, jnp.floating)]
     report = Packed(
-        path, path.stat().st_size, 4 * sum(sizes), tuple(walk.products), len(x), max(differences)
+        path,
+        path.stat().st_size,
+        4 * sum(sizes),
+        tuple(walk.products),
+        len(x),
+        float(np.max(differences)),
     )
-    if any(d > _ROUNDING * np.abs(np.asarray(b)).max() for d, (_, b) in zip(
+    if np.isnan(report.difference):
+        warnings.warn(
+            f"Outputs of {path} or of the function are not finite on the rows that were given, and "
+            "are not compared: look at the parameters.",
+            DifferenceWarning,
+            stacklevel=2,
+        )
+    elif any(d > _ROUNDING * np.abs(np.asarray(b)).max() for d, (_, b) in zip(
         differences, pairs, strict=True)):  # fmt: skip
         warnings.warn(
             f"Outputs of {path} differ by up to {report.difference:g} from those of the function: "

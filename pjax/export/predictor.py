@@ -440,6 +440,9 @@ class Predictor:
         self._arrays, self._outputs = arrays, program["outputs"]
         self._settings = [settings_of(step, arrays) for step in self.steps]
 
+    def __repr__(self) -> str:
+        return f"Predictor(shape={self.shape}, dtype={self.dtype}, {len(self.steps)} steps)"
+
     def __call__(self, x: Any) -> Any:
         """The outputs for rows.
 
@@ -453,7 +456,8 @@ class Predictor:
         """
         x = np.asarray(x)
         if x.ndim == 0 or x.shape[1:] != self.shape:
-            raise ValueError(f"The network takes rows of shape {self.shape}, got {x.shape}.")
+            wanted = ", ".join(("rows", *map(str, self.shape)))
+            raise ValueError(f"The network takes an array of shape ({wanted}), got {x.shape}.")
         if not np.all(np.isfinite(x)):
             raise ValueError("Some rows are not finite.")
         x = x.astype(self.dtype, copy=False)

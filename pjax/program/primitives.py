@@ -92,10 +92,15 @@ def _row_operands(name: str, prediction: ArrayLike, target: ArrayLike) -> tuple[
             f"`{name}` needs at least one axis (the last one is the row), got a scalar."
         )
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"`{name}` needs two arrays of one shape, got {prediction.shape} and {target.shape}. "
+        what_to_do = (
             "Labels that are class numbers must be one-hot first: "
             "`jax.nn.one_hot(labels, num_classes)`."
+        )
+        if prediction.ndim == target.ndim:
+            what_to_do = "Are both of the same batch, and of as many classes or outputs?"
+        raise ValueError(
+            f"`{name}` needs two arrays of one shape, got {prediction.shape} and {target.shape}. "
+            + what_to_do
         )
     if not jnp.issubdtype(prediction.dtype, jnp.floating):
         raise TypeError(f"`{name}` needs floating-point predictions, got {prediction.dtype}.")

@@ -120,7 +120,10 @@ def _require_scalar(out: Any, leaves: Sequence[Any]) -> None:
         "`optax.softmax_cross_entropy`."
     )
     if len(leaves) != 1:
-        what_to_do = "With a pair `(loss, aux)` give `has_aux=True`."
+        what_to_do = (
+            "With a pair `(loss, aux)` give `has_aux=True`; give the loss function itself, "
+            "`loss_fn`, and not `jax.value_and_grad(loss_fn)`."
+        )
     raise TypeError(
         f"The loss must be one number, and the function returned {_describe(out)}. {what_to_do}"
     )

@@ -398,8 +398,12 @@ def test_wrong_calls(tmp_path):
         pjax.export.pack(3, {}, whole(4, 12), path)
     with pytest.raises(ValueError, match="must have rows"):
         pjax.export.pack(lambda _, x: x, {}, jnp.zeros(()), path)
+    with pytest.raises(TypeError, match="must be one array of rows, got a tuple"):
+        pjax.export.pack(lambda _, x: x, {}, (whole(4, 12), jnp.zeros(4)), path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none to write f\.npz"):
+        pjax.export.pack(lambda _, x: x, {}, whole(4, 12), tmp_path / "none" / "f.npz")
     _, predict = packed(lambda _, x: hidden(x), {}, whole(4, 12), path)
-    with pytest.raises(ValueError, match=r"rows of shape \(12,\), got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"of shape \(rows, 12\), got \(4, 3\)"):
         predict(np.zeros((4, 3)))
     with pytest.raises(ValueError, match="not finite"):
         predict(np.full((1, 12), np.nan))
@@ -428,6 +432,15 @@ def test_a_difference_warns(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_difference", lambda a, b: 0.5)
     with pytest.warns(packing.DifferenceWarning, match="differ by up to 0.5"):
         pjax.export.pack(lambda _, x: jnp.sign(x), {}, whole(4, 12), tmp_path / "f.npz")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_outputs_that_are_not_finite_warn(tmp_path):
+    with pytest.warns(packing.DifferenceWarning, match="are not finite"):
+        report = pjax.export.pack(
+            lambda w, x: x @ w, jnp.full((12, 2), jnp.nan), whole(4, 12), tmp_path / "f.npz"
+        )
+    assert np.isnan(report.difference)
 
 
 _ALONE = """

@@ -304,6 +304,11 @@ def test_what_is_no_loss():
     ):
         raises(TypeError, r"must be one number.*shape \(8, 2\).*softmax_cross_ent", call, logits)
         raises(TypeError, r"must be one number.*shape \(8,\).*the mean or the sum", call, rows)
-        raises(TypeError, r"must be one number.*a tuple of 2.*`has_aux=True`", call, pair)
+        raises(
+            TypeError,
+            r"must be one number.*a tuple of 2.*`has_aux=True`.*value_and_grad",
+            call,
+            pair,
+        )
     # A step of the paper's interface takes rows, and sums them.
     optim.AlternatingProjections(3).update(lambda p: rows(p, X), PARAMS)
