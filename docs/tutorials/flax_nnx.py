@@ -105,7 +105,7 @@ def train(params, statistics, state, start, stop, writer):
 with SummaryWriter(str(folder / "tensorboard"), write_to_disk=True) as writer:
     middle = train(params, statistics, state, 0, 30, writer)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoint", jax.tree.leaves(middle))
+        checkpointer.save(folder / "checkpoint", {"run": middle})
     trained = train(*middle, 30, STEPS, writer)
 
 test = digits.test.x, digits.test.y
@@ -127,8 +127,7 @@ fresh = (
     optimizer.init(loss_fn, params, statistics, *batch(batches[0])),
 )
 with ocp.StandardCheckpointer() as checkpointer:
-    arrays = checkpointer.restore(folder / "checkpoint", jax.tree.leaves(fresh))
-restored = jax.tree.unflatten(jax.tree.structure(fresh), arrays)
+    restored = checkpointer.restore(folder / "checkpoint", {"run": fresh})["run"]
 
 with SummaryWriter(str(folder / "resumed"), write_to_disk=True) as writer:
     resumed = train(*restored, 30, STEPS, writer)
