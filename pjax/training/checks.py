@@ -93,8 +93,8 @@ def raise_if_unsound(leaves: Sequence[Leaf], consts: Sequence[Any], checks: Chec
     for const, not_nan in zip(consts, checks.not_nan, strict=True):
         if not not_nan:
             raise NonFiniteError(
-                f"The function closes over {_describe(const)} that holds NaN. Check the data of "
-                "this batch."
+                "An argument of the function, or an array that it closes over, holds NaN: "
+                f"{_describe(const)}. Check the data of this batch."
             )
     if not (checks.loss and checks.solved):
         # Infinite data can be meant (a mask of −inf): they are named only where something failed.
@@ -103,7 +103,10 @@ def raise_if_unsound(leaves: Sequence[Leaf], consts: Sequence[Any], checks: Chec
             for const, finite in zip(consts, checks.finite, strict=True)
             if not finite
         ]
-        holds = f"The function closes over infinite values, in {' and in '.join(infinite)}"
+        holds = (
+            "Arguments of the function, or what it closes over, hold infinite values, in "
+            f"{' and in '.join(infinite)}"
+        )
         if not checks.loss and infinite:
             raise NonFiniteError(
                 f"The loss of the forward pass is not finite. {holds}: check the data of this "

@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_named():
     def update(params, x):
         return optimizer.update(lambda p: pjax.cross_entropy(mlp(p, x), y), params)
 
-    with pytest.raises(pjax.NonFiniteError, match=r"closes over an array of shape \(16, 6\)"):
+    with pytest.raises(pjax.NonFiniteError, match=r"holds NaN: an array of shape \(16, 6\)"):
         update(params, x.at[3, 2].set(jnp.nan))
     with pytest.raises(pjax.NonFiniteError, match=r"\['dense1'\]"):
         update({**params, "dense1": params["dense1"].at[0, 0].set(jnp.inf)}, x)
