@@ -231,6 +231,14 @@ class Projection:
     sets: PyTree[Set | None] = None
     axis_name: str | tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.has_aux, bool):
+            raise TypeError(
+                f"`has_aux` must be True or False, got {self.has_aux!r}. `Projection` takes its "
+                "settings by name, and has no learning rate: `relaxation=` of `update` is a factor "
+                "on a move."
+            )
+
     def init(
         self, fn: Callable[..., Any], params: PyTree[Array] = MISSING, *args: Any, **kwargs: Any
     ) -> ProjectionState:

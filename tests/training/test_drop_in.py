@@ -312,3 +312,10 @@ def test_what_is_no_loss():
         )
     # A step of the paper's interface takes rows, and sums them.
     optim.AlternatingProjections(3).update(lambda p: rows(p, X), PARAMS)
+
+
+def test_a_learning_rate_is_no_setting():
+    with pytest.raises(TypeError, match=r"`has_aux` must be.*0\.1.*no learning rate"):
+        optim.Projection(0.1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="`steps_per_update` here, not `steps`"):
+        optim.DouglasRachford(steps=3)
