@@ -289,3 +289,13 @@ def test_an_operation_without_a_rule_is_an_error_unless_allowed():
 def test_an_unknown_fallback_is_refused():
     with pytest.raises(ValueError, match="`fallback`"):
         pjax.value_and_displacement(loss_with(jnp.tanh), fallback="newton")(mlp_params())
+
+
+@pytest.mark.parametrize("function", [jnp.tanh, jax.nn.softplus, jnp.exp])
+def test_nearest_points_are_stationary_to_rounding(x64, function):
+    rng = np.random.default_rng(0)
+    x, deviation, target = (jnp.asarray(a) for a in rng.normal(size=(3, 500)))
+    move, height = numeric.scalar(function, x, function(x), deviation, 1.0, target, 2.0)
+    slope = jax.vmap(jax.grad(function))(x + move)
+    gradient = move - deviation + 2 * (height - target) * slope
+    np.testing.assert_allclose(gradient, 0, atol=1e-11)
