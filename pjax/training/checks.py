@@ -129,10 +129,28 @@ def raise_if_unsound(leaves: Sequence[Leaf], consts: Sequence[Any], checks: Chec
         )
 
 
+def require_relaxation(relaxation: Any) -> None:
+    """Raises `ValueError` for a factor on moves that is no finite number of at least 0.
+
+    An array of JAX is left to the device: a schedule is not waited for.
+    """
+    if isinstance(relaxation, jax.Array):
+        return
+    number = (
+        np.ndim(relaxation) == 0 and np.isrealobj(relaxation) and not isinstance(relaxation, str)
+    )
+    if not (number and np.isfinite(relaxation) and relaxation >= 0):
+        raise ValueError(
+            f"`relaxation` must be a finite number of at least 0, a factor on the move; got "
+            f"{relaxation!r}."
+        )
+
+
 def _describe(array: Any) -> str:
     return f"an array of shape {np.shape(array)} and dtype {array.dtype}"
 
 
 __all__ = [
     "MISSING", "Checks", "NonFiniteError", "check", "raise_if_unsound", "require_own_call",
+    "require_relaxation",
 ]  # fmt: skip

@@ -21,7 +21,13 @@ from pjax.program import Program, leaves_of
 from pjax.sets import Set, into
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import trace
-from pjax.training.checks import MISSING, Checks, raise_if_unsound, require_own_call
+from pjax.training.checks import (
+    MISSING,
+    Checks,
+    raise_if_unsound,
+    require_own_call,
+    require_relaxation,
+)
 from pjax.training.checks import check as check_solve
 from pjax.training.within import sets_of
 
@@ -151,6 +157,7 @@ class Optimizer:
         """
         kinds = (OptimizerState, type(None))
         require_own_call(self, fn, params, state, kinds)
+        require_relaxation(relaxation)
         program, leaves, consts, _ = trace(fn, params)
         apart = leaves_of(params)
         sets = sets_of(self.sets, params, apart)

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from pjax.options import Fallback
 from pjax.trace import require_function
 from pjax.training import stages
-from pjax.training.checks import NonFiniteError
+from pjax.training.checks import NonFiniteError, require_relaxation
 from pjax.training.requests import Requests
 from pjax.training.stages import Asked, Kept, Labelled, Stage
 
@@ -194,6 +194,7 @@ class PipelinedProjection:
         """
         if isinstance(state, PipelineState) and isinstance(state.tick, Tracer):
             raise TypeError("`PipelinedProjection.update` is called outside of `jax.jit`.")
+        require_relaxation(relaxation)
         return self._tick(params, state, (x, y), relaxation)
 
     def finish(

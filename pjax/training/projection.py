@@ -22,7 +22,14 @@ from pjax.program import leaves_of, read
 from pjax.sets import Set, into
 from pjax.trace import trace
 from pjax.training import requests
-from pjax.training.checks import MISSING, Checks, check, raise_if_unsound, require_own_call
+from pjax.training.checks import (
+    MISSING,
+    Checks,
+    check,
+    raise_if_unsound,
+    require_own_call,
+    require_relaxation,
+)
 from pjax.training.ends import Step
 from pjax.training.memory import Memory, UnitMemory
 from pjax.training.readers import Units, find_units
@@ -290,6 +297,7 @@ class Projection:
         **Raises:** [`pjax.TraceError`][], [`pjax.NonFiniteError`][], `ValueError` for a state of
         other shapes, `TypeError` for a call as Optax makes it.
         """
+        require_relaxation(relaxation)
         keep = 1 - relaxation * self.weight_decay
         moves, moved, state, info = self._moves(fn, params, state, args, kwargs, keep, relaxation)
         leaves = leaves_of(params, self.mask)

@@ -439,7 +439,9 @@ def _with_sizes(
     hidden = {unit.layer for unit in units.units if unit.hidden}
     small = np.asarray([_SMALL if u.layer in hidden else _SMALL_OF_DATA for u in units.units])
     begins = jnp.where(size > small * other, size, other)
-    first = jnp.where(count == 0, begins, memory.first).astype(memory.first.dtype)
+    # What was 0 in all batches so far has not begun yet.
+    begun = (count > 0) & (memory.first > 0)
+    first = jnp.where(begun, memory.first, begins).astype(memory.first.dtype)
     size = jnp.where(size > small * first, size, first)
     output = (first ** (1 - GROWTH) * size**GROWTH).astype(memory.output.dtype)
     return memory._replace(first=first, output=output)

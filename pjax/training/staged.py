@@ -21,7 +21,7 @@ from pjax.problem.stacked import Parts, StackedProblem, count_levels, run_forwar
 from pjax.program import Program, TraceError, leaves_of, primitives, squared_error
 from pjax.solvers import ResidualHistory, Solver
 from pjax.trace import require_function, trace
-from pjax.training.checks import check, raise_if_unsound
+from pjax.training.checks import check, raise_if_unsound, require_relaxation
 from pjax.training.optimizer import Optimizer, require_moving
 
 
@@ -157,6 +157,7 @@ class StagedProjections:
         evenly; `TypeError` for a layer whose output is not like its input;
         [`pjax.TraceError`][] for an operation without a rule; [`pjax.NonFiniteError`][].
         """
+        require_relaxation(relaxation)
         apart = self._apart(params)
         programs, consts, layouts = self._traced(apart, x, y)
         count = jnp.shape(apart.layer.arrays[0])[0]

@@ -353,6 +353,34 @@ def test_zero_weights_move():
     assert float(jnp.max(jnp.abs(moves["w"]))) > 1e-5
 
 
+@pytest.mark.parametrize("weights", [0.0, 1.0])
+def test_what_is_zero_in_the_first_batches_begins_in_a_later_one(weights):
+    """A layer without inputs or outputs has no size yet, and is not held at it."""
+    x, y = jax.random.normal(jax.random.key(0), (16, 4)), jax.nn.one_hot(jnp.arange(16) % 3, 3)
+    loss = lambda p, x: jnp.mean(pjax.cross_entropy(jnp.tanh(x @ p["a"]) @ p["b"], y))  # noqa: E731
+    keys = jax.random.split(jax.random.key(1))
+    params = {
+        "a": weights * jax.random.normal(keys[0], (4, 5)), "b": jax.random.normal(keys[1], (5, 3))
+    }  # fmt: skip
+    state = OPTIMIZER.init(loss, params, x)
+    for _ in range(2):
+        still, state, _ = OPTIMIZER.update(loss, params, state, jnp.zeros_like(x))
+    jax.tree.map(np.testing.assert_array_equal, still, params)
+    moved, state, _ = OPTIMIZER.update(loss, params, state, x)
+    assert float(jnp.max(jnp.abs(moved["a"] - params["a"]))) > 1e-5
+
+
+@pytest.mark.parametrize("relaxation", [float("nan"), -1.0, "fast", [0.5, 0.5], np.inf])
+def test_a_relaxation_that_is_no_factor_is_an_error(relaxation):
+    params = {"w": jnp.ones((2, 2))}
+    loss = lambda p: jnp.sum(pjax.squared_error(p["w"], jnp.zeros((2, 2))))  # noqa: E731
+    state = OPTIMIZER.init(loss, params)
+    with pytest.raises(ValueError, match="`relaxation` must be a finite number of at least 0"):
+        OPTIMIZER.update(loss, params, state, relaxation=relaxation)
+    with pytest.raises(ValueError, match="`relaxation` must be a finite number of at least 0"):
+        pjax.optim.AlternatingProjections().update(loss, params, relaxation=relaxation)
+
+
 def test_a_head_that_begins_small_moves_as_one_that_begins_at_zero():
     """Policies and residual branches begin with small weights, and are not held there by them."""
     x = jax.random.normal(jax.random.key(0), (16, 4))
