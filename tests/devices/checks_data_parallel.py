@@ -133,6 +133,17 @@ QUICK = {
 }
 
 
+def agreement(name: str, kind: str) -> float:
+    """How closely moves agree that are computed in another order.
+
+    A softmax in neuron splitting is solved for by eight damped steps, which end where costs are
+    equal to rounding; differences from a mean lose digits.
+    """
+    if name == "transformer" and kind.endswith("neuron"):
+        return 1e-8
+    return 1e-10 if name.endswith("norm") and kind not in ("displacement", "projection") else 1e-12
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -147,4 +158,5 @@ def test_moves_are_those_of_one_device(name, kind):
     with enable_x64():
         case = CASES[name]()
         expected = moves(case, kind, one, None, batches)
-        assert difference(moves(case, kind, ROWS, EVERYWHERE, batches), expected) < 1e-12
+        found = moves(case, kind, ROWS, EVERYWHERE, batches)
+        assert difference(found, expected) < agreement(name, kind)
