@@ -4,6 +4,7 @@ what does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -136,10 +137,11 @@ def require_relaxation(relaxation: Any) -> None:
     """
     if isinstance(relaxation, jax.Array):
         return
-    number = (
-        np.ndim(relaxation) == 0 and np.isrealobj(relaxation) and not isinstance(relaxation, str)
-    )
-    if not (number and np.isfinite(relaxation) and relaxation >= 0):
+    try:
+        sound = np.ndim(relaxation) == 0 and 0 <= float(relaxation) < math.inf
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
         raise ValueError(
             f"`relaxation` must be a finite number of at least 0, a factor on the move; got "
             f"{relaxation!r}."
