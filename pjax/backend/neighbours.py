@@ -62,42 +62,40 @@ class Neighbours:
         """What the one before has for its own, the first what is `before` the row; and what the
         last one has for its own, on the last device.
         """
-
-        @custom_vmap
-        def exchange(number: Array, own: Array, before: Array) -> tuple[Array, Array]:
-            return before, own
-
-        @exchange.def_vmap
-        def _(size: int, mapped: Any, number: Array, own: Array, before: Array) -> Any:
-            own, came = _of_each(size, mapped[1], own), before
-            if self.axis is not None:
-                pairs = [(i, i + 1) for i in range(self.devices - 1)]
-                sent = lax.ppermute(own[-1], self.axis, pairs)
-                came = jnp.where(lax.axis_index(self.axis) == 0, before, sent)
-            return (jnp.concatenate([came[None], own[:-1]]), own[-1]), (True, False)
-
-        return exchange(number, own, before.astype(own.dtype))
+        return self._shifted(number, own, before, 1)
 
     def back(self, number: Array, own: Array, behind: Array) -> tuple[Array, Array]:
         """What the one behind has for its own, the last what is `behind` the row; and what the
         first one has for its own, on the first device.
         """
+        return self._shifted(number, own, behind, -1)
+
+    def _shifted(self, number: Array, own: Array, beyond: Array, by: int) -> tuple[Array, Array]:
+        """`own` of the neighbour, at one end of the row what is `beyond` it; and what leaves the
+        row at the other end. `by` is 1 or −1.
+        """
 
         @custom_vmap
-        def exchange(number: Array, own: Array, behind: Array) -> tuple[Array, Array]:
-            return behind, own
+        def exchange(number: Array, own: Array, beyond: Array) -> tuple[Array, Array]:
+            return beyond, own
 
         @exchange.def_vmap
-        def _(size: int, mapped: Any, number: Array, own: Array, behind: Array) -> Any:
-            own, came = _of_each(size, mapped[1], own), behind
+        def _(size: int, mapped: Any, number: Array, own: Array, beyond: Array) -> Any:
+            own, came = _of_each(size, mapped[1], own), beyond
+            leaves = own[-1] if by == 1 else own[0]
             if self.axis is not None:
-                pairs = [(i + 1, i) for i in range(self.devices - 1)]
-                sent = lax.ppermute(own[0], self.axis, pairs)
-                last = lax.axis_index(self.axis) == self.devices - 1
-                came = jnp.where(last, behind, sent)
-            return (jnp.concatenate([own[1:], came[None]]), own[0]), (True, False)
+                sent = lax.ppermute(leaves, self.axis, self._pairs(by))
+                end = 0 if by == 1 else self.devices - 1
+                came = jnp.where(lax.axis_index(self.axis) == end, beyond, sent)
+            row = [came[None], own[:-1]] if by == 1 else [own[1:], came[None]]
+            return (jnp.concatenate(row), leaves), (True, False)
 
-        return exchange(number, own, behind.astype(own.dtype))
+        return exchange(number, own, beyond.astype(own.dtype))
+
+    def _pairs(self, by: int) -> list[tuple[int, int]]:
+        """Which device sends to which, in a shift by one."""
+        every = range(self.devices)
+        return [(i, i + by) for i in every if i + by in every]
 
     def total(self, number: Array, own: Array) -> Array:
         """The sum over those on this device."""
@@ -133,12 +131,11 @@ class Neighbours:
         if self.axis is None:
             return here(start)
         own, axis = lax.axis_index(self.axis), self.axis
-        pairs = [(i, i + 1) for i in range(self.devices - 1)]
 
         def turn(device: Array, carry: Any) -> Any:
             x, done = carry
             done = lax.cond(own == device, lambda: here(x), lambda: done)
-            sent = lax.ppermute(done[0], axis, pairs)
+            sent = lax.ppermute(done[0], axis, self._pairs(1))
             return jnp.where(own == device + 1, sent, x), done
 
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(here, start))
