@@ -117,11 +117,13 @@ def scalar(
         cost = weight * jnp.square(move - deviation) + target_weight * jnp.square(height - target)
         return jnp.where(jnp.isfinite(height), cost, jnp.inf)
 
-    def better_of(best: _Best, move: Array) -> tuple[_Best, Array]:
-        """The lower of the two for each entry, and where that is the new one."""
+    def better_of(best: _Best, move: Array, rounding: Any = 0.0) -> tuple[_Best, Array]:
+        """The lower of the two for each entry, and where that is the new one; which may be higher
+        by less than the rounding.
+        """
         height = rise(move)
         new = _Best(move, height, objective(move, height))
-        lower = new.cost < best.cost
+        lower = new.cost < best.cost + rounding
         found = (jnp.where(lower, a, b) for a, b in zip(new, best, strict=True))
         return _Best(*found), lower
 
@@ -168,13 +170,11 @@ def scalar(
 
     def settle(_: Any, best: _Best) -> _Best:
         # Costs tell points apart to the root of their rounding, slopes to their rounding.
-        move = jnp.clip(best.move + newton(best), low, high)
-        height = rise(move)
-        new = _Best(move, height, objective(move, height))
-        gap, size = jnp.abs(height - target), jnp.abs(output_reference) + jnp.abs(height)
-        terms = target_weight * gap * size + weight * jnp.abs(move - deviation) * jnp.abs(move)
-        as_low = new.cost <= best.cost + 16 * jnp.finfo(dtype).eps * (best.cost + terms)
-        return _Best(*(jnp.where(as_low, a, b) for a, b in zip(new, best, strict=True)))
+        gap, size = jnp.abs(best.height - target), jnp.abs(output_reference) + jnp.abs(best.height)
+        terms = target_weight * gap * size
+        terms = terms + weight * jnp.abs(best.move - deviation) * jnp.abs(best.move)
+        rounding = 16 * jnp.finfo(dtype).eps * (best.cost + terms)
+        return better_of(best, jnp.clip(best.move + newton(best), low, high), rounding)[0]
 
     def probe(_: Any, state: tuple[_Best, Array]) -> tuple[_Best, Array]:
         # To both sides, ever closer: onto a kink, where Newton steps only go to and fro.
