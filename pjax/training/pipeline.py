@@ -194,7 +194,6 @@ class PipelinedProjection:
         """
         if isinstance(state, PipelineState) and isinstance(state.tick, Tracer):
             raise TypeError("`PipelinedProjection.update` is called outside of `jax.jit`.")
-        require_relaxation(relaxation)
         return self._tick(params, state, (x, y), relaxation)
 
     def finish(
@@ -222,6 +221,7 @@ class PipelinedProjection:
         self, params: Sequence[Any], state: PipelineState, batch: Any, relaxation: Any
     ) -> tuple[list[Any], PipelineState, PipelineInfo]:
         self._require_params(params)
+        require_relaxation(relaxation)
         described = self._described(tuple(int(n) for n in state.layers))
         last = len(described) - 1
         tick, fed = int(state.tick), int(state.fed)
