@@ -157,7 +157,7 @@ def moves(
     def renewed(memory: Memory) -> Memory:
         age = _Age(count, memory.renewals, count - memory.renewed)
         memory = _renew(problem, units, stacks, reads, forces, batch, memory, age, settings)
-        memory = _with_sizes(units, stacks, memory, layers, count)
+        memory = _with_sizes(units, stacks, memory, layers)
         memory = _with_noise(problem, units, stacks, memory, batch, age)
         return memory._replace(renewals=memory.renewals + 1, renewed=count)
 
@@ -425,7 +425,6 @@ def _with_sizes(
     stacks: Stacks,
     memory: Memory,
     layers: Sequence[Sequence[Reading]],
-    count: Array,
 ) -> Memory:
     """The memory with the sizes of outputs: geometric means of those now and in the first batch.
 
@@ -440,8 +439,7 @@ def _with_sizes(
     small = np.asarray([_SMALL if u.layer in hidden else _SMALL_OF_DATA for u in units.units])
     begins = jnp.where(size > small * other, size, other)
     # What was 0 in all batches so far has not begun yet.
-    begun = (count > 0) & (memory.first > 0)
-    first = jnp.where(begun, memory.first, begins).astype(memory.first.dtype)
+    first = jnp.where(memory.first > 0, memory.first, begins).astype(memory.first.dtype)
     size = jnp.where(size > small * first, size, first)
     output = (first ** (1 - GROWTH) * size**GROWTH).astype(memory.output.dtype)
     return memory._replace(first=first, output=output)
