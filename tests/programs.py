@@ -14,10 +14,6 @@ from jax.extend.core import jaxprs_in_params
 
 from benchmarks.accuracy_tasks import ConvolutionalTask, Task, TextTask
 
-#: Options of XLA for what is compiled to run once. At level 0 its CPU backend makes NaN of some
-#: programs whose numbers are finite.
-QUICK = {"xla_backend_optimization_level": "1", "xla_llvm_disable_expensive_passes": True}
-
 
 def noise_for(task: Task, side: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     """Parameters of a task and a batch of noise, `(x, one_hot)`; of images so many pixels high."""

@@ -16,8 +16,8 @@ from flax import nnx
 from operations_table import network
 
 import pjax
+from pjax.backend.device import QUICK
 from pjax.trace import trace
-from tests.programs import QUICK
 
 CASES = [
     pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.slow else [])

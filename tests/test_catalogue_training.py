@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import pjax
-from tests.programs import QUICK
+from pjax.backend.device import QUICK
 
 STEPS, WIDTH, BATCHES = 3, 8, 30
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import pjax
-from tests.programs import QUICK
+from pjax.backend.device import QUICK
 
 LIMIT = pjax.metrics.Spectral(activations=1e9, prox_step=1e-9, power_iterations=1)
 TOLERANCE = 1e-6

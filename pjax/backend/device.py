@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 
+#: Options of XLA for what is compiled to run once. At level 0 its CPU backend makes NaN of some
+#: programs whose numbers are finite.
+QUICK = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+
 
 def compile_time_eval() -> contextlib.AbstractContextManager[Any]:
     """Operations inside run now, also within an outer `jit`."""
@@ -33,6 +37,4 @@ def run_once(function: Any, *args: Any) -> Any:
     As one program: within `compile_time_eval` each operation on known numbers is compiled by
     itself, also while something is traced.
     """
-    # At level 0 XLA's CPU backend makes NaN of some programs whose numbers are finite.
-    options = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
+    return jax.jit(function).lower(*args).compile(compiler_options=QUICK)(*args)
